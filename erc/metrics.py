@@ -1,0 +1,59 @@
+"""Layer 3: what a training log wants to know about a loss, as 0-d tensors that nothing here synchronises."""
+
+from __future__ import annotations
+
+from math import inf, nan
+
+import torch
+from torch import Tensor
+
+from erc.objectives import EntropyRatioClip, Objective, entropy_ratio_of
+from erc.ops import TokenFlag
+from erc.ratio_rules import MAX_LOG_RATIO, log_difference
+from erc.token_loss import TokenBatch
+
+_FLAGGED = {
+    "clip_fraction": TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH,
+    "clip_fraction_low": TokenFlag.CLIP_LOW,
+    "clip_fraction_high": TokenFlag.CLIP_HIGH,
+    "erc_fraction": TokenFlag.ERC_DROPPED,
+    "erc_fraction_low": TokenFlag.ERC_LOW,
+    "erc_fraction_high": TokenFlag.ERC_HIGH,
+}
+
+
+@torch.no_grad()
+def policy_metrics(
+    objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor, flags: Tensor
+) -> dict[str, Tensor]:
+    """Fractions, means and extremes over the active tokens (`mask != 0`) of this rank; NaN where an input is missing.
+
+    `approx_kl` is the k3 estimate of KL(old || new), `kl` the objective's own estimate to the reference.
+    """
+    active = batch.mask != 0
+    tokens = active.sum()
+    count = tokens.clamp(min=1)
+    missing = torch.full((), nan, dtype=logprob.dtype, device=logprob.device)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(active, values, 0.0).sum() / count
+
+    metrics = {name: ((flags & int(bits)) != 0).sum() / count for name, bits in _FLAGGED.items()}
+    metrics["entropy"] = mean(entropy)
+    for name in ("old_entropy", "entropy_ratio", "entropy_ratio_min", "entropy_ratio_max", "kl"):
+        metrics[name] = missing
+    if batch.old_entropy is not None:
+        eps = (objective.entropy_ratio or EntropyRatioClip()).eps
+        ratio = entropy_ratio_of(entropy, batch.old_entropy, eps)
+        metrics["old_entropy"] = mean(batch.old_entropy)
+        metrics["entropy_ratio"] = mean(ratio)
+        metrics["entropy_ratio_min"] = torch.where(active, ratio, inf).min() if len(ratio) else missing
+        metrics["entropy_ratio_max"] = torch.where(active, ratio, -inf).max() if len(ratio) else missing
+    old_logprob = logprob if batch.old_logprob is None else batch.old_logprob
+    difference = log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    metrics["ratio_max"] = torch.where(active, difference, -inf).max().exp() if len(difference) else missing
+    metrics["approx_kl"] = mean(torch.expm1(difference) - difference)
+    if objective.kl is not None:
+        metrics["kl"] = mean(objective.kl.estimate(logprob, old_logprob, batch.ref_logprob))
+    metrics["tokens"] = tokens
+    return metrics
