@@ -1,0 +1,50 @@
+"""Fused loss and entropy kernels for reinforcement learning of language models: entropy-ratio clipping and friends."""
+
+from erc import reference
+from erc.backends import backends, use_backend
+from erc.explain import explain
+from erc.loss import policy_loss
+from erc.objectives import (
+    EntropyRatioClip,
+    KLPenalty,
+    Objective,
+    RolloutCorrection,
+    objective,
+    objectives,
+)
+from erc.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, GSPO, SAPO, NoClip, PPOClip, Reinforce
+from erc.reference import objective_loss
+from erc.results import EntropyRatio, PolicyLoss, TokenStats
+from erc.stats import entropy_ratio, token_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CEGPPO",
+    "CISPO",
+    "DPPO",
+    "DRO",
+    "GPPO",
+    "GSPO",
+    "SAPO",
+    "EntropyRatio",
+    "EntropyRatioClip",
+    "KLPenalty",
+    "NoClip",
+    "Objective",
+    "PPOClip",
+    "PolicyLoss",
+    "Reinforce",
+    "RolloutCorrection",
+    "TokenStats",
+    "backends",
+    "entropy_ratio",
+    "explain",
+    "objective",
+    "objective_loss",
+    "objectives",
+    "policy_loss",
+    "reference",
+    "token_stats",
+    "use_backend",
+]

@@ -96,8 +96,8 @@ class RowScaling:
         """The scaled logits of `[N, V]` rows, by plain PyTorch."""
         temperature, softcap, logit_scale = self.values
         x = logits if logit_scale == 1 else logits * logit_scale
-        if softcap:
-            x = softcap * torch.tanh(x / softcap)
+        if softcap:  # an infinite logit stays infinite: -inf forbids a token, +inf makes its row NaN
+            x = torch.where(x.isinf(), x, softcap * torch.tanh(x / softcap))
         if self.temperature is not None:
             return x / self.temperature[:, None]
         return x if temperature == 1 else x / temperature

@@ -85,12 +85,13 @@ def token_stats(
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     if labels is not None:
         labels = check_labels(labels, leading, logits.device, logits.shape[-1], ignore_index)
-    return TokenStats(*(None if s is None else s.view(leading) for s in _row_stats(logits, labels, scaling, ignore_index)))
+    return TokenStats(*(None if s is None else s.view(leading) for s in row_stats(logits, labels, scaling, ignore_index)))
 
 
-def _row_stats(
+def row_stats(
     logits: Tensor, labels: Tensor | None, scaling: RowScaling, ignore_index: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Log-prob, entropy and logsumexp of checked arguments, each `[N]`."""
     vocab_size = logits.shape[-1]
     x = logits.reshape(-1, vocab_size).to(stats_dtype(logits.dtype))
     if labels is None:
@@ -172,7 +173,7 @@ def policy_loss(
     )
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index)
-    logprob, entropy, _ = _row_stats(logits, labels, scaling, ignore_index)
+    logprob, entropy, _ = row_stats(logits, labels, scaling, ignore_index)
     return policy_loss_result(objective, batch, logprob, entropy, leading)
 
 

@@ -1,0 +1,261 @@
+// Vectors of the instruction set that this file is compiled for, and the exponential of the sweeps.
+//
+// Written with the compilers' vector extension, so that the sweeps read as their formulas; only what the extension lacks
+// (max, half precision, streaming stores) is spelled in intrinsics. Every instruction set works in blocks of kLanes elements
+// with one accumulator a lane, so the order of additions is the same on all of them.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+// GCC 12's AVX-512 headers trip its own warning when their intrinsics are inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#endif
+
+#include "cpu/dtypes.h"
+
+#ifndef ERC_ISA
+#error "compile with -DERC_ISA=<name of the instruction set>"
+#endif
+
+namespace erc {
+namespace ERC_ISA {
+
+constexpr int kLanes = 32;
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+#define ERC_INLINE inline __attribute__((always_inline))
+
+typedef float f32v __attribute__((vector_size(kWidth * 4)));
+typedef int32_t i32v __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t u32v __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t u16v __attribute__((vector_size(kWidth * 2)));
+
+// The vector that carries statistics of type Real. float64 logits are the oracle's business: one element at a time.
+template <class Real>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = f32v;
+  static constexpr int width = kWidth;
+};
+template <>
+struct VectorOf<double> {
+  using type = double;
+  static constexpr int width = 1;
+};
+
+template <class To, class From>
+ERC_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+ERC_INLINE f32v broadcast(float x) { return x - f32v{}; }
+ERC_INLINE f32v select(i32v mask, f32v yes, f32v no) { return mask ? yes : no; }
+ERC_INLINE double select(bool mask, double yes, double no) { return mask ? yes : no; }
+
+// max(a, b); b where either is NaN. A NaN that a maximum swallows poisons the sum of exponentials.
+ERC_INLINE f32v vmax(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (f32v)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ERC_INLINE double vmax(double a, double b) { return a > b ? a : b; }
+
+// ---- loads and stores ----------------------------------------------------------------------------------------------
+
+ERC_INLINE float half_to_float(uint16_t h) {
+  // Shift the exponent into place and let a multiplication rebias it, which normalises subnormals on the way.
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
+  if ((h & 0x7c00) == 0x7c00) return bit_cast<float>(sign | rest | 0x7f800000);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f));
+}
+
+ERC_INLINE uint16_t float_to_half(float f) {
+  const uint32_t bits = bit_cast<uint32_t>(f), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+  if (magnitude < 0x38800000) {                       // subnormal: the addition rounds to a multiple of 2^-24
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000;
+  return uint16_t(sign | (rounded >> 13));
+}
+
+ERC_INLINE uint16_t float_to_bfloat16(float f) {
+  const uint32_t bits = bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+ERC_INLINE f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+ERC_INLINE double load(const double* p) { return *p; }
+ERC_INLINE f32v load(const bfloat16* p) {
+  u16v v;
+  std::memcpy(&v, p, sizeof v);
+  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+}
+ERC_INLINE f32v load(const float16* p) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  f32v v;
+  for (int i = 0; i < kWidth; ++i) v[i] = half_to_float(p[i].bits);
+  return v;
+#endif
+}
+
+ERC_INLINE float load_one(const float* p) { return *p; }
+ERC_INLINE double load_one(const double* p) { return *p; }
+ERC_INLINE float load_one(const bfloat16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
+ERC_INLINE float load_one(const float16* p) { return half_to_float(p->bits); }
+
+ERC_INLINE void store_one(float* p, float x) { *p = x; }
+ERC_INLINE void store_one(double* p, double x) { *p = x; }
+ERC_INLINE void store_one(bfloat16* p, float x) { p->bits = float_to_bfloat16(x); }
+ERC_INLINE void store_one(float16* p, float x) { p->bits = float_to_half(x); }
+
+// Rounded once, to nearest even. Finite values only: rows that hold NaN never come here.
+ERC_INLINE f32v encode(const float*, f32v v) { return v; }
+ERC_INLINE double encode(const double*, double v) { return v; }
+ERC_INLINE u16v encode(const bfloat16*, f32v v) {
+  const u32v bits = (u32v)v;
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16v);
+}
+ERC_INLINE u16v encode(const float16*, f32v v) {
+#if defined(__AVX512F__)
+  return (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  u16v h;
+  for (int i = 0; i < kWidth; ++i) h[i] = float_to_half(v[i]);
+  return h;
+#endif
+}
+
+template <class T, class V>
+ERC_INLINE void store(T* p, V v) {
+  const auto encoded = encode(p, v);
+  std::memcpy(p, &encoded, sizeof encoded);
+}
+
+// A store that bypasses the caches: a gradient row is not read again soon, and a normal store would first read the line.
+template <class Bits>
+ERC_INLINE void stream_bits(void* p, Bits v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof v == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T, class V>
+ERC_INLINE void stream(T* p, V v) {
+  stream_bits(p, encode(p, v));
+}
+ERC_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- exp((v - row_max) * scale), for arguments <= 0 ----------------------------------------------------------------
+
+// 2^(d * rate) for d <= 0. rate = scale * log2(e) is kept in two pieces, so that no temperature costs accuracy: the fused
+// multiply-subtract leaves the exact fraction. The result is within 2 ulp; below 2^-126.5 it is exactly 0, also at d = -inf.
+template <class Real>
+struct ScaledExp;
+
+template <>
+struct ScaledExp<float> {
+  float rate_high, rate_low, floor;
+
+  explicit ScaledExp(double scale) {
+    const double rate = scale * 1.4426950408889634074;
+    rate_high = float(rate);
+    rate_low = float(rate - rate_high);
+    const double lowest = -127 / rate;
+    floor = lowest > -FLT_MAX ? float(lowest) : -FLT_MAX;
+  }
+
+  // Keeps d finite, so that 0 * d is 0; NaN passes.
+  ERC_INLINE f32v clamp(f32v d) const { return vmax(broadcast(floor), d); }
+
+  ERC_INLINE f32v operator()(f32v d) const {
+    const f32v magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    const f32v shifted = d * rate_high + magic;
+    const f32v integer = shifted - magic;
+    f32v f = d * rate_high - integer;
+    f = d * rate_low + f;
+    // Minimax for (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 9.2e-8.
+    f32v q = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+    q = q * f + 0x1.c6b752p-5f;
+    q = q * f + 0x1.ebf9bcp-3f;
+    q = q * f + 0x1.62e42ap-1f;
+    q = q * f + 1.0f;
+    const f32v power = (f32v)(((i32v)shifted + 127) << 23);  // 0 at integer = -127
+    return q * power;
+  }
+};
+
+template <>
+struct ScaledExp<double> {
+  double scale;
+  explicit ScaledExp(double scale) : scale(scale) {}
+  double clamp(double d) const { return d == -INFINITY ? -DBL_MAX / (scale > 1 ? scale : 1) : d; }
+  double operator()(double d) const { return std::exp(d * scale); }
+};
+
+// tanh within 2 ulp: an odd polynomial where exp would cancel, else (1 - q) / (1 + q) with q = exp(-2|a|).
+ERC_INLINE f32v vtanh(f32v a) {
+  const f32v magnitude = (f32v)((i32v)a & 0x7fffffff);
+  const ScaledExp<float> exp(1.0);
+  const f32v q = exp(exp.clamp(-2.0f * magnitude));
+  const f32v large = (1.0f - q) / (1.0f + q);
+  const f32v s = a * a;
+  f32v p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const f32v small = p * s * a + a;
+  const f32v signed_large = (f32v)((i32v)large | ((i32v)a & (int32_t)0x80000000));
+  return select(magnitude < 0.625f, small, signed_large);
+}
+ERC_INLINE double vtanh(double a) { return std::tanh(a); }
+
+}  // namespace ERC_ISA
+}  // namespace erc

@@ -1,0 +1,307 @@
+// Sweeps over one row: statistics, and the gradient. A row is cut into segments of kSegment elements; a segment is read from
+// memory once, for its maximum, and again from the first-level cache for its sums, while the next one is prefetched.
+// Segments merge from left to right, so the order of additions depends on V alone.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "common/row_state.h"
+#include "cpu/kernels.h"
+#include "cpu/kernels/simd.h"
+
+namespace erc {
+namespace ERC_ISA {
+
+constexpr int64_t kSegment = 2048;
+
+// The scaling of one row, and the carrier v of its centred variable (DESIGN: row algebra): v = z, or its softcapped value.
+template <class Real>
+struct RowScale {
+  double scale;   // x = v * scale
+  double chain;   // dv * scale / dz, but for the softcap's own factor
+  Real softcap;   // 0: none
+  Real inner;     // z * inner enters the softcap's tanh
+
+  RowScale(const RowScaling& s, int64_t row) {
+    const double temperature = s.temperature ? double(static_cast<const Real*>(s.temperature)[row]) : s.scaling.temperature;
+    softcap = Real(s.scaling.softcap);
+    chain = s.scaling.logit_scale / temperature;
+    scale = softcap == 0 ? chain : 1 / temperature;
+    inner = softcap == 0 ? Real(1) : Real(s.scaling.logit_scale / s.scaling.softcap);
+  }
+};
+
+template <class T>
+using vector_of = typename VectorOf<stats_t<T>>::type;
+template <class T>
+constexpr int width_of = VectorOf<stats_t<T>>::width;
+
+// Softcap of finite logits; an infinite one stays infinite: -inf forbids a token, +inf makes its row NaN.
+template <class Real, class V>
+ERC_INLINE V softcapped(const RowScale<Real>& scale, V z) {
+  const V capped = scale.softcap * vtanh(z * scale.inner);
+  return select((z == INFINITY) | (z == -INFINITY), z, capped);
+}
+
+template <bool kSoftcap, class T>
+ERC_INLINE vector_of<T> load_v(const RowScale<stats_t<T>>& scale, const T* p) {
+  const vector_of<T> z = load(p);
+  if constexpr (kSoftcap) return softcapped<stats_t<T>>(scale, z);
+  return z;
+}
+
+template <bool kSoftcap, class T>
+inline stats_t<T> load_v_one(const RowScale<stats_t<T>>& scale, const T* p) {
+  T padded[width_of<T>] = {};
+  padded[0] = *p;
+  const vector_of<T> v = load_v<kSoftcap>(scale, padded);
+  stats_t<T> first;
+  std::memcpy(&first, &v, sizeof first);
+  return first;
+}
+
+template <class T>
+inline T minus_infinity() {
+  T value;
+  store_one(&value, -INFINITY);
+  return value;
+}
+
+// Calls visit(pointer, count) for every block of kLanes elements; the last one is padded with forbidden tokens.
+template <class T, class Visit>
+ERC_INLINE void for_each_block(const T* p, int64_t n, Visit&& visit) {
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) visit(p + i, i);
+  if (whole == n) return;
+  T padded[kLanes];
+  for (int i = 0; i < kLanes; ++i) padded[i] = whole + i < n ? p[whole + i] : minus_infinity<T>();
+  visit(padded, whole);
+}
+
+// Sums of exp((v - center) * scale) and exp(..) * (v - center) over a segment.
+struct SegmentSums {
+  double sum_exp, weighted_sum;  // weighted_sum in units of v
+};
+
+template <class V, int kCount>
+inline double add_lanes(const V (&lanes)[kCount]) {
+  double total = 0;
+  for (const V& lane : lanes) {
+    if constexpr (sizeof(V) == sizeof(double)) {
+      total += lane;
+    } else {
+      for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) total += lane[i];
+    }
+  }
+  return total;
+}
+
+template <bool kSoftcap, class T>
+inline stats_t<T> segment_max(const RowScale<stats_t<T>>& scale, const T* p, int64_t n) {
+  using V = vector_of<T>;
+  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  V lanes[kVectors];
+  for (V& lane : lanes) lane = V{} - stats_t<T>(INFINITY);
+  for_each_block(p, n, [&](const T* block, int64_t) {
+    for (int j = 0; j < kVectors; ++j) lanes[j] = vmax(load_v<kSoftcap>(scale, block + j * kWide), lanes[j]);
+  });
+  for (int j = 1; j < kVectors; ++j) lanes[0] = vmax(lanes[j], lanes[0]);
+  if constexpr (kWide == 1) {
+    return lanes[0];
+  } else {
+    float best = lanes[0][0];
+    for (int i = 1; i < kWide; ++i) best = lanes[0][i] > best ? lanes[0][i] : best;
+    return best;
+  }
+}
+
+template <bool kSoftcap, class T>
+inline SegmentSums segment_sums(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> center,
+                                const T* p, int64_t n, int64_t prefetch) {
+  using V = vector_of<T>;
+  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  V sum[kVectors] = {}, weighted[kVectors] = {};
+  for_each_block(p, n, [&](const T* block, int64_t i) {
+    for (size_t line = 0; line < sizeof(T) * kLanes; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p + i + prefetch) + line);
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      const V d = exp.clamp(load_v<kSoftcap>(scale, block + j * kWide) - center);
+      const V e = exp(d);
+      sum[j] = sum[j] + e;
+      weighted[j] = e * d + weighted[j];
+    }
+  });
+  return {add_lanes(sum), add_lanes(weighted)};
+}
+
+// The segment's sum without one of its maxima: 1 + R has lost what a peaked row's entropy is made of.
+template <bool kSoftcap, class T>
+inline double segment_sum_rest(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> center,
+                               const T* p, int64_t n) {
+  T copy[kSegment];
+  std::memcpy(copy, p, n * sizeof(T));
+  int64_t argmax = 0;
+  while (argmax < n - 1 && !(load_v_one<kSoftcap>(scale, p + argmax) == center)) ++argmax;
+  copy[argmax] = minus_infinity<T>();
+  return segment_sums<kSoftcap>(scale, exp, center, copy, n, 0).sum_exp;
+}
+
+template <class T>
+inline bool holds_nan(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto z = load_one(p + i);
+    if (z != z) return true;
+  }
+  return false;
+}
+
+// The state of a row, or of a shard's part of it. NaN and +inf make the sums NaN; a row without any finite logit is empty.
+template <bool kSoftcap, class T>
+inline RowState<double> row_state(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
+  using Real = stats_t<T>;
+  const ScaledExp<Real> exp(scale.scale);
+  RowState<double> state;
+  const T* winner = nullptr;  // the segment that holds the row's maximum, and its plain sum
+  int64_t winner_size = 0;
+  double winner_rest = 0;
+  for (int64_t start = 0; start < vocab_size; start += kSegment) {
+    const int64_t left = vocab_size - start, n = left < kSegment ? left : kSegment;
+    const T* p = row + start;
+    const Real center = segment_max<kSoftcap>(scale, p, n);
+    if (center == Real(-INFINITY)) {
+      if (holds_nan(p, n)) return {NAN, NAN, NAN};
+      continue;
+    }
+    const SegmentSums sums = segment_sums<kSoftcap>(scale, exp, center, p, n, left > kSegment ? kSegment : 0);
+    if (center > state.row_max) {
+      winner = p, winner_size = n, winner_rest = sums.sum_exp - 1;
+    }
+    state.merge({double(center), sums.sum_exp - 1, sums.weighted_sum * scale.scale}, scale.scale);
+  }
+  if (winner != nullptr && state.is_valid()) {
+    state.sum_rest += segment_sum_rest<kSoftcap>(scale, exp, Real(state.row_max), winner, winner_size) - winner_rest;
+  }
+  return state;
+}
+
+// The same state rounded to the statistics dtype, in which it is saved: forward and backward see one state.
+template <class Real>
+inline RowState<double> rounded(const RowState<double>& state) {
+  return {double(Real(state.row_max)), double(Real(state.sum_rest)), double(Real(state.weighted_sum))};
+}
+
+template <class T>
+inline void fill(T* row, int64_t vocab_size, stats_t<T> value) {
+  T encoded;
+  store_one(&encoded, value);
+  for (int64_t i = 0; i < vocab_size; ++i) row[i] = encoded;
+}
+
+constexpr int64_t kNoColumn = -1;
+
+// grad[j] = exp((v_j - row_max) * scale) * (constant + slope * (v_j - row_max)) * dx/dz, and the labelled column by itself.
+// grad may be the row itself: every block is read before it is written.
+template <bool kSoftcap, bool kStream, class T>
+inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_max, stats_t<T> constant, stats_t<T> slope,
+                            const T* row, int64_t vocab_size, T* grad) {
+  using V = vector_of<T>;
+  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  const ScaledExp<stats_t<T>> exp(scale.scale);
+  const stats_t<T> inverse_cap = kSoftcap ? 1 / scale.softcap : 0;
+  for_each_block(row, vocab_size, [&](const T* block, int64_t i) {
+    T padded[kLanes];
+    const bool whole = i + kLanes <= vocab_size;
+    T* out = whole ? grad + i : padded;
+    for (int j = 0; j < kVectors; ++j) {
+      const V v = load_v<kSoftcap>(scale, block + j * kWide);
+      const V d = exp.clamp(v - row_max);
+      V g = exp(d) * (slope * d + constant);
+      if constexpr (kSoftcap) {
+        const V t = v * inverse_cap;
+        g = select(v == -INFINITY, V{}, g * (1 - t * t));
+      }
+      if (kStream && whole) {
+        stream(out + j * kWide, g);
+      } else {
+        store(out + j * kWide, g);
+      }
+    }
+    if (!whole) std::memcpy(grad + i, padded, (vocab_size - i) * sizeof(T));
+  });
+  if (kStream) stream_fence();
+}
+
+template <bool kSoftcap, class T>
+inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowState<double>& state, const StatGrads<double>& grads,
+                         const T* row, int64_t vocab_size, int64_t label, T* grad) {
+  using Real = stats_t<T>;
+  if (!state.is_valid()) return fill(grad, vocab_size, Real(NAN));
+  if (grads.logprob == 0 && grads.entropy == 0 && grads.logsumexp == 0) {
+    std::memset(static_cast<void*>(grad), 0, vocab_size * sizeof(T));
+    return;
+  }
+  const Real label_value = label == kNoColumn ? Real(0) : load_v_one<kSoftcap>(scale, row + label);
+  const RowGradient<double> g(state, scale.scale, grads, double(label_value));
+  const Real constant = Real(g.constant * scale.chain), slope = Real(g.slope * scale.chain), row_max = Real(state.row_max);
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % 64 == 0;
+  if (grad != row && aligned) {
+    gradient_blocks<kSoftcap, true>(scale, row_max, constant, slope, row, vocab_size, grad);
+  } else {
+    gradient_blocks<kSoftcap, false>(scale, row_max, constant, slope, row, vocab_size, grad);
+  }
+  if (label == kNoColumn) return;
+  double at_label = g.label * scale.chain;
+  if (kSoftcap) {
+    const double t = double(label_value) / double(scale.softcap);
+    at_label = label_value == Real(-INFINITY) ? 0 : at_label * (1 - t * t);
+  }
+  store_one(grad + label, Real(at_label));
+}
+
+// Where a row's label lies.
+enum class LabelKind { kIgnored, kAbsent, kHere, kOutOfRange };
+
+struct Label {
+  LabelKind kind;
+  int64_t column;  // kNoColumn unless kHere
+};
+
+inline Label row_label(const RowInputs& in, int64_t row) {
+  if (in.labels == nullptr) return {LabelKind::kAbsent, kNoColumn};
+  const int64_t label = in.labels[row];
+  if (label == in.ignore_index) return {LabelKind::kIgnored, kNoColumn};
+  if (label == kAbsentLabel) return {LabelKind::kAbsent, kNoColumn};
+  const int64_t column = label - in.label_start;
+  if (column >= 0 && column < in.logits.vocab_size) return {LabelKind::kHere, column};
+  return {LabelKind::kOutOfRange, kNoColumn};
+}
+
+template <class T>
+inline stats_t<T> optional_row(const void* values, int64_t row, stats_t<T> otherwise) {
+  return values ? static_cast<const stats_t<T>*>(values)[row] : otherwise;
+}
+
+template <class Real>
+inline void put(void* values, int64_t index, double x) {
+  if (values) static_cast<Real*>(values)[index] = Real(x);
+}
+
+// Runs body.template operator()<T, softcap present>() for the call's dtype.
+template <class Body>
+inline void dispatch(DType dtype, bool softcap, Body&& body) {
+  const auto with_type = [&](auto zero) {
+    using T = decltype(zero);
+    softcap ? body(T{}, std::true_type{}) : body(T{}, std::false_type{});
+  };
+  switch (dtype) {
+    case DType::kFloat32: return with_type(float{});
+    case DType::kBFloat16: return with_type(bfloat16{});
+    case DType::kFloat16: return with_type(float16{});
+    case DType::kFloat64: return with_type(double{});
+  }
+}
+
+}  // namespace ERC_ISA
+}  // namespace erc

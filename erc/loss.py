@@ -1,0 +1,220 @@
+"""Layer 3: policy losses from logits.
+
+The fused path makes the gradient while the row is on chip: one read of the logits and one write of the gradient, for forward
+and backward together. The two-phase path (statistics, then the loss on `[N]` numbers, then the gradient) serves what needs
+more than one token at a time; it reads the logits twice. The objective decides, never the user; `erc.explain` tells.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from erc import reference
+from erc.backends import operators, select
+from erc.inputs import (
+    RowScaling,
+    TokenArguments,
+    check_logits,
+    labelled_batch,
+    resolve_objective,
+    row_scaling,
+)
+from erc.objectives import Objective
+from erc.results import PolicyLoss, collect, policy_loss_result
+from erc.rows import as_rows, check_inplace, params_tensor
+from erc.token_loss import TokenBatch, TokenLosses
+
+
+def policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    objective: str | Objective = "erc-dapo",
+    mask: Tensor | None = None,
+    old_entropy: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    nll_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    grad_scale: float | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """The clipped policy-gradient loss of `objective` and its gradient, from one pass over the logits.
+
+    Args:
+        logits: `[*, V]`; position `t` must predict `labels[t]`. Pass full logits with shifted labels and the last position
+            ignored rather than a slice, whose gradient PyTorch would have to pad.
+        labels: `[*]`, the sampled tokens; `ignore_index` marks rows that are not read, give 0 and an exactly zero gradient.
+        old_logprob: `[*]` log-probs under the rollout policy, or None for on-policy updates (ratio 1).
+        advantages: `[*]`, or one per sequence: `[B]` or `[B, 1]` for `[B, T]` rows, `[S]` for packed ones.
+        objective: a preset name (`erc.objectives()`) or an `erc.Objective`.
+        mask: `[*]` bool, int or float; a weight on the token in numerator and denominator. 0 is the same as `ignore_index`.
+        old_entropy: `[*]` float32 or float64 entropies of the rollout policy; required by an entropy-ratio gate.
+        ref_logprob: `[*]`; required by a KL penalty. rollout_logprob: `[*]`; required by a rollout correction.
+        nll_mask: `[*]`; required by `nll_coef`.
+        cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
+        normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and gradient
+            accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
+        grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused gradient is
+            rounded before it is scaled.
+        temperature, softcap, logit_scale, backend: as `token_stats`.
+        inplace_backward: writes the gradient over `logits` during the forward; they must not be a leaf, nor be used afterwards,
+            nor lie inside activation checkpointing.
+
+    Returns:
+        PolicyLoss. `loss` is differentiable in `logits` alone, once: a second backward raises. `logprob`, `entropy` and
+        `per_token_loss` are detached. Without grad no gradient is computed. Under activation checkpointing the fused gradient
+        is computed twice.
+
+    Raises:
+        ValueError, TypeError, IndexError: naming the argument and what was expected, before any kernel runs.
+
+    Sources: PPO arXiv 1707.06347, DAPO arXiv 2503.14476, entropy-ratio clipping arXiv 2512.05591; the other rules in
+    `erc.ratio_rules`.
+
+    >>> import torch, erc
+    >>> logits = torch.randn(2, 3, 11, requires_grad=True)
+    >>> labels = torch.randint(11, (2, 3))
+    >>> old = erc.token_stats(logits.detach(), labels)
+    >>> out = erc.policy_loss(logits, labels, old_logprob=old.logprob, old_entropy=old.entropy, advantages=torch.tensor([1.0, -1.0]))
+    >>> out.loss.backward()
+    >>> float(out.metrics["erc_fraction"])
+    0.0
+    """
+    check_logits(logits)
+    objective = resolve_objective(objective)
+    arguments = TokenArguments(
+        old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
+    )
+    needs_grad = logits.requires_grad and torch.is_grad_enabled()
+    if inplace_backward and needs_grad:
+        check_inplace(logits)
+    if grad_scale is not None and not grad_scale > 0:
+        raise ValueError(f"grad_scale must be positive, got {grad_scale!r}")
+    name, _ = select(logits, backend)
+    leading = tuple(logits.shape[:-1])
+    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
+    labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index)
+    path = choose_path(name, objective, logits.dtype, needs_grad, grad_scale)
+    if path.name == "reference":
+        logprob, entropy, _ = reference.row_stats(logits, labels, scaling, ignore_index)
+        return policy_loss_result(objective, batch, logprob, entropy, leading)
+    backend_operators = operators(name)
+    rows = as_rows(logits)
+    if path.name == "two-phase":
+        logprob, entropy, _, _ = backend_operators.stats_forward(
+            rows, labels, scaling.temperature, params_tensor(scaling), ignore_index
+        )
+        return policy_loss_result(objective, batch, logprob, entropy, leading)
+    call = FusedCall(backend_operators, fused_arguments(objective, batch, labels, scaling, ignore_index, grad_scale))
+    loss, token_loss, logprob, entropy, flags = call(rows, needs_grad, inplace_backward)
+    if grad_scale is not None:
+        loss = loss / grad_scale
+    return collect(objective, batch, TokenLosses(loss, token_loss, flags), logprob, entropy, leading)
+
+
+class Path(NamedTuple):
+    """How a policy loss runs: "fused", "two-phase" or "reference", and the reason."""
+
+    name: str
+    reason: str
+
+
+def choose_path(
+    backend: str, objective: Objective, dtype: torch.dtype, needs_grad: bool, grad_scale: float | None
+) -> Path:
+    """The path of a call. Everything that decides it is here."""
+    if backend == "torch":
+        return Path("reference", "plain PyTorch: several tensors as large as the logits")
+    if not objective.fused:
+        return Path("two-phase", f"{type(objective.ratio).__name__} needs all tokens of a sequence before any gradient")
+    if dtype == torch.float16 and needs_grad and grad_scale is None:
+        return Path("two-phase", "a fused float16 gradient would be rounded before the loss scale: pass grad_scale")
+    return Path("fused", "one read of the logits and one write of the gradient, for forward and backward together")
+
+
+def fused_arguments(
+    objective: Objective,
+    batch: TokenBatch,
+    labels: Tensor,
+    scaling: RowScaling,
+    ignore_index: int,
+    grad_scale: float | None = None,
+) -> tuple:
+    """The arguments of the `policy_loss` operator after the logits."""
+
+    def scaled(weight: Tensor | None) -> Tensor | None:
+        return weight if weight is None or grad_scale is None else weight * grad_scale
+
+    return (
+        labels,
+        scaling.temperature,
+        params_tensor(scaling, *objective.kernel_params()),
+        ignore_index,
+        scaled(batch.weight),
+        batch.advantages,
+        batch.old_logprob,
+        batch.old_entropy if objective.entropy_ratio else None,
+        batch.ref_logprob if objective.kl else None,
+        batch.policy_weight,
+        scaled(batch.entropy_weight),
+        scaled(batch.logprob_weight),
+        objective.ratio.kernel_id,
+        objective.kl.kernel_id if objective.kl else 0,
+        objective.entropy_ratio.gate_id if objective.entropy_ratio else 0,
+    )
+
+
+class FusedCall(NamedTuple):
+    """One call of the fused operator. Returns (loss, token_loss, logprob, entropy, flags), each `[N]`; only loss has a graph."""
+
+    operators: Any
+    arguments: tuple
+
+    def __call__(self, rows: Tensor, needs_grad: bool, inplace: bool) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling() or not needs_grad:
+            return self.operators.policy_loss(rows, *self.arguments, needs_grad)[:5]
+        return _FusedLoss.apply(rows, self, inplace)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The eager fused loss: its gradient exists after the forward; the backward scales it in place, or not at all."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, call: FusedCall, inplace: bool) -> tuple[Tensor, ...]:
+        rows = rows.detach()
+        if inplace:
+            outputs, grad = call.operators.policy_loss_(rows, *call.arguments), rows
+            torch.autograd.graph.increment_version(rows)
+        else:
+            *outputs, grad = call.operators.policy_loss(rows, *call.arguments, True)
+        ctx.save_for_backward(grad)
+        ctx.operators, ctx.used = call.operators, False
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if ctx.used:
+            raise RuntimeError(
+                "a second backward through the same policy_loss: the fused gradient was handed out by the first; call policy_loss again"
+            )
+        if grad_loss is None:
+            return None, None, None
+        ctx.used = True
+        (grad,) = ctx.saved_tensors
+        ctx.operators.scale_rows_(grad, grad_loss.contiguous())
+        return grad, None, None

@@ -1,0 +1,162 @@
+"""Layer 2: row statistics as autograd functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erc import reference
+from erc.backends import operators, select
+from erc.inputs import check_constant, check_labels, check_logits, row_scaling
+from erc.results import EntropyRatio, TokenStats
+from erc.rows import as_rows, check_inplace, params_tensor
+
+
+def token_stats(
+    logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-prob of the labels, entropy and logsumexp of each row, from one read of the logits.
+
+    Every output is of `x = softcap * tanh(logits * logit_scale / softcap) / temperature`, in nats.
+
+    Args:
+        logits: `[*, V]`, float32, bfloat16, float16 or float64. A -inf logit is a forbidden token. A row that is all -inf or
+            holds NaN or +inf gives NaN for that row alone.
+        labels: `[*]` integers in `[0, V)`, or `ignore_index` for rows that are not read and give 0 with gradient 0.
+        temperature: positive; a number, or a tensor `[*]` with one value a row.
+        softcap: positive, or None.
+        logit_scale: positive.
+        inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used by
+            anything else afterwards.
+        backend: see `erc.backends`.
+
+    Returns:
+        TokenStats of `[*]`, float32 (float64 for float64 logits), differentiable in `logits`. An output that takes no part in
+        the loss costs nothing in the backward; double backward raises.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+        IndexError: a label out of range (on a GPU, where reading it would synchronise, the row is NaN instead).
+
+    >>> import torch, erc
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> stats = erc.token_stats(logits, torch.tensor([1, 3]))
+    >>> stats.entropy
+    tensor([1.3863, 1.3863], grad_fn=<ViewBackward0>)
+    """
+    check_logits(logits)
+    name, _ = select(logits, backend)
+    needs_grad = logits.requires_grad and torch.is_grad_enabled()
+    if inplace_backward and needs_grad:
+        check_inplace(logits)
+    if name == "torch":
+        return reference.token_stats(
+            logits,
+            labels,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+        )
+    leading = tuple(logits.shape[:-1])
+    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
+    if labels is not None:
+        labels = check_labels(labels, leading, logits.device, logits.shape[-1], ignore_index)
+    backend_operators = operators(name)
+    arguments = (labels, scaling.temperature, params_tensor(scaling), ignore_index)
+    if inplace_backward and needs_grad:
+        logprob, entropy, logsumexp = _InplaceStats.apply(as_rows(logits), backend_operators, arguments)
+    else:
+        logprob, entropy, logsumexp, _ = backend_operators.stats_forward(as_rows(logits), *arguments)
+    return TokenStats(
+        logprob.view(leading) if labels is not None else None, entropy.view(leading), logsumexp.view(leading)
+    )
+
+
+class _InplaceStats(torch.autograd.Function):
+    """`stats_forward` whose backward reuses the memory of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, backend_operators: Any, arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        labels, temperature, params, ctx.ignore_index = arguments
+        logprob, entropy, logsumexp, saved = backend_operators.stats_forward(logits, *arguments)
+        ctx.save_for_backward(logits, labels, temperature, params, saved)
+        ctx.operators, ctx.used = backend_operators, False
+        ctx.set_materialize_grads(False)
+        return logprob, entropy, logsumexp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if ctx.used:
+            raise RuntimeError("a second backward through token_stats(inplace_backward=True): the logits are gone")
+        if all(grad is None for grad in grads):
+            return None, None, None
+        logits, labels, temperature, params, saved = ctx.saved_tensors
+        ctx.used = True
+        logits = logits.detach()
+        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
+        if labels is None:
+            grads = (None, *grads[1:])
+        ctx.operators.stats_backward_(logits, labels, temperature, params, ctx.ignore_index, saved, *grads)
+        torch.autograd.graph.increment_version(logits)
+        return logits, None, None
+
+
+def entropy_ratio(
+    logits: Tensor,
+    old_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+) -> EntropyRatio:
+    """Entropies of new and old rows, their ratio, and the divergences between them, in one pass over both.
+
+    Args:
+        logits: `[*, V]`, as `token_stats`.
+        old_logits: the same shape, dtype and device; a constant.
+        temperature, softcap, logit_scale: applied to both.
+
+    Returns:
+        EntropyRatio of `[*]`, float32 (float64 for float64 logits), in nats, differentiable in `logits`. `kl_new_old` is
+        KL(new || old); a forbidden old token that the new policy allows makes it inf. Divergences are sums of terms >= 0, so
+        small ones keep their relative accuracy (arXiv 2512.05591 for the ratio, arXiv 2602.04879 for the use of the others).
+
+    Raises:
+        TypeError, ValueError: naming the argument; `old_logits` must not require grad.
+
+    >>> import torch, erc
+    >>> new, old = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0]])
+    >>> erc.entropy_ratio(new, old).ratio
+    tensor([0.8400])
+    """
+    check_logits(logits)
+    check_logits(old_logits, "old_logits")
+    check_constant("old_logits", old_logits)
+    if old_logits.shape != logits.shape or old_logits.dtype != logits.dtype or old_logits.device != logits.device:
+        raise ValueError(
+            f"old_logits must have the shape, dtype and device of logits, {tuple(logits.shape)} {logits.dtype} "
+            f"{logits.device}, got {tuple(old_logits.shape)} {old_logits.dtype} {old_logits.device}"
+        )
+    name, _ = select(logits, backend)
+    scaled = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    if name == "torch":
+        return reference.entropy_ratio(logits, old_logits, **scaled)
+    leading = tuple(logits.shape[:-1])
+    scaling = row_scaling(*scaled.values(), leading, logits)
+    stats, _ = operators(name).paired_forward(
+        as_rows(logits), as_rows(old_logits.detach()), scaling.temperature, params_tensor(scaling)
+    )
+    return EntropyRatio(*(row.view(leading) for row in stats.unbind()))
