@@ -216,7 +216,8 @@ struct ScaledExp<float> {
   ERC_INLINE f32v clamp(f32v d) const { return vmax(broadcast(floor), d); }
 
   ERC_INLINE f32v operator()(f32v d) const {
-    const f32v magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    // 1.5 * 2^23 + 127: adding it leaves the rounded integer, as a biased exponent, in the low bits.
+    const f32v magic = broadcast(12583039.0f);
     const f32v shifted = d * rate_high + magic;
     const f32v integer = shifted - magic;
     f32v f = d * rate_high - integer;
@@ -227,7 +228,7 @@ struct ScaledExp<float> {
     q = q * f + 0x1.ebf9bcp-3f;
     q = q * f + 0x1.62e42ap-1f;
     q = q * f + 1.0f;
-    const f32v power = (f32v)(((i32v)shifted + 127) << 23);  // 0 at integer = -127
+    const f32v power = (f32v)((i32v)shifted << 23);  // 0 at integer = -127
     return q * power;
   }
 };

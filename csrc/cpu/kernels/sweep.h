@@ -1,6 +1,5 @@
-// Sweeps over one row: statistics, and the gradient. A row is cut into segments of kSegment elements; a segment is read from
-// memory once, for its maximum, and again from the first-level cache for its sums, while the next one is prefetched.
-// Segments merge from left to right, so the order of additions depends on V alone.
+// Sweeps over one row: statistics, and the gradient. A row is cut into segments of kSegment elements whose sums are added
+// from left to right in float64, so the order of additions depends on V alone.
 #pragma once
 
 #include <cmath>
@@ -79,9 +78,11 @@ ERC_INLINE void for_each_block(const T* p, int64_t n, Visit&& visit) {
   visit(padded, whole);
 }
 
-// Sums of exp((v - center) * scale) and exp(..) * (v - center) over a segment.
+// What a sweep over a segment leaves: its maximum, and the sums of exp((v - center) * scale) and exp(..) * (v - center).
+template <class Real>
 struct SegmentSums {
-  double sum_exp, weighted_sum;  // weighted_sum in units of v
+  Real max;
+  double sum_exp, weighted_sum;  // weighted_sum in units of v; meaningless where max > center
 };
 
 template <class V, int kCount>
@@ -97,6 +98,19 @@ inline double add_lanes(const V (&lanes)[kCount]) {
   return total;
 }
 
+template <class V, int kCount>
+inline auto max_lanes(const V (&lanes)[kCount]) {
+  V best = lanes[0];
+  for (int j = 1; j < kCount; ++j) best = vmax(lanes[j], best);
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return best;
+  } else {
+    float widest = best[0];
+    for (size_t i = 1; i < sizeof(V) / sizeof(float); ++i) widest = best[i] > widest ? best[i] : widest;
+    return widest;
+  }
+}
+
 template <bool kSoftcap, class T>
 inline stats_t<T> segment_max(const RowScale<stats_t<T>>& scale, const T* p, int64_t n) {
   using V = vector_of<T>;
@@ -106,34 +120,27 @@ inline stats_t<T> segment_max(const RowScale<stats_t<T>>& scale, const T* p, int
   for_each_block(p, n, [&](const T* block, int64_t) {
     for (int j = 0; j < kVectors; ++j) lanes[j] = vmax(load_v<kSoftcap>(scale, block + j * kWide), lanes[j]);
   });
-  for (int j = 1; j < kVectors; ++j) lanes[0] = vmax(lanes[j], lanes[0]);
-  if constexpr (kWide == 1) {
-    return lanes[0];
-  } else {
-    float best = lanes[0][0];
-    for (int i = 1; i < kWide; ++i) best = lanes[0][i] > best ? lanes[0][i] : best;
-    return best;
-  }
+  return max_lanes(lanes);
 }
 
 template <bool kSoftcap, class T>
-inline SegmentSums segment_sums(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> center,
-                                const T* p, int64_t n, int64_t prefetch) {
+inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp,
+                                            stats_t<T> center, const T* p, int64_t n) {
   using V = vector_of<T>;
   constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
-  V sum[kVectors] = {}, weighted[kVectors] = {};
-  for_each_block(p, n, [&](const T* block, int64_t i) {
-    for (size_t line = 0; line < sizeof(T) * kLanes; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(p + i + prefetch) + line);
-    }
+  V sum[kVectors] = {}, weighted[kVectors] = {}, max[kVectors];
+  for (V& lane : max) lane = V{} - stats_t<T>(INFINITY);
+  for_each_block(p, n, [&](const T* block, int64_t) {
     for (int j = 0; j < kVectors; ++j) {
-      const V d = exp.clamp(load_v<kSoftcap>(scale, block + j * kWide) - center);
+      const V v = load_v<kSoftcap>(scale, block + j * kWide);
+      max[j] = vmax(v, max[j]);
+      const V d = exp.clamp(v - center);
       const V e = exp(d);
       sum[j] = sum[j] + e;
       weighted[j] = e * d + weighted[j];
     }
   });
-  return {add_lanes(sum), add_lanes(weighted)};
+  return {max_lanes(max), add_lanes(sum), add_lanes(weighted)};
 }
 
 // The segment's sum without one of its maxima: 1 + R has lost what a peaked row's entropy is made of.
@@ -145,7 +152,7 @@ inline double segment_sum_rest(const RowScale<stats_t<T>>& scale, const ScaledEx
   int64_t argmax = 0;
   while (argmax < n - 1 && !(load_v_one<kSoftcap>(scale, p + argmax) == center)) ++argmax;
   copy[argmax] = minus_infinity<T>();
-  return segment_sums<kSoftcap>(scale, exp, center, copy, n, 0).sum_exp;
+  return segment_sums<kSoftcap>(scale, exp, center, copy, n).sum_exp;
 }
 
 template <class T>
@@ -158,30 +165,45 @@ inline bool holds_nan(const T* p, int64_t n) {
 }
 
 // The state of a row, or of a shard's part of it. NaN and +inf make the sums NaN; a row without any finite logit is empty.
+//
+// Every segment is centred at the largest logit so far, which it rarely exceeds; where it does, it is swept again from cache.
 template <bool kSoftcap, class T>
 inline RowState<double> row_state(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
   using Real = stats_t<T>;
   const ScaledExp<Real> exp(scale.scale);
   RowState<double> state;
-  const T* winner = nullptr;  // the segment that holds the row's maximum, and its plain sum
+  double total = 0, weighted = 0, winner_sum = 0;  // sums over all segments so far, and over the one with the maximum
+  const T* winner = nullptr;
   int64_t winner_size = 0;
-  double winner_rest = 0;
   for (int64_t start = 0; start < vocab_size; start += kSegment) {
-    const int64_t left = vocab_size - start, n = left < kSegment ? left : kSegment;
+    const int64_t n = vocab_size - start < kSegment ? vocab_size - start : kSegment;
     const T* p = row + start;
-    const Real center = segment_max<kSoftcap>(scale, p, n);
+    Real center = winner ? Real(state.row_max) : segment_max<kSoftcap>(scale, p, n);
     if (center == Real(-INFINITY)) {
       if (holds_nan(p, n)) return {NAN, NAN, NAN};
       continue;
     }
-    const SegmentSums sums = segment_sums<kSoftcap>(scale, exp, center, p, n, left > kSegment ? kSegment : 0);
-    if (center > state.row_max) {
-      winner = p, winner_size = n, winner_rest = sums.sum_exp - 1;
+    SegmentSums<Real> sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
+    if (winner == nullptr || sums.max > center) {
+      if (winner != nullptr) {
+        center = sums.max;
+        sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
+        const double shift = (state.row_max - double(center)) * scale.scale, factor = std::exp(shift);
+        weighted = factor * (weighted + total * shift);
+        total *= factor;
+      }
+      state.row_max = double(center);
+      winner = p, winner_size = n, winner_sum = sums.sum_exp;
     }
-    state.merge({double(center), sums.sum_exp - 1, sums.weighted_sum * scale.scale}, scale.scale);
+    total += sums.sum_exp;
+    weighted += sums.weighted_sum * scale.scale;
   }
-  if (winner != nullptr && state.is_valid()) {
-    state.sum_rest += segment_sum_rest<kSoftcap>(scale, exp, Real(state.row_max), winner, winner_size) - winner_rest;
+  if (winner == nullptr) return state;
+  // total - winner_sum is what the other segments hold, up to rounding of float64.
+  state.sum_rest = total - winner_sum;
+  state.weighted_sum = weighted;
+  if (state.is_valid()) {
+    state.sum_rest += segment_sum_rest<kSoftcap>(scale, exp, Real(state.row_max), winner, winner_size);
   }
   return state;
 }

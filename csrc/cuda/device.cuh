@@ -1,0 +1,267 @@
+// Instructions that C++ has no name for, one function each. Under nvcc they are PTX; the host build of the tests
+// (tests/cuda_host) compiles the same kernels with g++ and gives the same functions there.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace erc {
+namespace cuda {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// Sixteen bytes of a row.
+struct alignas(16) Raw {
+  uint32_t word[4];
+};
+
+// Two neighbouring elements: one register pair, and from sm_100 on one operand of packed float32 arithmetic.
+template <class Real>
+struct alignas(2 * sizeof(Real)) Pair {
+  Real a, b;
+};
+
+// How a kernel is launched; cluster is the number of blocks in a cluster, 1 for none.
+struct LaunchShape {
+  int64_t grid;
+  int block, cluster, shared_bytes;
+  cudaStream_t stream;
+};
+
+// What the launchers ask about the current device.
+struct DeviceInfo {
+  int multiprocessors, l2_bytes, shared_bytes_per_block;
+  bool has_clusters;  // sm_90 and later
+};
+
+}  // namespace cuda
+}  // namespace erc
+
+#ifdef ERC_CUDA_HOST
+#include "cuda_host/device.h"
+#else
+
+#include <cuda_runtime.h>
+
+namespace erc {
+namespace cuda {
+
+#define ERC_DEVICE __device__ __forceinline__
+
+// ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+// 2^x within 2^-22; results below 2^-126 are 0.
+ERC_DEVICE float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ERC_DEVICE double ex2(double x) { return exp2(x); }
+
+// max(a, b), NaN if either is.
+ERC_DEVICE float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+ERC_DEVICE double max_nan(double a, double b) { return a != a || a > b ? a : b; }
+
+// a * b + c, rounded once: explicit, so that every kernel makes the same choice and two kernels give one result.
+ERC_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+ERC_DEVICE double fma_rn(double a, double b, double c) { return __fma_rn(a, b, c); }
+ERC_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+ERC_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+
+template <class Real>
+ERC_DEVICE Pair<Real> fma_pair(Pair<Real> x, Pair<Real> y, Pair<Real> z) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if constexpr (sizeof(Real) == 4) {
+    Pair<Real> out;
+    asm("{ .reg .b64 x, y, z, o; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5}; mov.b64 z, {%6, %7};\n"
+        "  fma.rn.f32x2 o, x, y, z; mov.b64 {%0, %1}, o; }"
+        : "=f"(out.a), "=f"(out.b)
+        : "f"(x.a), "f"(x.b), "f"(y.a), "f"(y.b), "f"(z.a), "f"(z.b));
+    return out;
+  }
+#endif
+  return {fma_rn(x.a, y.a, z.a), fma_rn(x.b, y.b, z.b)};
+}
+
+template <class Real>
+ERC_DEVICE Pair<Real> add_pair(Pair<Real> x, Pair<Real> y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if constexpr (sizeof(Real) == 4) {
+    Pair<Real> out;
+    asm("{ .reg .b64 x, y, o; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5};\n"
+        "  add.rn.f32x2 o, x, y; mov.b64 {%0, %1}, o; }"
+        : "=f"(out.a), "=f"(out.b)
+        : "f"(x.a), "f"(x.b), "f"(y.a), "f"(y.b));
+    return out;
+  }
+#endif
+  return {x.a + y.a, x.b + y.b};
+}
+
+template <class Real>
+ERC_DEVICE Pair<Real> mul_pair(Pair<Real> x, Pair<Real> y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if constexpr (sizeof(Real) == 4) {
+    Pair<Real> out;
+    asm("{ .reg .b64 x, y, o; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5};\n"
+        "  mul.rn.f32x2 o, x, y; mov.b64 {%0, %1}, o; }"
+        : "=f"(out.a), "=f"(out.b)
+        : "f"(x.a), "f"(x.b), "f"(y.a), "f"(y.b));
+    return out;
+  }
+#endif
+  return {mul_rn(x.a, y.a), mul_rn(x.b, y.b)};
+}
+
+// ---- two 16-bit elements in a word ---------------------------------------------------------------------------------
+
+// Maxima of packed pairs; a NaN loses against a number (it poisons the sum of exponentials instead).
+ERC_DEVICE uint32_t max_packed(bfloat16, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+ERC_DEVICE uint32_t max_packed(float16, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+ERC_DEVICE Pair<float> unpack(bfloat16, uint32_t w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }
+ERC_DEVICE Pair<float> unpack(float16, uint32_t w) {
+  Pair<float> v;
+  asm("{ .reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi; }" : "=f"(v.a), "=f"(v.b) : "r"(w));
+  return v;
+}
+
+// Rounded to nearest even.
+ERC_DEVICE uint32_t pack(bfloat16, Pair<float> v) {
+  uint32_t w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(v.b), "f"(v.a));
+  return w;
+}
+ERC_DEVICE uint32_t pack(float16, Pair<float> v) {
+  uint32_t w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(v.b), "f"(v.a));
+  return w;
+}
+
+ERC_DEVICE float as_float(uint32_t w) { return __uint_as_float(w); }
+ERC_DEVICE uint32_t as_uint(float x) { return __float_as_uint(x); }
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+// A read of what will not be read again from this cache.
+ERC_DEVICE Raw load_streaming(const void* p) {
+  Raw r;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3])
+               : "l"(p));
+  return r;
+}
+
+// A write that nothing on the GPU reads soon: it leaves the L2 cache first.
+ERC_DEVICE void store_streaming(void* p, Raw r) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(r.word[0]), "r"(r.word[1]), "r"(r.word[2]),
+               "r"(r.word[3])
+               : "memory");
+}
+
+ERC_DEVICE char* dynamic_shared() {
+  extern __shared__ __align__(128) char shared_memory[];
+  return shared_memory;
+}
+
+// ---- bulk asynchronous copies (sm_90 and later) --------------------------------------------------------------------
+
+ERC_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+using CopyBarrier = uint64_t;  // an mbarrier in shared memory
+
+ERC_DEVICE void copy_barrier_init(CopyBarrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Global to shared memory; both addresses and the size are multiples of 16 bytes. One thread calls it, once a barrier.
+ERC_DEVICE void copy_bulk(void* destination, const void* source, uint32_t bytes, CopyBarrier* barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Returns when the copy of `barrier` has landed; its bytes are then visible to the calling thread.
+ERC_DEVICE void copy_wait(CopyBarrier* barrier) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "waiting: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], 0;\n"
+      "  @!done bra waiting; }" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// ---- clusters (sm_90 and later) ------------------------------------------------------------------------------------
+
+ERC_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+ERC_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Writes a word of another block's shared memory, at the place that `p` has in this block's.
+ERC_DEVICE void store_remote(uint32_t* p, int rank, uint32_t value) {
+  asm volatile(
+      "{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.u32 [remote], %2; }" ::"r"(
+          shared_address(p)),
+      "r"(rank), "r"(value)
+      : "memory");
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+
+inline DeviceInfo device_info() {
+  int device = 0, major = 0;
+  DeviceInfo info{};
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&info.l2_bytes, cudaDevAttrL2CacheSize, device);
+  cudaDeviceGetAttribute(&info.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  info.has_clusters = major == 9 || major == 10;
+  return info;
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, Args... args) {
+  if (shape.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  config.blockDim = dim3(shape.block);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = shape.stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+}  // namespace cuda
+}  // namespace erc
+
+#endif  // ERC_CUDA_HOST

@@ -1,0 +1,147 @@
+// The gradient sweep: grad[j] = 2^((v_j - row_max) * rate) * (constant + slope * (v_j - row_max) * rate) * dx/dz, and the
+// labelled column by itself (common/row_state.h says why).
+#pragma once
+
+#include "cuda/sweep.cuh"
+
+namespace erc {
+namespace cuda {
+
+enum GradientMode : int32_t { kFill, kFast, kGuarded };
+
+// All that a row's gradient depends on: one thread computes it, every thread reads it.
+template <class Real>
+struct GradientPlan {
+  GradientMode mode;
+  Real fill;    // of kFill: 0 for a row without gradient, NaN for a row without a distribution
+  Real center;  // fast: row_max * rate, rounded; guarded: row_max
+  Real constant, slope, label;
+
+  ERC_DEVICE static GradientPlan constant_row(Real value) { return {kFill, value, 0, 0, 0, 0}; }
+
+  ERC_DEVICE GradientPlan(GradientMode mode, Real fill, Real center, Real constant, Real slope, Real label)
+      : mode(mode), fill(fill), center(center), constant(constant), slope(slope), label(label) {}
+
+  ERC_DEVICE GradientPlan(const RowState<Real>& state, const RowScale<Real>& scale, StatGrads<Real> grads, Real label_value,
+                          bool guarded)
+      : mode(kFill), fill(0) {
+    if (!state.is_valid()) fill = Real(NAN);
+    if (!state.is_valid() || (grads.logprob == 0 && grads.entropy == 0 && grads.logsumexp == 0)) return;
+    const RowGradient<Real> gradient(state, scale.scale, grads, label_value);
+    label = gradient.label * scale.chain;
+    if (scale.softcap != 0 && label_value > -Real(INFINITY)) {
+      const Real t = label_value * scale.inverse_softcap;
+      label *= 1 - t * t;
+    }
+    constant = gradient.constant * scale.chain;
+    slope = gradient.slope * scale.chain / scale.rate;
+    const Real rounded = mul_rn(state.row_max, scale.rate);
+    // Below these bounds nothing in the fast form overflows where the fast statistics did not.
+    if (guarded || !(std::fabs(slope) < Real(0.5)) || !(std::fabs(constant) < Real(1e18)) || !is_finite(rounded)) {
+      mode = kGuarded;
+      center = state.row_max;
+      return;
+    }
+    // u = v * rate - rounded is off by the residual of the rounding, for all columns alike: the coefficients take it back.
+    const Real residual = fma_rn(state.row_max, scale.rate, -rounded), factor = std::exp2(-residual);
+    mode = kFast;
+    center = rounded;
+    constant = factor * fma_rn(-slope, residual, constant);
+    slope *= factor;
+  }
+};
+
+template <bool kGuardedForm, class V>
+ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                               const Raw& raw) {
+  using T = typename V::Element;
+  using Real = typename V::Real;
+  const Pair<Real> slope{plan.slope, plan.slope}, constant{plan.constant, plan.constant};
+  Raw out;
+#pragma unroll
+  for (int i = 0; i < kVector<T> / 2; ++i) {
+    const Pair<Real> v = V::values(scale, raw, i);
+    Pair<Real> u;
+    if constexpr (kGuardedForm) {
+      u = {above_floor(mul_rn(v.a - plan.center, scale.rate)), above_floor(mul_rn(v.b - plan.center, scale.rate))};
+    } else {
+      u = fma_pair(v, Pair<Real>{scale.rate, scale.rate}, Pair<Real>{-plan.center, -plan.center});
+    }
+    const Pair<Real> e{ex2(u.a), ex2(u.b)};
+    Pair<Real> g = mul_pair(e, fma_pair(slope, u, constant));
+    if constexpr (V::softcap) {
+      const Pair<Real> t{v.a * scale.inverse_softcap, v.b * scale.inverse_softcap};  // 0 without softcap
+      g = {e.a == 0 ? g.a : g.a * (1 - t.a * t.a), e.b == 0 ? g.b : g.b * (1 - t.b * t.b)};
+    }
+    set_pair(T{}, out, i, g);
+  }
+  return out;
+}
+
+template <class V>
+ERC_DEVICE void store_vector(typename V::Element* p, const Raw& raw) {
+  if constexpr (V::aligned) {
+    store_streaming(p, raw);
+  } else {
+    store_elements(p, raw, kVector<typename V::Element>);
+  }
+}
+
+template <bool kGuardedForm, class V, class Source>
+ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                                 const Segment<V, Source>& segment, typename V::Element* out) {
+  using T = typename V::Element;
+  const int threads = blockDim.x, whole = segment.whole();
+  int i = threadIdx.x;
+  for (; i + (kUnroll - 1) * threads < whole; i += kUnroll * threads) {
+    Raw raw[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) raw[k] = segment.source.vector(i + k * threads);
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      store_vector<V>(out + int64_t(i + k * threads) * kVector<T>, gradient_vector<kGuardedForm, V>(plan, scale, raw[k]));
+    }
+  }
+  for (; i < whole; i += threads) {
+    store_vector<V>(out + int64_t(i) * kVector<T>, gradient_vector<kGuardedForm, V>(plan, scale, segment.source.vector(i)));
+  }
+  if (segment.rest() != 0 && threadIdx.x == 0) {
+    const Raw raw = gradient_vector<true, V>(guarded_form(plan), scale, segment.tail());
+    store_elements(out + int64_t(whole) * kVector<T>, raw, segment.rest());
+  }
+}
+
+template <class V, class T>
+ERC_DEVICE void fill_columns(T* out, int columns, typename V::Real value) {
+  Raw raw;
+#pragma unroll
+  for (int i = 0; i < kVector<T> / 2; ++i) set_pair(T{}, raw, i, Pair<typename V::Real>{value, value});
+  const int whole = columns / kVector<T>;
+  for (int i = threadIdx.x; i < whole; i += blockDim.x) store_vector<V>(out + int64_t(i) * kVector<T>, raw);
+  if (threadIdx.x == 0) store_elements(out + int64_t(whole) * kVector<T>, raw, columns % kVector<T>);
+}
+
+// The gradient of one segment by the whole block. `label` is the labelled column counted from the segment's first, or outside.
+// `out` may be what the segment reads: a thread writes only vectors that it alone has read.
+template <class V, class Source>
+ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                                 const Segment<V, Source>& segment, int64_t label, typename V::Element* out) {
+  using T = typename V::Element;
+  if (plan.mode == kFill) {
+    fill_columns<V>(out, segment.columns, plan.fill);
+    return;
+  }
+  if (plan.mode == kFast) {
+    gradient_columns<false>(plan, scale, segment, out);
+  } else {
+    gradient_columns<true>(plan, scale, segment, out);
+  }
+  if (label < 0 || label >= segment.columns) return;
+  // The thread that wrote the label's vector writes once more.
+  const int vector = int(label / kVector<T>);
+  const int writer = vector < segment.whole() ? vector % int(blockDim.x) : 0;
+  if (int(threadIdx.x) == writer) out[label] = from_real(T{}, plan.label);
+}
+
+}  // namespace cuda
+}  // namespace erc

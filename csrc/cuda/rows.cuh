@@ -1,0 +1,247 @@
+// How a row is addressed, scaled and cut into pieces.
+//
+// A row is cut into at most eight segments, and a segment over kLanes lanes: lane l takes the 16-byte vectors l, l + kLanes, ...
+// counted from the segment's first column, whatever its address. Lanes combine in a fixed order, then segments from left to
+// right. Where a segment is computed (one block for a whole row, a block of a cluster, a block on its own) changes no bit.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "common/row_state.h"
+#include "cuda/device.cuh"
+
+namespace erc {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr int kLanes = 256;         // of a segment; a thread is one lane
+constexpr int kMaxSegments = 8;     // the largest portable cluster
+constexpr int kSegmentBytes = 40 * 1024;  // five blocks of a cluster kernel fit on an SM of sm_90
+constexpr int kUnroll = 4;          // vectors in flight a lane
+
+template <class T>
+struct StatsOf {
+  using type = float;
+};
+template <>
+struct StatsOf<double> {
+  using type = double;
+};
+template <class T>
+using stats_t = typename StatsOf<T>::type;
+
+template <class T>
+constexpr int kVector = int(16 / sizeof(T));  // elements in a Raw
+
+// ---- pieces of a row: a function of V and dtype alone ---------------------------------------------------------------
+
+struct Partition {
+  int64_t vocab_size;
+  int64_t segment_size;  // columns, a multiple of 64
+  int segments;
+
+  ERC_DEVICE int columns(int segment) const {
+    const int64_t left = vocab_size - segment * segment_size;
+    return int(left < segment_size ? (left > 0 ? left : 0) : segment_size);
+  }
+};
+
+inline Partition partition_of(int64_t vocab_size, int element_bytes) {
+  const int most = element_bytes == 8 ? kMaxSegments / 2 : kMaxSegments;  // float64 lanes take twice the shared memory
+  int segments = 1;
+  while (segments < most && vocab_size * element_bytes > int64_t(segments) * kSegmentBytes) segments *= 2;
+  const int64_t size = (vocab_size + segments - 1) / segments;
+  return {vocab_size, (size + 63) / 64 * 64, segments};
+}
+
+// ---- addresses -----------------------------------------------------------------------------------------------------
+
+// All index arithmetic is 64-bit: N * V may exceed 2^31.
+template <class T>
+ERC_DEVICE T* row_pointer(const Rows& rows, int64_t i) {
+  const int64_t outer = i / rows.inner;
+  return static_cast<T*>(rows.data) + outer * rows.outer_stride + (i - outer * rows.inner) * rows.inner_stride;
+}
+
+// Whether every row starts at a multiple of 16 bytes.
+template <class T>
+inline bool is_aligned(const Rows& rows) {
+  const bool one_outer = rows.num_rows <= rows.inner, one_inner = rows.inner <= 1;
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && (one_outer || rows.outer_stride % kVector<T> == 0) &&
+         (one_inner || rows.inner_stride % kVector<T> == 0);
+}
+
+enum class LabelKind { kIgnored, kAbsent, kHere, kOutOfRange };
+
+struct Label {
+  LabelKind kind;
+  int64_t column;  // -1 unless kHere
+};
+
+ERC_DEVICE Label row_label(const RowInputs& in, int64_t row) {
+  if (in.labels == nullptr) return {LabelKind::kAbsent, -1};
+  const int64_t label = in.labels[row];
+  if (label == in.ignore_index) return {LabelKind::kIgnored, -1};
+  if (label == kAbsentLabel) return {LabelKind::kAbsent, -1};
+  const int64_t column = label - in.label_start;
+  if (column >= 0 && column < in.logits.vocab_size) return {LabelKind::kHere, column};
+  return {LabelKind::kOutOfRange, -1};
+}
+
+// ---- elements ------------------------------------------------------------------------------------------------------
+
+template <class T>
+ERC_DEVICE Pair<float> pair_of(T tag, const Raw& raw, int i) {
+  return unpack(tag, raw.word[i]);
+}
+ERC_DEVICE Pair<float> pair_of(float, const Raw& raw, int i) {
+  return {as_float(raw.word[2 * i]), as_float(raw.word[2 * i + 1])};
+}
+ERC_DEVICE Pair<double> pair_of(double, const Raw& raw, int) {
+  return {reinterpret_cast<const double*>(&raw)[0], reinterpret_cast<const double*>(&raw)[1]};
+}
+
+template <class T>
+ERC_DEVICE void set_pair(T tag, Raw& raw, int i, Pair<float> v) {
+  raw.word[i] = pack(tag, v);
+}
+ERC_DEVICE void set_pair(float, Raw& raw, int i, Pair<float> v) {
+  raw.word[2 * i] = as_uint(v.a);
+  raw.word[2 * i + 1] = as_uint(v.b);
+}
+ERC_DEVICE void set_pair(double, Raw& raw, int, Pair<double> v) { reinterpret_cast<Pair<double>&>(raw) = v; }
+
+template <class T>
+ERC_DEVICE stats_t<T> to_real(T x) {
+  return unpack(T{}, x.bits).a;
+}
+ERC_DEVICE float to_real(float x) { return x; }
+ERC_DEVICE double to_real(double x) { return x; }
+
+template <class T>
+ERC_DEVICE T from_real(T, float x) {
+  return {uint16_t(pack(T{}, {x, x}))};
+}
+ERC_DEVICE float from_real(float, float x) { return x; }
+ERC_DEVICE double from_real(double, double x) { return x; }
+
+// ---- where vectors come from and go to -------------------------------------------------------------------------------
+
+// A vector whose address may be anything: element by element, so that the partition need not follow the address.
+template <class T>
+ERC_DEVICE Raw load_elements(const T* p, int count, T fill) {
+  Raw raw;
+  T* out = reinterpret_cast<T*>(&raw);
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) out[j] = j < count ? p[j] : fill;
+  return raw;
+}
+
+template <class T>
+ERC_DEVICE void store_elements(T* p, const Raw& raw, int count) {
+  const T* in = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) {
+    if (j < count) p[j] = in[j];
+  }
+}
+
+// A segment in global memory. kAligned: 16-byte loads and stores.
+template <class T, bool kAligned>
+struct GlobalSegment {
+  const T* begin;
+  ERC_DEVICE Raw vector(int i) const {
+    if constexpr (kAligned) return load_streaming(begin + int64_t(i) * kVector<T>);
+    return load_elements(begin + int64_t(i) * kVector<T>, kVector<T>, T{});
+  }
+};
+
+// A segment in shared memory.
+template <class T>
+struct SharedSegment {
+  const T* begin;
+  ERC_DEVICE Raw vector(int i) const { return reinterpret_cast<const Raw*>(begin)[i]; }
+};
+
+// ---- scaling -------------------------------------------------------------------------------------------------------
+
+// The scaling of one row, and the carrier v of its centred variable: v = z, or its softcapped value.
+template <class Real>
+struct RowScale {
+  Real scale;    // x = v * scale
+  Real rate;     // scale * log2(e): exp(x) = 2^(v * rate)
+  Real chain;    // dx/dz but for the softcap's own factor
+  Real softcap;  // 0: none
+  Real inner;    // z * inner enters the softcap's tanh
+  Real inverse_softcap;
+
+  ERC_DEVICE RowScale(const RowInputs& in, int64_t row) {
+    const double temperature =
+        in.temperature != nullptr ? double(static_cast<const Real*>(in.temperature)[row]) : in.scaling.temperature;
+    const bool capped = in.scaling.softcap != 0;
+    const double slope = in.scaling.logit_scale / temperature, s = capped ? 1 / temperature : slope;
+    scale = Real(s);
+    rate = Real(s * 1.4426950408889634074);
+    chain = Real(slope);
+    softcap = Real(in.scaling.softcap);
+    inner = capped ? Real(in.scaling.logit_scale / in.scaling.softcap) : Real(1);
+    inverse_softcap = capped ? Real(1 / in.scaling.softcap) : Real(0);
+  }
+
+  // Softcap of finite logits; an infinite one stays infinite: -inf forbids a token, +inf makes its row NaN.
+  ERC_DEVICE Real capped(Real z) const {
+    return softcap == 0 || z == Real(INFINITY) || z == -Real(INFINITY) ? z : softcap * std::tanh(mul_rn(z, inner));
+  }
+};
+
+// dtype, softcap and alignment: what changes the machine code. The unaligned form serves every softcap.
+template <class T, bool kSoftcap, bool kAligned>
+struct Variant {
+  using Element = T;
+  using Real = stats_t<T>;
+  static constexpr bool softcap = kSoftcap;
+  static constexpr bool aligned = kAligned;
+
+  ERC_DEVICE static Pair<Real> values(const RowScale<Real>& scale, const Raw& raw, int i) {
+    Pair<Real> v = pair_of(T{}, raw, i);
+    if constexpr (kSoftcap) v = {scale.capped(v.a), scale.capped(v.b)};
+    return v;
+  }
+  ERC_DEVICE static Real value(const RowScale<Real>& scale, T z) {
+    if constexpr (kSoftcap) return scale.capped(to_real(z));
+    return to_real(z);
+  }
+  ERC_DEVICE static T minus_infinity() { return from_real(T{}, -stats_t<T>(INFINITY)); }
+};
+
+// Calls body(Variant) with what fits the rows, which are all of one dtype. float64 has the one general form.
+template <class Body>
+inline cudaError_t dispatch(std::initializer_list<const Rows*> tensors, bool softcap, Body&& body) {
+  const auto with_type = [&](auto tag) {
+    using T = decltype(tag);
+    bool aligned = true;
+    for (const Rows* rows : tensors) aligned = aligned && (rows->data == nullptr || is_aligned<T>(*rows));
+    if constexpr (std::is_same<T, double>::value) aligned = false;
+    if (!aligned) return body(Variant<T, true, false>{});
+    if constexpr (!std::is_same<T, double>::value) {
+      if (softcap) return body(Variant<T, true, true>{});
+      return body(Variant<T, false, true>{});
+    }
+    return cudaErrorInvalidValue;
+  };
+  switch ((*tensors.begin())->dtype) {
+    case DType::kFloat32:
+      return with_type(float{});
+    case DType::kBFloat16:
+      return with_type(bfloat16{});
+    case DType::kFloat16:
+      return with_type(float16{});
+    case DType::kFloat64:
+      return with_type(double{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace cuda
+}  // namespace erc
