@@ -14,13 +14,10 @@ template <class Real>
 struct GradientPlan {
   GradientMode mode;
   Real fill;    // of kFill: 0 for a row without gradient, NaN for a row without a distribution
-  Real center;  // fast: row_max * rate, rounded; guarded: row_max
-  Real constant, slope, label;
+  Real center = 0;  // fast: row_max * rate, rounded; guarded: row_max
+  Real constant = 0, slope = 0, label = 0;
 
-  ERC_DEVICE static GradientPlan constant_row(Real value) { return {kFill, value, 0, 0, 0, 0}; }
-
-  ERC_DEVICE GradientPlan(GradientMode mode, Real fill, Real center, Real constant, Real slope, Real label)
-      : mode(mode), fill(fill), center(center), constant(constant), slope(slope), label(label) {}
+  ERC_DEVICE explicit GradientPlan(Real fill) : mode(kFill), fill(fill) {}
 
   ERC_DEVICE GradientPlan(const RowState<Real>& state, const RowScale<Real>& scale, StatGrads<Real> grads, Real label_value,
                           bool guarded)
@@ -51,7 +48,8 @@ struct GradientPlan {
   }
 };
 
-template <bool kGuardedForm, class V>
+// kHoles: the vector may hold -inf that the statistics did not report, as the one at the row's end.
+template <bool kGuardedForm, bool kHoles, class V>
 ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
                                const Raw& raw) {
   using T = typename V::Element;
@@ -63,10 +61,11 @@ ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const
     const Pair<Real> v = V::values(scale, raw, i);
     Pair<Real> u;
     if constexpr (kGuardedForm) {
-      u = {above_floor(mul_rn(v.a - plan.center, scale.rate)), above_floor(mul_rn(v.b - plan.center, scale.rate))};
+      u = {mul_rn(v.a - plan.center, scale.rate), mul_rn(v.b - plan.center, scale.rate)};
     } else {
       u = fma_pair(v, Pair<Real>{scale.rate, scale.rate}, Pair<Real>{-plan.center, -plan.center});
     }
+    if constexpr (kGuardedForm || kHoles) u = {above_floor(u.a), above_floor(u.b)};
     const Pair<Real> e{ex2(u.a), ex2(u.b)};
     Pair<Real> g = mul_pair(e, fma_pair(slope, u, constant));
     if constexpr (V::softcap) {
@@ -91,22 +90,26 @@ template <bool kGuardedForm, class V, class Source>
 ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
                                  const Segment<V, Source>& segment, typename V::Element* out) {
   using T = typename V::Element;
-  const int threads = blockDim.x, whole = segment.whole();
-  int i = threadIdx.x;
-  for (; i + (kUnroll - 1) * threads < whole; i += kUnroll * threads) {
+  constexpr int kStep = kLanes * kVector<T>;
+  const int lane = threadIdx.x, whole = segment.whole(), vectors = whole > lane ? (whole - lane - 1) / kLanes + 1 : 0;
+  const T* p = segment.source.begin + lane * kVector<T>;
+  T* q = out + lane * kVector<T>;
+#pragma unroll 1
+  for (int trips = vectors / kUnroll; trips > 0; --trips, p += kUnroll * kStep, q += kUnroll * kStep) {
     Raw raw[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) raw[k] = segment.source.vector(i + k * threads);
+    for (int k = 0; k < kUnroll; ++k) raw[k] = Source::load(p + k * kStep);
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
-      store_vector<V>(out + int64_t(i + k * threads) * kVector<T>, gradient_vector<kGuardedForm, V>(plan, scale, raw[k]));
+      store_vector<V>(q + k * kStep, gradient_vector<kGuardedForm, false, V>(plan, scale, raw[k]));
     }
   }
-  for (; i < whole; i += threads) {
-    store_vector<V>(out + int64_t(i) * kVector<T>, gradient_vector<kGuardedForm, V>(plan, scale, segment.source.vector(i)));
+#pragma unroll 1
+  for (int left = vectors % kUnroll; left > 0; --left, p += kStep, q += kStep) {
+    store_vector<V>(q, gradient_vector<kGuardedForm, false, V>(plan, scale, Source::load(p)));
   }
   if (segment.rest() != 0 && threadIdx.x == 0) {
-    const Raw raw = gradient_vector<true, V>(guarded_form(plan), scale, segment.tail());
+    const Raw raw = gradient_vector<kGuardedForm, true, V>(plan, scale, segment.tail());
     store_elements(out + int64_t(whole) * kVector<T>, raw, segment.rest());
   }
 }
@@ -117,11 +120,11 @@ ERC_DEVICE void fill_columns(T* out, int columns, typename V::Real value) {
 #pragma unroll
   for (int i = 0; i < kVector<T> / 2; ++i) set_pair(T{}, raw, i, Pair<typename V::Real>{value, value});
   const int whole = columns / kVector<T>;
-  for (int i = threadIdx.x; i < whole; i += blockDim.x) store_vector<V>(out + int64_t(i) * kVector<T>, raw);
+  for (int i = threadIdx.x; i < whole; i += kLanes) store_vector<V>(out + int64_t(i) * kVector<T>, raw);
   if (threadIdx.x == 0) store_elements(out + int64_t(whole) * kVector<T>, raw, columns % kVector<T>);
 }
 
-// The gradient of one segment by the whole block. `label` is the labelled column counted from the segment's first, or outside.
+// The gradient of one segment by kLanes threads. `label` is the labelled column counted from the segment's first, or outside.
 // `out` may be what the segment reads: a thread writes only vectors that it alone has read.
 template <class V, class Source>
 ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
@@ -139,7 +142,7 @@ ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, con
   if (label < 0 || label >= segment.columns) return;
   // The thread that wrote the label's vector writes once more.
   const int vector = int(label / kVector<T>);
-  const int writer = vector < segment.whole() ? vector % int(blockDim.x) : 0;
+  const int writer = vector < segment.whole() ? vector % kLanes : 0;
   if (int(threadIdx.x) == writer) out[label] = from_real(T{}, plan.label);
 }
 

@@ -147,21 +147,20 @@ ERC_DEVICE void store_elements(T* p, const Raw& raw, int count) {
   }
 }
 
-// A segment in global memory. kAligned: 16-byte loads and stores.
+// Where a segment lies: `begin` is its first element, load reads the vector at p. In global memory, 16 bytes at once if kAligned.
 template <class T, bool kAligned>
-struct GlobalSegment {
+struct GlobalSource {
   const T* begin;
-  ERC_DEVICE Raw vector(int i) const {
-    if constexpr (kAligned) return load_streaming(begin + int64_t(i) * kVector<T>);
-    return load_elements(begin + int64_t(i) * kVector<T>, kVector<T>, T{});
+  ERC_DEVICE static Raw load(const T* p) {
+    if constexpr (kAligned) return load_streaming(p);
+    return load_elements(p, kVector<T>, T{});
   }
 };
 
-// A segment in shared memory.
 template <class T>
-struct SharedSegment {
+struct SharedSource {
   const T* begin;
-  ERC_DEVICE Raw vector(int i) const { return reinterpret_cast<const Raw*>(begin)[i]; }
+  ERC_DEVICE static Raw load(const T* p) { return *reinterpret_cast<const Raw*>(p); }
 };
 
 // ---- scaling -------------------------------------------------------------------------------------------------------

@@ -161,29 +161,29 @@ struct Segment {
 template <bool kGuarded, class V, class Source>
 ERC_DEVICE LaneResult<typename V::Real> sweep_lane(const RowScale<typename V::Real>& scale, const Segment<V, Source>& segment,
                                                    int lane) {
-  const int whole = segment.whole();
+  using T = typename V::Element;
+  constexpr int kStep = kLanes * kVector<T>;
+  const int vectors = segment.whole() > lane ? (segment.whole() - lane - 1) / kLanes + 1 : 0;
   LaneState<V, kGuarded> state;
-  int i = lane;
-  for (; i + (kUnroll - 1) * kLanes < whole; i += kUnroll * kLanes) {
+  const T* p = segment.source.begin + lane * kVector<T>;
+#pragma unroll 1
+  for (int trips = vectors / kUnroll; trips > 0; --trips, p += kUnroll * kStep) {
     Raw raw[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) raw[k] = segment.source.vector(i + k * kLanes);
+    for (int k = 0; k < kUnroll; ++k) raw[k] = Source::load(p + k * kStep);
     state.template add<false>(scale, raw);
   }
-  Raw left[kUnroll - 1];
+  const int left = vectors % kUnroll;
+  Raw raw[kUnroll - 1];
 #pragma unroll
   for (int k = 0; k < kUnroll - 1; ++k) {
-    if (i + k * kLanes < whole) left[k] = segment.source.vector(i + k * kLanes);
+    if (k < left) raw[k] = Source::load(p + k * kStep);
   }
 #pragma unroll
   for (int k = 0; k < kUnroll - 1; ++k) {
-    const Raw one[1] = {left[k]};
-    if (i + k * kLanes < whole) state.template add<false>(scale, one);
+    if (k < left) state.template add<false>(scale, {raw[k]});
   }
-  if (segment.rest() != 0 && whole % kLanes == lane) {
-    const Raw one[1] = {segment.tail()};
-    state.template add<true>(scale, one);
-  }
+  if (segment.rest() != 0 && segment.whole() % kLanes == lane) state.template add<true>(scale, {segment.tail()});
   return state.finish(scale);
 }
 
@@ -261,11 +261,10 @@ ERC_DEVICE SegmentState<typename V::Real> reduce_segment(const RowScale<typename
     const Real lane_sum = shared.lane_values(slot, 1)[lane], lane_weighted = shared.lane_values(slot, 2)[lane];
     const bool empty = row_max == -Real(INFINITY);  // then the sums are 0, or NaN
     const Real shift = empty ? Real(0) : above_floor(mul_rn(max[lane] - row_max, scale.rate));
-    const Real factor = ex2(shift);
-    if (lane != owner || empty) {
-      rest = fma_rn(factor, lane_sum, rest);
-      weighted = fma_rn(factor, fma_rn(lane_sum, shift, lane_weighted), weighted);
-    }
+    // Of the owner only a NaN counts: it says that the fast sweep met what it cannot handle.
+    const Real factor = lane == owner && !empty ? Real(0) : ex2(shift);
+    rest = fma_rn(factor, lane_sum, rest);
+    weighted = fma_rn(factor, fma_rn(lane_sum, shift, lane_weighted), weighted);
   }
   Real again = 0, maxima = 0;
   const auto take = [&](const Raw& raw) {
@@ -281,7 +280,7 @@ ERC_DEVICE SegmentState<typename V::Real> reduce_segment(const RowScale<typename
   };
   if (row_max > -Real(INFINITY)) {
     for (int64_t i = owner + int64_t(thread) * kLanes; i < segment.whole(); i += kLanes * kWarp) {
-      take(segment.source.vector(int(i)));
+      take(Source::load(segment.source.begin + i * kVector<T>));
     }
     if (thread == 0 && segment.rest() != 0 && segment.whole() % kLanes == owner) take(segment.tail());
   }

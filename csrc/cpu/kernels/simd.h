@@ -118,9 +118,16 @@ ERC_INLINE f32v load(const float* p) {
 }
 ERC_INLINE double load(const double* p) { return *p; }
 ERC_INLINE f32v load(const bfloat16* p) {
-  u16v v;
-  std::memcpy(&v, p, sizeof v);
-  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+#if defined(__AVX512F__)
+  const u32v wide = (u32v)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  const u32v wide = (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  u16v narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  const u32v wide = __builtin_convertvector(narrow, u32v);
+#endif
+  return (f32v)(wide << 16);
 }
 ERC_INLINE f32v load(const float16* p) {
 #if defined(__AVX512F__)

@@ -130,7 +130,7 @@ inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, c
   constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
   V sum[kVectors] = {}, weighted[kVectors] = {}, max[kVectors];
   for (V& lane : max) lane = V{} - stats_t<T>(INFINITY);
-  for_each_block(p, n, [&](const T* block, int64_t) {
+  for_each_block(p, n, [&, scale, exp](const T* block, int64_t) {
     for (int j = 0; j < kVectors; ++j) {
       const V v = load_v<kSoftcap>(scale, block + j * kWide);
       max[j] = vmax(v, max[j]);
@@ -232,7 +232,8 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_ma
   constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
   const ScaledExp<stats_t<T>> exp(scale.scale);
   const stats_t<T> inverse_cap = kSoftcap ? 1 / scale.softcap : 0;
-  for_each_block(row, vocab_size, [&](const T* block, int64_t i) {
+  // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
+  for_each_block(row, vocab_size, [=](const T* block, int64_t i) {
     T padded[kLanes];
     const bool whole = i + kLanes <= vocab_size;
     T* out = whole ? grad + i : padded;
