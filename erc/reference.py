@@ -1,5 +1,6 @@
-"""The whole library in plain PyTorch, any floating dtype: the oracle at float64, the `torch` backend, and the place to start reading.
+"""The whole library in plain PyTorch, any floating dtype: the oracle, the `torch` backend, and the place to start reading.
 
+Statistics are computed in float64 whatever the dtype of the logits, and rounded once to the statistics dtype.
 Same signatures as `erc.token_stats`, `erc.entropy_ratio`, `erc.policy_loss` and `erc.objective_loss`; gradients by autograd.
 Memory is that of eager PyTorch: several tensors as large as the logits.
 """
@@ -91,19 +92,24 @@ def token_stats(
 def row_stats(
     logits: Tensor, labels: Tensor | None, scaling: RowScaling, ignore_index: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Log-prob, entropy and logsumexp of checked arguments, each `[N]`."""
-    vocab_size = logits.shape[-1]
-    x = logits.reshape(-1, vocab_size).to(stats_dtype(logits.dtype))
+    """Log-prob, entropy and logsumexp of checked arguments, each `[N]` in the statistics dtype."""
+    vocab_size, dtype = logits.shape[-1], stats_dtype(logits.dtype)
+    x = _widened(logits)
     if labels is None:
         row = Row(scaling.apply(x))
-        return None, row.entropy, row.logsumexp
+        return None, row.entropy.to(dtype), row.logsumexp.to(dtype)
     active = labels != ignore_index
     in_range = (labels >= 0) & (labels < vocab_size)
     x = torch.where(active[:, None], x, 0.0)  # an ignored row is not read, whatever it holds
     x = torch.where((in_range | ~active)[:, None], x, nan)
     row = Row(scaling.apply(x))
     logprob = row.logprob(torch.where(in_range, labels, 0))
-    return tuple(torch.where(active, stat, 0.0) for stat in (logprob, row.entropy, row.logsumexp))
+    return tuple(torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Rows `[N, V]` in float64, so that every dtype of logits gets the oracle's answer, rounded once. MPS has no float64."""
+    return logits.reshape(-1, logits.shape[-1]).to(torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
 def entropy_ratio(
@@ -120,10 +126,7 @@ def entropy_ratio(
     check_constant("old_logits", old_logits)
     leading = tuple(logits.shape[:-1])
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    rows = [
-        Row(scaling.apply(z.reshape(-1, z.shape[-1]).to(stats_dtype(logits.dtype)))) for z in (logits, old_logits.detach())
-    ]
-    new, old = rows
+    new, old = (Row(scaling.apply(_widened(z))) for z in (logits, old_logits.detach()))
     p, q, log_p, log_q = new.probabilities(), old.probabilities(), new.logprobs(), old.logprobs()
     stats = (
         entropy_ratio_of(new.entropy, old.entropy, 1e-8),
@@ -133,7 +136,7 @@ def entropy_ratio(
         _divergence(q, log_q, log_p, p),
         (p - q).abs().sum(-1) / 2,
     )
-    return EntropyRatio(*(stat.view(leading) for stat in stats))
+    return EntropyRatio(*(stat.to(stats_dtype(logits.dtype)).view(leading) for stat in stats))
 
 
 def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
