@@ -128,17 +128,20 @@ def _runs_on(name: str, device: str) -> bool:
 
 
 def select(logits: Tensor, backend: str | None = None) -> tuple[str, str]:
-    """The backend for `logits`, and the reason.
+    """The backend for `logits`, and the reason. Compiled code keeps the choice made when it was traced.
 
     Raises:
         ValueError: for an unknown backend, one for another device, or one that is not available.
     """
-    device = logits.device.type
-    environment = os.environ.get("ERC_BACKEND")
+    return _select(logits.device.type, backend)
+
+
+@torch.compiler.assume_constant_result
+def _select(device: str, backend: str | None) -> tuple[str, str]:
     for name, reason in (
         (backend, "the backend argument"),
         (_forced[-1] if _forced else None, "use_backend"),
-        (environment, "ERC_BACKEND"),
+        (os.environ.get("ERC_BACKEND"), "ERC_BACKEND"),
     ):
         if name is None:
             continue
