@@ -1,0 +1,85 @@
+# make setup, make demo, make test: `make help` lists everything.
+# Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
+# BENCH_ARGS; what steers the compiled backends stands at the top of setup.py.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+EXTRAS := triton,test,demo,lint
+SOURCES := $(wildcard erc triton_kernels tests benchmarks examples setup.py)
+
+ifeq ($(HAS_GPU),yes)
+TORCH ?= torch>=2.10
+INSTALL_TORCH = $(PY) -m pip install "$(TORCH)"
+else
+TORCH ?= torch==2.13.0
+# A wheel of the CPU build that pip finds by itself (PIP_FIND_LINKS) saves asking PyTorch's index.
+INSTALL_TORCH = $(PY) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
+	$(PY) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
+endif
+
+.PHONY: help setup build demo test lint format bench bench-gpu sanitize clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backends and everything that tests and demo need
+
+demo: setup ## train a small language model with the fused erc-dapo loss (minutes), then show its curves
+	$(PY) -m examples.train_rlvr $(DEMO_ARGS)
+
+test: setup ## every test that this machine can run
+	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+
+lint: setup ## ruff, without changing anything
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: setup ## let ruff fix what `make lint` reports, as far as it can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: setup ## the benchmarks of the CPU backend, the short form
+	$(PY) -m benchmarks run --quick $(BENCH_ARGS)
+
+bench-gpu: setup ## the benchmarks of the GPU backends
+	$(PY) -m benchmarks gpu $(BENCH_ARGS)
+
+# Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
+# finds no interceptor.
+sanitize: setup ## the tests marked `sanitize`, on a CPU library built under AddressSanitizer and UBSan
+	ERC_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
+	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize $(PYTEST_ARGS)
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
+	find $(wildcard erc triton_kernels tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed
+
+# ---- how the environment is made -------------------------------------------------------------------------------------
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The PyTorch that this step settles on is a constraint on all that follows: nothing may replace it.
+$(VENV)/.torch: | $(PY)
+	$(PY) -m pip install -q "setuptools>=77" numpy
+	$(PY) -c "import torch" 2>/dev/null || { $(INSTALL_TORCH); }
+	$(PY) -c "import torch; print(f'torch=={torch.__version__}')" > $(VENV)/constraints.txt
+	touch $@
+
+# The compiler runs here, where its output is seen, and only for what changed; pip then finds everything built.
+build: $(VENV)/.torch
+	@$(PY) setup.py -q build_ext --inplace
+
+$(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch | build
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $@
