@@ -1,0 +1,43 @@
+"""Layer 1: the Triton backend, for NVIDIA and AMD GPUs from one source, and for CPU tensors in Triton's interpreter.
+
+Reading order: `row_algebra` (the sweep and all that follows from it), `stats`, `token_loss`, `policy_loss`; then
+`partial`, `paired`, `scale`. `params` and `launch` are the host side, `tuning` the table of launch shapes.
+
+In the interpreter exp and log are NumPy's, which are more exact than a GPU's; fused multiply-adds are emulated exactly;
+cache hints do nothing; programs run one after another.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .paired import paired_backward, paired_forward
+from .partial import partial_stats
+from .policy_loss import policy_loss, policy_loss_
+from .scale import scale_rows, scale_rows_
+from .stats import stats_backward, stats_backward_, stats_forward
+
+OPERATORS = {
+    "stats_forward": stats_forward,
+    "stats_backward": stats_backward,
+    "stats_backward_": stats_backward_,
+    "policy_loss": policy_loss,
+    "policy_loss_": policy_loss_,
+    "scale_rows": scale_rows,
+    "scale_rows_": scale_rows_,
+    "partial_stats": partial_stats,
+    "paired_forward": paired_forward,
+    "paired_backward": paired_backward,
+}
+
+
+def register(library: torch.library.Library) -> None:
+    """Implement every operator of `erc.ops.SCHEMAS` in the library's namespace.
+
+    CompositeExplicitAutograd: one kernel for every device, chosen by the tensors themselves.
+    """
+    for name, function in OPERATORS.items():
+        library.impl(name, function, "CompositeExplicitAutograd")
+
+
+__all__ = ["OPERATORS", "register"]
