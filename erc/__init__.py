@@ -3,6 +3,7 @@
 from erc import reference
 from erc.backends import backends, use_backend
 from erc.explain import explain
+from erc.linear import linear_policy_loss, linear_token_stats
 from erc.loss import policy_loss
 from erc.objectives import (
     EntropyRatioClip,
@@ -12,6 +13,7 @@ from erc.objectives import (
     objective,
     objectives,
 )
+from erc.parallel import VocabShard
 from erc.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, GSPO, SAPO, NoClip, PPOClip, Reinforce
 from erc.reference import objective_loss
 from erc.results import EntropyRatio, PolicyLoss, TokenStats
@@ -37,9 +39,12 @@ __all__ = [
     "Reinforce",
     "RolloutCorrection",
     "TokenStats",
+    "VocabShard",
     "backends",
     "entropy_ratio",
     "explain",
+    "linear_policy_loss",
+    "linear_token_stats",
     "objective",
     "objective_loss",
     "objectives",

@@ -301,10 +301,18 @@ def _normalizer(normalizer: float | Tensor | None, device: torch.device, dtype: 
 
 
 def labelled_batch(
-    objective: Objective, arguments: TokenArguments, logits: Tensor, labels: Tensor, ignore_index: int
+    objective: Objective,
+    arguments: TokenArguments,
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, TokenBatch]:
-    """Labels `[N]`, and the batch that goes with them. Mask 0 and label `ignore_index` are the same thing: each implies the other."""
+    """Labels `[N]`, and the batch that goes with them. Mask 0 and label `ignore_index` are the same thing: each implies the other.
+
+    `vocab_size` is the number of columns unless logits hold a shard of them.
+    """
     leading, device, dtype = tuple(logits.shape[:-1]), logits.device, stats_dtype(logits.dtype)
     mask = None if arguments.mask is None else _mask(arguments.mask, None, leading, device, dtype)
-    labels = check_labels(labels, leading, device, logits.shape[-1], ignore_index, mask)
+    labels = check_labels(labels, leading, device, vocab_size or logits.shape[-1], ignore_index, mask)
     return labels, token_batch(objective, arguments, leading, device, dtype, labels != ignore_index)

@@ -17,12 +17,12 @@ from erc.backends import operators, select
 from erc.inputs import (
     RowScaling,
     TokenArguments,
-    check_logits,
     labelled_batch,
     resolve_objective,
     row_scaling,
 )
 from erc.objectives import Objective
+from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import PolicyLoss, collect, policy_loss_result
 from erc.rows import as_rows, check_inplace, params_tensor
 from erc.token_loss import TokenBatch, TokenLosses
@@ -48,6 +48,8 @@ def policy_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
+    validate: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The clipped policy-gradient loss of `objective` and its gradient, from one pass over the logits.
@@ -68,7 +70,9 @@ def policy_loss(
             accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
         grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused gradient is
             rounded before it is scaled.
-        temperature, softcap, logit_scale, backend: as `token_stats`.
+        temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs two-phase.
+            Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo compiles again for
+            every new Python float.
         inplace_backward: writes the gradient over `logits` during the forward; they must not be a leaf, nor be used afterwards,
             nor lie inside activation checkpointing.
 
@@ -92,26 +96,33 @@ def policy_loss(
     >>> float(out.metrics["erc_fraction"])
     0.0
     """
-    check_logits(logits)
-    objective = resolve_objective(objective)
     arguments = TokenArguments(
         old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
     )
-    needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    if inplace_backward and needs_grad:
-        check_inplace(logits)
-    if grad_scale is not None and not grad_scale > 0:
-        raise ValueError(f"grad_scale must be positive, got {grad_scale!r}")
-    name, _ = select(logits, backend)
-    leading = tuple(logits.shape[:-1])
-    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index)
+    with agreement(vocab_shard, validate, logits) as facts:
+        vocab_size = check_columns(logits, vocab_shard, facts)
+        objective = resolve_objective(objective)
+        needs_grad = logits.requires_grad and torch.is_grad_enabled()
+        if inplace_backward and needs_grad:
+            check_inplace(logits)
+        if grad_scale is not None and not grad_scale > 0:
+            raise ValueError(f"grad_scale must be positive, got {grad_scale!r}")
+        name, _ = select(logits, backend)
+        if vocab_shard is not None:
+            check_shardable(name, inplace_backward)
+        leading = tuple(logits.shape[:-1])
+        scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
+        labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index, vocab_size)
     path = choose_path(name, objective, logits.dtype, needs_grad, grad_scale)
     if path.name == "reference":
         logprob, entropy, _ = reference.row_stats(logits, labels, scaling, ignore_index)
         return policy_loss_result(objective, batch, logprob, entropy, leading)
     backend_operators = operators(name)
     rows = as_rows(logits)
+    if vocab_shard is not None:
+        statistics = (labels, scaling.temperature, params_tensor(scaling), ignore_index, vocab_shard, backend_operators)
+        logprob, entropy, _ = sharded_stats(rows, *statistics)
+        return policy_loss_result(objective, batch, logprob, entropy, leading)
     if path.name == "two-phase":
         logprob, entropy, _, _ = backend_operators.stats_forward(
             rows, labels, scaling.temperature, params_tensor(scaling), ignore_index
@@ -144,6 +155,35 @@ def choose_path(
     return Path("fused", "one read of the logits and one write of the gradient, for forward and backward together")
 
 
+class FusedArguments(NamedTuple):
+    """The arguments of the `policy_loss` operator after the logits, in its order; tensors but `params` are `[N]`."""
+
+    labels: Tensor
+    temperature: Tensor | None
+    params: Tensor
+    ignore_index: int
+    weight: Tensor
+    advantages: Tensor
+    old_logprob: Tensor | None
+    old_entropy: Tensor | None
+    ref_logprob: Tensor | None
+    policy_weight: Tensor | None
+    entropy_weight: Tensor | None
+    logprob_weight: Tensor | None
+    rule: int
+    kl: int
+    gate: int
+
+    def rows(self, index: Tensor) -> FusedArguments:
+        """The same arguments for the rows of `index`."""
+        chosen = {
+            name: value[index]
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) and name != "params"
+        }
+        return self._replace(**chosen)
+
+
 def fused_arguments(
     objective: Objective,
     batch: TokenBatch,
@@ -151,28 +191,28 @@ def fused_arguments(
     scaling: RowScaling,
     ignore_index: int,
     grad_scale: float | None = None,
-) -> tuple:
-    """The arguments of the `policy_loss` operator after the logits."""
+) -> FusedArguments:
+    """What the `policy_loss` operator needs to run `objective` on `batch`, its gradient multiplied by `grad_scale`."""
 
     def scaled(weight: Tensor | None) -> Tensor | None:
         return weight if weight is None or grad_scale is None else weight * grad_scale
 
-    return (
-        labels,
-        scaling.temperature,
-        params_tensor(scaling, *objective.kernel_params()),
-        ignore_index,
-        scaled(batch.weight),
-        batch.advantages,
-        batch.old_logprob,
-        batch.old_entropy if objective.entropy_ratio else None,
-        batch.ref_logprob if objective.kl else None,
-        batch.policy_weight,
-        scaled(batch.entropy_weight),
-        scaled(batch.logprob_weight),
-        objective.ratio.kernel_id,
-        objective.kl.kernel_id if objective.kl else 0,
-        objective.entropy_ratio.gate_id if objective.entropy_ratio else 0,
+    return FusedArguments(
+        labels=labels,
+        temperature=scaling.temperature,
+        params=params_tensor(scaling, *objective.kernel_params()),
+        ignore_index=ignore_index,
+        weight=scaled(batch.weight),
+        advantages=batch.advantages,
+        old_logprob=batch.old_logprob,
+        old_entropy=batch.old_entropy if objective.entropy_ratio else None,
+        ref_logprob=batch.ref_logprob if objective.kl else None,
+        policy_weight=batch.policy_weight,
+        entropy_weight=scaled(batch.entropy_weight),
+        logprob_weight=scaled(batch.logprob_weight),
+        rule=objective.ratio.kernel_id,
+        kl=objective.kl.kernel_id if objective.kl else 0,
+        gate=objective.entropy_ratio.gate_id if objective.entropy_ratio else 0,
     )
 
 
@@ -180,7 +220,7 @@ class FusedCall(NamedTuple):
     """One call of the fused operator. Returns (loss, token_loss, logprob, entropy, flags), each `[N]`; only loss has a graph."""
 
     operators: Any
-    arguments: tuple
+    arguments: FusedArguments
 
     def __call__(self, rows: Tensor, needs_grad: bool, inplace: bool) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling() or not needs_grad:

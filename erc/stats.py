@@ -10,6 +10,7 @@ from torch import Tensor
 from erc import reference
 from erc.backends import operators, select
 from erc.inputs import check_constant, check_labels, check_logits, row_scaling
+from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import EntropyRatio, TokenStats
 from erc.rows import as_rows, check_inplace, params_tensor
 
@@ -23,6 +24,8 @@ def token_stats(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
+    validate: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-prob of the labels, entropy and logsumexp of each row, from one read of the logits.
@@ -38,6 +41,10 @@ def token_stats(
         logit_scale: positive.
         inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used by
             anything else afterwards.
+        vocab_shard: `logits` are this rank's columns of a larger vocabulary (`erc.VocabShard`); labels stay global. One
+            all-gather of four numbers a row; every rank gets bitwise the same statistics, and its own columns' gradient of
+            the one replicated loss.
+        validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective and a synchronisation.
         backend: see `erc.backends`.
 
     Returns:
@@ -54,27 +61,26 @@ def token_stats(
     >>> stats.entropy
     tensor([1.3863, 1.3863], grad_fn=<ViewBackward0>)
     """
-    check_logits(logits)
-    name, _ = select(logits, backend)
-    needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    if inplace_backward and needs_grad:
-        check_inplace(logits)
+    with agreement(vocab_shard, validate, logits) as facts:
+        vocab_size = check_columns(logits, vocab_shard, facts)
+        name, _ = select(logits, backend)
+        needs_grad = logits.requires_grad and torch.is_grad_enabled()
+        if inplace_backward and needs_grad:
+            check_inplace(logits)
+        leading = tuple(logits.shape[:-1])
+        scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
+        if labels is not None:
+            labels = check_labels(labels, leading, logits.device, vocab_size, ignore_index)
+        if vocab_shard is not None:
+            check_shardable(name, inplace_backward)
     if name == "torch":
-        return reference.token_stats(
-            logits,
-            labels,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-        )
-    leading = tuple(logits.shape[:-1])
-    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    if labels is not None:
-        labels = check_labels(labels, leading, logits.device, logits.shape[-1], ignore_index)
+        logprob, entropy, logsumexp = reference.row_stats(logits, labels, scaling, ignore_index)
+        return TokenStats(None if labels is None else logprob.view(leading), entropy.view(leading), logsumexp.view(leading))
     backend_operators = operators(name)
     arguments = (labels, scaling.temperature, params_tensor(scaling), ignore_index)
-    if inplace_backward and needs_grad:
+    if vocab_shard is not None:
+        logprob, entropy, logsumexp = sharded_stats(as_rows(logits), *arguments, vocab_shard, backend_operators)
+    elif inplace_backward and needs_grad:
         logprob, entropy, logsumexp = _InplaceStats.apply(as_rows(logits), backend_operators, arguments)
     else:
         logprob, entropy, logsumexp, _ = backend_operators.stats_forward(as_rows(logits), *arguments)

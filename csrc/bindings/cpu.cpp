@@ -100,7 +100,7 @@ Tensor like_logits(const Tensor& logits) {
 template <class Call>
 void run(void (*kernel)(const Call&, int64_t, int64_t), const Call& call, int64_t num_rows, int64_t vocab_size) {
   constexpr int64_t kElementsPerTask = 32768;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / vocab_size);
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, vocab_size));
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
@@ -231,7 +231,7 @@ Tensor partial_stats(const Tensor& logits, const OptionalTensor& labels, const O
   Tensor state = per_row(logits, 4);
   const PartialStats call{row_inputs(logits, labels, temperature, params, ignore_index, start), state.mutable_data_ptr(),
                           count(logits)};
-  run(kernels().partial_stats, call, count(logits), std::max<int64_t>(logits.size(2), 1));
+  run(kernels().partial_stats, call, count(logits), logits.size(2));
   return state;
 }
 

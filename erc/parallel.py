@@ -1,0 +1,238 @@
+"""Layer 2: vocabulary-parallel statistics over torch.distributed.
+
+Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's value);
+one all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward needs no
+communication: each rank owns its columns of the gradient of the one replicated loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from erc.inputs import check_logits
+from erc.ops import ABSENT_LABEL, ParamIndex
+
+LOCAL_IGNORE_INDEX = -100
+"""`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of the vocabulary: the columns `[start, start + V_local)` of `vocab_size`.
+
+    Args:
+        group: a torch.distributed process group, None for the default one.
+        start: the vocabulary index of the first local column.
+        vocab_size: the true size; columns held beyond it are padding, and take no part and get gradient 0. A shard may be
+            empty, and shards may differ in size, but in rank order they must cover the vocabulary without gap or overlap.
+    """
+
+    group: dist.ProcessGroup | None
+    start: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, int) or self.start < 0:
+            raise ValueError(f"start must be an int >= 0, got {self.start!r}")
+        if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be an int >= 1, got {self.vocab_size!r}")
+
+    def real_columns(self, held: int) -> int:
+        """How many of the `held` local columns are not padding."""
+        return max(0, min(held, self.vocab_size - self.start))
+
+    def local_rows(self, weight: Tensor) -> Tensor:
+        """The rows of a local `[V_local, D]` weight, or entries of a bias, that are not padding."""
+        return weight[: self.real_columns(weight.shape[0])]
+
+    def local_labels(self, labels: Tensor, ignore_index: int, columns: int) -> Tensor:
+        """Labels as local columns: `ABSENT_LABEL` where another rank holds them, `LOCAL_IGNORE_INDEX` where ignored."""
+        local = labels - self.start
+        here = (local >= 0) & (local < columns)
+        local = torch.where(here, local, ABSENT_LABEL)
+        return torch.where(labels == ignore_index, LOCAL_IGNORE_INDEX, local)
+
+    def gather(self, state: Tensor) -> Tensor:
+        """`[4, N]` of every rank as `[ranks, 4, N]`: the one collective of the forward."""
+        parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, state.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def reduce(self, grad_hidden: Tensor) -> Tensor:
+        """The sum over ranks of each rank's part of the gradient of `hidden`, in float32."""
+        total = grad_hidden.to(torch.promote_types(grad_hidden.dtype, torch.float32))
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    @contextmanager
+    def agreement(self, validate: bool, device: torch.device) -> Iterator[dict[str, int]]:
+        """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed.
+
+        The body enters its number of `rows` and of local `columns`.
+
+        Raises:
+            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows differ, or shards do not tile
+                the vocabulary.
+        """
+        facts = {"rows": 0, "columns": 0}
+        try:
+            yield facts
+        except (ValueError, TypeError, IndexError):
+            if validate:
+                self._exchange({"failed": 1, **facts}, device)
+            raise
+        if not validate:
+            return
+        ranks = self._exchange({"failed": 0, **facts}, device)
+        problem = self._mismatch(ranks)
+        if problem:
+            raise ValueError(f"vocab_shard: {problem}")
+
+    def _exchange(self, facts: dict[str, int], device: torch.device) -> list[dict[str, int]]:
+        facts = {**facts, "start": self.start, "vocab_size": self.vocab_size}
+        mine = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, mine, group=self.group)
+        return [dict(zip(facts, part.tolist(), strict=True)) for part in parts]
+
+    @staticmethod
+    def _mismatch(ranks: list[dict[str, int]]) -> str | None:
+        failed = [rank for rank, facts in enumerate(ranks) if facts["failed"]]
+        if failed:
+            return f"the arguments of rank(s) {failed} did not pass their checks"
+        for name in ("rows", "vocab_size"):
+            values = [facts[name] for facts in ranks]
+            if len(set(values)) > 1:
+                return f"{name} must be the same on every rank, got {values}"
+        expected, vocab_size = 0, ranks[0]["vocab_size"]
+        for rank, facts in enumerate(ranks):
+            start, columns = facts["start"], max(0, min(facts["columns"], vocab_size - facts["start"]))
+            if columns and start != expected:
+                kind = "gap" if start > expected else "overlap"
+                return f"{kind} between shards: rank {rank} must start at {expected}, got {start}"
+            expected += columns
+        if expected != vocab_size:
+            return f"shards must cover all {vocab_size} columns, together they hold {expected}"
+        return None
+
+
+def agreement(shard: VocabShard | None, validate: bool, like: Any) -> AbstractContextManager[dict[str, int]]:
+    """`shard.agreement`, or nothing to agree on without a shard."""
+    if shard is None:
+        return nullcontext({})
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"vocab_shard must be an erc.VocabShard or None, got {type(shard).__name__}")
+    return shard.agreement(validate, like.device)
+
+
+def check_columns(logits: Tensor, shard: VocabShard | None, facts: dict[str, int]) -> int:
+    """Check the logits, of which a shard may hold no column at all; returns the size of the vocabulary."""
+    if shard is None:
+        check_logits(logits)
+        return logits.shape[-1]
+    if not isinstance(logits, Tensor) or logits.dim() < 1 or logits.shape[-1] > 0:
+        check_logits(logits)
+    facts |= {"rows": logits.shape[:-1].numel(), "columns": logits.shape[-1]}
+    return shard.vocab_size
+
+
+def check_shardable(backend: str, inplace_backward: bool) -> None:
+    """Refuse what a sharded call does not do."""
+    if backend == "torch":
+        raise ValueError("vocab_shard needs a backend with kernels: the torch backend has no partial statistics")
+    if inplace_backward:
+        raise ValueError("inplace_backward is not available with vocab_shard")
+
+
+def _row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
+    """x = v * scale, as the kernels take it: csrc/common/row_state.h."""
+    scalar, softcap, logit_scale = params[: ParamIndex.RULE].tolist()
+    numerator = logit_scale if softcap == 0 else 1.0
+    return numerator / (scalar if temperature is None else temperature.double())
+
+
+def merge_states(states: Tensor, params: Tensor, temperature: Tensor | None) -> Tensor:
+    """States `[parts, 4, N]` of disjoint columns as the state `[4, N]` of the row, in float64, in the order given."""
+    scale = _row_scale(params, temperature)
+    row_max, sum_rest, weighted_sum, label = states.double().unbind(1)
+    top, winner = row_max.max(0)
+    empty = torch.isneginf(row_max)
+    shift = torch.where(empty, 0.0, row_max - top) * scale
+    factor = torch.where(empty, 0.0, shift.exp())
+    # The part that holds the maximum gives its R, every other one its S = 1 + R.
+    holds_max = torch.zeros_like(empty).scatter(0, winner[None], True)
+    rest = (factor * (sum_rest + torch.where(holds_max, 0.0, 1.0))).sum(0)
+    weighted = (factor * (weighted_sum + (1 + sum_rest) * shift)).sum(0)
+    return torch.stack((top, rest, weighted, label.amax(0))).to(states.dtype)
+
+
+def state_statistics(
+    state: Tensor, params: Tensor, temperature: Tensor | None, ignored: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and logsumexp `[N]` of row states `[4, N]`; 0 where `ignored`, NaN where a row has no distribution."""
+    scale = _row_scale(params, temperature)
+    row_max, sum_rest, weighted_sum, label = state.double()
+    log_sum = torch.log1p(sum_rest)
+    logsumexp = row_max * scale + log_sum
+    logprob = (label - row_max) * scale - log_sum
+    entropy = log_sum - weighted_sum / (1 + sum_rest)
+    valid = row_max.isfinite() & sum_rest.isfinite() & weighted_sum.isfinite()
+    results = (torch.where(valid, stat, torch.nan) for stat in (logprob, entropy, logsumexp))
+    if ignored is not None:
+        results = (torch.where(ignored, 0.0, stat) for stat in results)
+    return tuple(stat.to(state.dtype) for stat in results)
+
+
+def sharded_stats(
+    rows: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    shard: VocabShard,
+    backend_operators: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and logsumexp `[N]` of rows whose columns `[outer, inner, V_local]` this rank holds."""
+    rows = rows[..., : shard.real_columns(rows.shape[-1])]
+    return _ShardedStats.apply(rows, labels, temperature, params, ignore_index, shard, backend_operators)
+
+
+class _ShardedStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor | None,
+        params: Tensor,
+        ignore_index: int,
+        shard: VocabShard,
+        backend_operators: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        state = backend_operators.partial_stats(rows, labels, temperature, params, ignore_index, shard.start)
+        state = merge_states(shard.gather(state), params, temperature)
+        ignored = None if labels is None else labels == ignore_index
+        local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
+        ctx.save_for_backward(rows, local, temperature, params, state[:3].contiguous())
+        ctx.operators = backend_operators
+        ctx.set_materialize_grads(False)
+        return state_statistics(state, params, temperature, ignored)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, labels, temperature, params, saved = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return (None,) * 7
+        if labels is None:
+            grads = (None, *grads[1:])
+        grads = [None if grad is None else grad.contiguous() for grad in grads]
+        grad_rows = ctx.operators.stats_backward(rows, labels, temperature, params, LOCAL_IGNORE_INDEX, saved, *grads)
+        return (grad_rows,) + (None,) * 6
