@@ -70,7 +70,7 @@ class HeadGradients:
             self.hidden[index] = grad_logits @ head.weight
         if self.weight is not None:
             if self.weight.dtype == grad_logits.dtype:
-                self.weight.addmm_(grad_logits.t(), rows)
+                torch.addmm(self.weight, grad_logits.t(), rows, out=self.weight)
             else:
                 self.weight.add_(grad_logits.t() @ rows)
         if self.bias is not None:
