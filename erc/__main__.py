@@ -48,11 +48,15 @@ def main() -> int:
         Console().print(table)
         return 0
     results = check()
-    table = Table("backend", "dtype", "logprob error", "entropy error (relative)", "gradient error", "ERC flips", "contract")
+    table = Table(
+        "backend", "dtype", "logprob error", "entropy error (relative)", "gradient error", "ERC flips", "contract"
+    )
     table.title = "this installation against the float64 oracle"
     for row in results:
         errors = (f"{value:.1e}" for value in (row.logprob, row.entropy, row.gradient))
-        table.add_row(row.backend, row.dtype, *errors, f"{row.flips} of {row.rows}", "holds" if row.passed else "BROKEN")
+        table.add_row(
+            row.backend, row.dtype, *errors, f"{row.flips} of {row.rows}", "holds" if row.passed else "BROKEN"
+        )
     Console().print(table)
     return 0 if all(row.passed for row in results) else 1
 

@@ -1,8 +1,8 @@
 """Layer 1: which backend runs a call, and why.
 
-`cpu` is the C++ library built beside this package, `triton` and `cuda` are for GPUs, `torch` is `erc.reference` and runs
-everywhere. A call takes, in this order: its `backend=` argument, `use_backend`, the environment variable `ERC_BACKEND`, or
-the first available one of `DEFAULT_ORDER` for the device of the logits.
+`cpu` is the C++ library built beside this package, `triton` and `cuda` are for GPUs, `torch` is `erc.reference` and
+runs everywhere. A call takes, in this order: its `backend=` argument, `use_backend`, the environment variable
+`ERC_BACKEND`, or the first available one of `DEFAULT_ORDER` for the device of the logits.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def check_backend(name: str, dtype: torch.dtype, device: str) -> Agreement:
     gradient = (gradient_error / (largest + 1e-6)).max()
     row_scale = exact_logits.detach().abs().amax(-1) / TEMPERATURE
     gate = chosen.entropy_ratio
-    dropped = [gate.dropped(entropy, old_entropy.double())[0] for entropy in (stats.entropy.cpu().double(), exact.entropy)]
+    dropped = [
+        gate.dropped(entropy, old_entropy.double())[0] for entropy in (stats.entropy.cpu().double(), exact.entropy)
+    ]
     return Agreement(
         backend=name,
         dtype=str(dtype).removeprefix("torch."),

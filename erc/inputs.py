@@ -12,7 +12,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from erc.objectives import Objective, objective as preset
+from erc.objectives import Objective
+from erc.objectives import objective as preset
 from erc.ops import stats_dtype
 from erc.reductions import token_weights
 from erc.sequences import Sequences
@@ -57,7 +58,12 @@ def row_tensor(name: str, tensor: Tensor, leading: tuple[int, ...], device: torc
 
 
 def check_labels(
-    labels: Tensor, leading: tuple[int, ...], device: torch.device, vocab_size: int, ignore_index: int, mask: Tensor | None = None
+    labels: Tensor,
+    leading: tuple[int, ...],
+    device: torch.device,
+    vocab_size: int,
+    ignore_index: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Labels as contiguous int64 `[N]`. A masked row's label is replaced by `ignore_index`: the row is not read.
 
@@ -127,7 +133,9 @@ def row_scaling(
         raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
     if values_are_readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
         raise ValueError("temperature must be positive and finite in every row")
-    return RowScaling((1.0, softcap, logit_scale), temperature.detach().reshape(-1).to(stats_dtype(like.dtype)).contiguous())
+    return RowScaling(
+        (1.0, softcap, logit_scale), temperature.detach().reshape(-1).to(stats_dtype(like.dtype)).contiguous()
+    )
 
 
 def resolve_objective(objective: str | Objective) -> Objective:
@@ -162,7 +170,8 @@ def _float_rows(name: str, tensor: Tensor | None, leading, device, dtype, *, exa
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if exact and tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{name} must be float32 or float64, got {tensor.dtype}: rounded to 16 bits it cannot decide a ratio of 1.05"
+            f"{name} must be float32 or float64, got {tensor.dtype}: "
+            "rounded to 16 bits it cannot decide a ratio of 1.05"
         )
     return tensor.detach().reshape(-1).to(dtype).contiguous()
 
@@ -196,7 +205,11 @@ def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torc
     tokens = prod(leading)
     if cu_seqlens is None:
         return Sequences(tokens, length=leading[-1]) if len(leading) > 1 and leading[-1] > 0 else None
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        or cu_seqlens.dim() != 1
+    ):
         raise TypeError("cu_seqlens must be a 1-D int32 or int64 tensor of offsets [S + 1]")
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens must be on {device} like logits, got {cu_seqlens.device}")
@@ -241,7 +254,9 @@ def token_batch(
     """
     sequences = _sequences(arguments.cu_seqlens, leading, device)
     if objective.needs_sequences and sequences is None:
-        raise ValueError(f"rows must be [B, T], or packed with cu_seqlens, for {objective}, got rows of shape {leading}")
+        raise ValueError(
+            f"rows must be [B, T], or packed with cu_seqlens, for {objective}, got rows of shape {leading}"
+        )
     mask = _mask(arguments.mask, active, leading, device, dtype)
     rows = {
         name: _float_rows(name, getattr(arguments, name), leading, device, dtype, exact=name == "old_entropy")
@@ -249,13 +264,19 @@ def token_batch(
     }
     gate, correction = objective.entropy_ratio, objective.rollout_correction
     if gate is not None and rows["old_entropy"] is None:
-        raise ValueError("old_entropy must be given for an objective with an entropy-ratio gate: the rollout policy's entropies")
+        raise ValueError(
+            "old_entropy must be given for an objective with an entropy-ratio gate: the rollout policy's entropies"
+        )
     if objective.kl is not None and rows["ref_logprob"] is None:
-        raise ValueError("ref_logprob must be given for an objective with a KL penalty: the reference policy's log-probs")
+        raise ValueError(
+            "ref_logprob must be given for an objective with a KL penalty: the reference policy's log-probs"
+        )
     if correction is not None and (rows["rollout_logprob"] is None or rows["old_logprob"] is None):
         raise ValueError("rollout_logprob and old_logprob must be given for an objective with a rollout correction")
     if objective.nll_coef and rows["nll_mask"] is None:
-        raise ValueError("nll_mask must be given for an objective with nll_coef: 1 on the rows that the NLL term covers")
+        raise ValueError(
+            "nll_mask must be given for an objective with nll_coef: 1 on the rows that the NLL term covers"
+        )
 
     max_length = objective.max_length
     if objective.reduction == "seq-mean-token-sum-norm" and max_length is None:
@@ -308,7 +329,8 @@ def labelled_batch(
     ignore_index: int,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, TokenBatch]:
-    """Labels `[N]`, and the batch that goes with them. Mask 0 and label `ignore_index` are the same thing: each implies the other.
+    """Labels `[N]`, and the batch that goes with them. Mask 0 and label `ignore_index` are the same thing: each
+    implies the other.
 
     `vocab_size` is the number of columns unless logits hold a shard of them.
     """

@@ -1,9 +1,10 @@
 """Layer 3: statistics and losses from hidden states and the lm_head's weight, without ever holding the logits.
 
-Rows are processed in chunks: one GEMM makes a chunk of logits, the fused kernel turns it into its gradient in place, and two
-GEMMs turn that into gradients of `hidden` and `weight` right away. No chunk of logits is computed twice: 6 N V D flops
-forward and backward, where designs that recompute in the backward need 8. Gradients of `weight` and `bias` accumulate in
-float32 across chunks; in 16-bit dtypes each chunk's contribution is rounded once. The GEMMs are PyTorch's.
+Rows are processed in chunks: one GEMM makes a chunk of logits, the fused kernel turns it into its gradient in place,
+and two GEMMs turn that into gradients of `hidden` and `weight` right away. No chunk of logits is computed twice: 6 NVD
+flops forward and backward, where designs that recompute in the backward need 8. Gradients of `weight` and `bias`
+accumulate in float32 across chunks; in 16-bit dtypes each chunk's contribution is rounded once. The GEMMs are
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class HeadGradients:
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
 
-    def scaled(self, factor: Tensor, like: tuple[Tensor, Tensor, Tensor | None], backend_operators: Any) -> list[Tensor | None]:
+    def scaled(
+        self, factor: Tensor, like: tuple[Tensor, Tensor, Tensor | None], backend_operators: Any
+    ) -> list[Tensor | None]:
         """The gradients times a scalar that is read on the device, in the dtypes of the caller's tensors."""
         results = []
         for grad, target in zip((self.hidden, self.weight, self.bias), like, strict=True):
@@ -115,7 +118,8 @@ def active_rows(labels: Tensor | None, ignore_index: int, num_active: int | None
 def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard | None, facts: dict[str, int]
 ) -> Tensor:
-    """Check the head; returns what later checks look at: shape, dtype and device of the logits that will never exist."""
+    """Check the head; returns what later checks look at: shape, dtype and device of the logits that will never
+    exist."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -133,7 +137,9 @@ def _check_head(
     if weight.dim() != 2 or (weight.shape[0] < 1 and shard is None):
         raise ValueError(f"weight must be [V, D] with V >= 1, got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [*, {weight.shape[1]}] like weight's columns, got shape {tuple(hidden.shape)}")
+        raise ValueError(
+            f"hidden must be [*, {weight.shape[1]}] like weight's columns, got shape {tuple(hidden.shape)}"
+        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must be [{weight.shape[0]}] like weight's rows, got shape {tuple(bias.shape)}")
     if not torch.is_autocast_enabled(hidden.device.type):
@@ -197,23 +203,25 @@ def linear_policy_loss(
             requires_grad (LoRA) costs no weight gradient. DTensors are refused: pass the local tensor.
         bias: `[V]` or None.
         vocab_shard: as `token_stats`; runs two-phase, with one all-reduce of the gradient of `hidden` in the backward.
-        memory_budget: bytes of logits that exist at a time (default 256 MiB). Beyond them and the returned gradients, memory is
-            the float32 accumulator of `weight`'s gradient.
-        num_active: how many rows have a label other than `ignore_index`. Ignored rows cost no flops: on the CPU always, on a
-            GPU, where counting them would synchronise, only with this number.
+        memory_budget: bytes of logits that exist at a time (default 256 MiB). Beyond them and the returned gradients,
+            memory is the float32 accumulator of `weight`'s gradient.
+        num_active: how many rows have a label other than `ignore_index`. Ignored rows cost no flops: on the CPU
+            always, on a GPU, where counting them would synchronise, only with this number.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
         The others: as `policy_loss`.
 
     Returns:
-        PolicyLoss. `loss` is differentiable once, in `hidden`, `weight` and `bias`. Token-level objectives with a scalar loss
-        take 6 N V D flops; sequence-level ones, reduction "none" and float16 without `grad_scale` take the two-phase path, 8 N V D.
+        PolicyLoss. `loss` is differentiable once, in `hidden`, `weight` and `bias`. Token-level objectives with a
+        scalar loss take 6 N V D flops; sequence-level ones, reduction "none" and float16 without `grad_scale` take the
+        two-phase path, 8 N V D.
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument.
 
     >>> import torch, erc
     >>> hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    >>> out = erc.linear_policy_loss(hidden, weight, torch.arange(5), old_logprob=None, advantages=torch.ones(5), objective="dapo")
+    >>> labels, advantages = torch.arange(5), torch.ones(5)
+    >>> out = erc.linear_policy_loss(hidden, weight, labels, old_logprob=None, advantages=advantages, objective="dapo")
     >>> out.loss.backward()
     >>> weight.grad.shape
     torch.Size([11, 8])
@@ -266,7 +274,8 @@ class _FusedCall(NamedTuple):
 
 
 class _FusedLinearLoss(torch.autograd.Function):
-    """Loss and gradients of all chunks in the forward. The loss of a differentiable call is summed: it has one upstream gradient."""
+    """Loss and gradients of all chunks in the forward. The loss of a differentiable call is summed: it has one
+    upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> tuple[Tensor, ...]:
@@ -302,7 +311,8 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "a second backward through the same linear_policy_loss: the fused gradients were handed out by the first"
+                "a second backward through the same linear_policy_loss: "
+                "the fused gradients were handed out by the first"
             )
         if grad_loss is None:
             return None, None, None, None
@@ -334,8 +344,8 @@ def linear_token_stats(
     Args: as `linear_policy_loss` and `token_stats`.
 
     Returns:
-        TokenStats of `[*]`, differentiable in `hidden`, `weight` and `bias`; the backward computes each chunk of logits again
-        (8 N V D flops in all). Without grad: one sweep, 2 N V D.
+        TokenStats of `[*]`, differentiable in `hidden`, `weight` and `bias`; the backward computes each chunk of
+        logits again (8 N V D flops in all). Without grad: one sweep, 2 N V D.
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument.
@@ -471,6 +481,8 @@ class _LinearStats(torch.autograd.Function):
             gradients.hidden = call.vocab_shard.reduce(gradients.hidden)
         results = [
             None if grad is None else grad.to(target.dtype).view(target.shape)
-            for grad, target in zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True)
+            for grad, target in zip(
+                (gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True
+            )
         ]
         return (*results, None)

@@ -1,8 +1,9 @@
 """Layer 3: policy losses from logits.
 
-The fused path makes the gradient while the row is on chip: one read of the logits and one write of the gradient, for forward
-and backward together. The two-phase path (statistics, then the loss on `[N]` numbers, then the gradient) serves what needs
-more than one token at a time; it reads the logits twice. The objective decides, never the user; `erc.explain` tells.
+The fused path makes the gradient while the row is on chip: one read of the logits and one write of the gradient, for
+forward and backward together. The two-phase path (statistics, then the loss on `[N]` numbers, then the gradient)
+serves what needs more than one token at a time; it reads the logits twice. The objective decides, never the user;
+`erc.explain` tells.
 """
 
 from __future__ import annotations
@@ -55,31 +56,33 @@ def policy_loss(
     """The clipped policy-gradient loss of `objective` and its gradient, from one pass over the logits.
 
     Args:
-        logits: `[*, V]`; position `t` must predict `labels[t]`. Pass full logits with shifted labels and the last position
-            ignored rather than a slice, whose gradient PyTorch would have to pad.
-        labels: `[*]`, the sampled tokens; `ignore_index` marks rows that are not read, give 0 and an exactly zero gradient.
+        logits: `[*, V]`; position `t` must predict `labels[t]`. Pass full logits with shifted labels and the last
+            position ignored rather than a slice, whose gradient PyTorch would have to pad.
+        labels: `[*]`, the sampled tokens; `ignore_index` marks rows that are not read, give 0 and an exactly zero
+            gradient.
         old_logprob: `[*]` log-probs under the rollout policy, or None for on-policy updates (ratio 1).
         advantages: `[*]`, or one per sequence: `[B]` or `[B, 1]` for `[B, T]` rows, `[S]` for packed ones.
         objective: a preset name (`erc.objectives()`) or an `erc.Objective`.
-        mask: `[*]` bool, int or float; a weight on the token in numerator and denominator. 0 is the same as `ignore_index`.
+        mask: `[*]` bool, int or float; a weight on the token in numerator and denominator. 0 is the same as
+            `ignore_index`.
         old_entropy: `[*]` float32 or float64 entropies of the rollout policy; required by an entropy-ratio gate.
         ref_logprob: `[*]`; required by a KL penalty. rollout_logprob: `[*]`; required by a rollout correction.
         nll_mask: `[*]`; required by `nll_coef`.
         cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
-        normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and gradient
-            accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
-        grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused gradient is
-            rounded before it is scaled.
-        temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs two-phase.
-            Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo compiles again for
-            every new Python float.
-        inplace_backward: writes the gradient over `logits` during the forward; they must not be a leaf, nor be used afterwards,
-            nor lie inside activation checkpointing.
+        normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and
+            gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
+        grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused
+            gradient is rounded before it is scaled.
+        temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs
+            two-phase. Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo
+            compiles again for every new Python float.
+        inplace_backward: writes the gradient over `logits` during the forward; they must not be a leaf, nor be used
+            afterwards, nor lie inside activation checkpointing.
 
     Returns:
         PolicyLoss. `loss` is differentiable in `logits` alone, once: a second backward raises. `logprob`, `entropy` and
-        `per_token_loss` are detached. Without grad no gradient is computed. Under activation checkpointing the fused gradient
-        is computed twice.
+        `per_token_loss` are detached. Without grad no gradient is computed. Under activation checkpointing the fused
+        gradient is computed twice.
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument and what was expected, before any kernel runs.
@@ -91,7 +94,8 @@ def policy_loss(
     >>> logits = torch.randn(2, 3, 11, requires_grad=True)
     >>> labels = torch.randint(11, (2, 3))
     >>> old = erc.token_stats(logits.detach(), labels)
-    >>> out = erc.policy_loss(logits, labels, old_logprob=old.logprob, old_entropy=old.entropy, advantages=torch.tensor([1.0, -1.0]))
+    >>> rollout = {"old_logprob": old.logprob, "old_entropy": old.entropy, "advantages": torch.tensor([1.0, -1.0])}
+    >>> out = erc.policy_loss(logits, labels, objective="erc-dapo", **rollout)
     >>> out.loss.backward()
     >>> float(out.metrics["erc_fraction"])
     0.0
@@ -217,7 +221,8 @@ def fused_arguments(
 
 
 class FusedCall(NamedTuple):
-    """One call of the fused operator. Returns (loss, token_loss, logprob, entropy, flags), each `[N]`; only loss has a graph."""
+    """One call of the fused operator. Returns (loss, token_loss, logprob, entropy, flags), each `[N]`; only loss has a
+    graph."""
 
     operators: Any
     arguments: FusedArguments
@@ -250,7 +255,8 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
         if ctx.used:
             raise RuntimeError(
-                "a second backward through the same policy_loss: the fused gradient was handed out by the first; call policy_loss again"
+                "a second backward through the same policy_loss: the fused gradient was handed out by the first; "
+                "call policy_loss again"
             )
         if grad_loss is None:
             return None, None, None

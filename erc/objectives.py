@@ -12,7 +12,7 @@ Order of composition: ratio rule -> dual clip -> rollout correction -> entropy-r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -180,7 +180,7 @@ class Objective:
             adds 0.1 on rows with reward 1).
     """
 
-    ratio: RatioRule = PPOClip()
+    ratio: RatioRule = field(default_factory=PPOClip)
     entropy_ratio: EntropyRatioClip | None = None
     kl: KLPenalty | None = None
     entropy_coef: float = 0.0
@@ -199,11 +199,16 @@ class Objective:
         ):
             value = getattr(self, name)
             if not (isinstance(value, kind) or (value is None and name != "ratio")):
-                raise TypeError(f"{name} must be a {kind.__name__}{' or None' if name != 'ratio' else ''}, got {value!r}")
+                raise TypeError(
+                    f"{name} must be a {kind.__name__}{' or None' if name != 'ratio' else ''}, got {value!r}"
+                )
         _require(_is_number(self.entropy_coef), "entropy_coef", "a finite number", self.entropy_coef)
         _require(_is_number(self.nll_coef), "nll_coef", "a finite number", self.nll_coef)
         _require(
-            self.entropy_reduction in ("active-mean", "loss"), "entropy_reduction", '"active-mean" or "loss"', self.entropy_reduction
+            self.entropy_reduction in ("active-mean", "loss"),
+            "entropy_reduction",
+            '"active-mean" or "loss"',
+            self.entropy_reduction,
         )
         _require(self.reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", self.reduction)
         _require(

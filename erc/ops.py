@@ -6,13 +6,14 @@ Fake implementations and autograd formulas are registered here, once for all bac
 
 Conventions (DESIGN: rows, row algebra):
 
-* `logits` is `[outer, inner, V]` with a last stride of 1; row `i` starts at `(i // inner) * stride(0) + (i % inner) * stride(1)`,
-  so that `logits[:, :-1]` of a `[B, T, V]` tensor costs no copy. `N = outer * inner`.
-* Everything per row is contiguous `[N]`: labels int64, floats in the statistics dtype (float64 for float64 logits, else float32).
-* `params` is a small CPU float64 tensor that the launcher reads on the host: whatever a user may change from step to step
-  travels there, so nothing recompiles and nothing synchronises. `ParamIndex` is its layout.
-* A label equal to `ignore_index` marks a row that is not read; `ABSENT_LABEL` one whose label another vocabulary shard holds;
-  any other label outside `[0, V)` makes the row NaN (callers have checked labels where they can without a sync).
+* `logits` is `[outer, inner, V]` with a last stride of 1; row `i` starts at `(i // inner) * stride(0) + (i % inner) *
+  stride(1)`, so that `logits[:, :-1]` of a `[B, T, V]` tensor costs no copy. `N = outer * inner`.
+* Everything per row is contiguous `[N]`: labels int64, floats in the statistics dtype (float64 for float64 logits,
+  else float32).
+* `params` is a small CPU float64 tensor that the launcher reads on the host: whatever a user may change from step to
+  step travels there, so nothing recompiles and nothing synchronises. `ParamIndex` is its layout.
+* A label equal to `ignore_index` marks a row that is not read; `ABSENT_LABEL` one whose label another vocabulary shard
+  holds; any other label outside `[0, V)` makes the row NaN (callers have checked labels where they can without a sync).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ _LOSS_INPUTS = (
     "Tensor? old_logprob, Tensor? old_entropy, Tensor? ref_logprob, Tensor? policy_weight, Tensor? entropy_weight, "
     "Tensor? logprob_weight, int rule, int kl, int gate"
 )
+_PAIRED_INPUTS = "Tensor logits, Tensor old_logits, Tensor? temperature, Tensor params"
 _LOSS_OUTPUTS = "Tensor loss, Tensor token_loss, Tensor logprob, Tensor entropy, Tensor flags"
 
 SCHEMAS = {
@@ -80,13 +82,13 @@ SCHEMAS = {
     # State of a vocabulary shard that starts at column `start`: [4, N] (row_max, sum_rest, weighted_sum, label value).
     "partial_stats": f"({_STATS_INPUTS}, int start) -> Tensor",
     # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs.
-    "paired_forward": "(Tensor logits, Tensor old_logits, Tensor? temperature, Tensor params) -> (Tensor stats, Tensor saved)",
-    "paired_backward": "(Tensor logits, Tensor old_logits, Tensor? temperature, Tensor params, Tensor saved, Tensor grads) "
-    "-> Tensor",
+    "paired_forward": f"({_PAIRED_INPUTS}) -> (Tensor stats, Tensor saved)",
+    "paired_backward": f"({_PAIRED_INPUTS}, Tensor saved, Tensor grads) -> Tensor",
 }
 
 PAIRED_SAVED = 8
-"""Rows of `paired_forward`'s saved tensor: (row_max, sum_rest, weighted_sum) of new and of old, KL(new||old), E_p[sign(p - q)]."""
+"""Rows of `paired_forward`'s saved tensor: (row_max, sum_rest, weighted_sum) of new and of old, KL(new||old),
+E_p[sign(p - q)]."""
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

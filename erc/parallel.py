@@ -1,7 +1,8 @@
 """Layer 2: vocabulary-parallel statistics over torch.distributed.
 
-Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's value);
-one all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward needs no
+Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's
+value); one all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward
+needs no
 communication: each rank owns its columns of the gradient of the one replicated loss.
 """
 
@@ -30,8 +31,9 @@ class VocabShard:
     Args:
         group: a torch.distributed process group, None for the default one.
         start: the vocabulary index of the first local column.
-        vocab_size: the true size; columns held beyond it are padding, and take no part and get gradient 0. A shard may be
-            empty, and shards may differ in size, but in rank order they must cover the vocabulary without gap or overlap.
+        vocab_size: the true size; columns held beyond it are padding, and take no part and get gradient 0. A shard may
+            be empty, and shards may differ in size, but in rank order they must cover the vocabulary without gap or
+            overlap.
     """
 
     group: dist.ProcessGroup | None
@@ -78,8 +80,8 @@ class VocabShard:
         The body enters its number of `rows` and of local `columns`.
 
         Raises:
-            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows differ, or shards do not tile
-                the vocabulary.
+            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows differ, or shards do not
+                tile the vocabulary.
         """
         facts = {"rows": 0, "columns": 0}
         try:
@@ -176,7 +178,8 @@ def merge_states(states: Tensor, params: Tensor, temperature: Tensor | None) -> 
 def state_statistics(
     state: Tensor, params: Tensor, temperature: Tensor | None, ignored: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and logsumexp `[N]` of row states `[4, N]`; 0 where `ignored`, NaN where a row has no distribution."""
+    """Log-prob, entropy and logsumexp `[N]` of row states `[4, N]`; 0 where `ignored`, NaN where a row has no
+    distribution."""
     scale = _row_scale(params, temperature)
     row_max, sum_rest, weighted_sum, label = state.double()
     log_sum = torch.log1p(sum_rest)

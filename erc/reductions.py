@@ -41,9 +41,7 @@ def token_weights(
 
     A sequence without active tokens does not count; no active token at all gives weight 0 everywhere, not NaN.
     """
-    if reduction == "none":
-        weights, count = mask, None
-    elif reduction == "token-sum":
+    if reduction == "none" or reduction == "token-sum":
         weights, count = mask, None
     elif reduction == "token-mean":
         weights, count = mask, mask.sum()

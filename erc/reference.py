@@ -1,8 +1,9 @@
-"""The whole library in plain PyTorch, any floating dtype: the oracle, the `torch` backend, and the place to start reading.
+"""The whole library in plain PyTorch, any floating dtype: the oracle, the `torch` backend, and the place to start
+reading.
 
 Statistics are computed in float64 whatever the dtype of the logits, and rounded once to the statistics dtype.
-Same signatures as `erc.token_stats`, `erc.entropy_ratio`, `erc.policy_loss` and `erc.objective_loss`; gradients by autograd.
-Memory is that of eager PyTorch: several tensors as large as the logits.
+Same signatures as `erc.token_stats`, `erc.entropy_ratio`, `erc.policy_loss` and `erc.objective_loss`; gradients by
+autograd. Memory is that of eager PyTorch: several tensors as large as the logits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Row:
 
     With `u = x - max x` and R the sum of `exp(u)` over everything but one maximum: `logsumexp = max x + log1p(R)` and
     `entropy = log1p(R) - sum(exp(u) u) / (1 + R)`, two terms >= 0. A plain `1 + R` would round R away on peaked rows,
-    where the entropy is all in R. A -inf logit is a forbidden token; a row that is all -inf or holds NaN or +inf is NaN.
+    where the entropy is all in R. A -inf logit is a forbidden token; a row that is all -inf or holds NaN or +inf is
+    NaN.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -55,7 +57,8 @@ class Row:
     def logprob(self, labels: Tensor) -> Tensor:
         column = labels[:, None]
         u = self.u.gather(-1, column).squeeze(-1)
-        # Of a maximum: -log1p(sum_j exp(x_j - x_y)), whose gradient R / S needs no 1 - p. The where keeps exp(-u) finite.
+        # Of a maximum: -log1p(sum_j exp(x_j - x_y)), whose gradient R / S needs no 1 - p. The where keeps exp(-u)
+        # finite.
         is_max = u.detach() == 0
         of_max = -torch.log1p(self._sum_without(column) * torch.exp(-torch.where(is_max, u, 0.0)))
         logprob = torch.where(is_max, of_max, u - self.log_sum)
@@ -86,7 +89,9 @@ def token_stats(
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     if labels is not None:
         labels = check_labels(labels, leading, logits.device, logits.shape[-1], ignore_index)
-    return TokenStats(*(None if s is None else s.view(leading) for s in row_stats(logits, labels, scaling, ignore_index)))
+    return TokenStats(
+        *(None if s is None else s.view(leading) for s in row_stats(logits, labels, scaling, ignore_index))
+    )
 
 
 def row_stats(
@@ -108,7 +113,8 @@ def row_stats(
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Rows `[N, V]` in float64, so that every dtype of logits gets the oracle's answer, rounded once. MPS has no float64."""
+    """Rows `[N, V]` in float64, so that every dtype of logits gets the oracle's answer, rounded once. MPS has no
+    float64."""
     return logits.reshape(-1, logits.shape[-1]).to(torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
@@ -140,7 +146,8 @@ def entropy_ratio(
 
 
 def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) as `sum p (delta + expm1(-delta))` with `delta = log p - log q`: every term >= 0, so nothing cancels."""
+    """KL(p || q) as `sum p (delta + expm1(-delta))` with `delta = log p - log q`: every term >= 0, so nothing
+    cancels."""
     delta = torch.where(torch.isneginf(log_p), 0.0, log_p) - torch.where(torch.isneginf(log_p), 0.0, log_q)
     terms = torch.where(torch.isneginf(log_p), q, p * delta + (q - p))
     small = delta.abs() < 0.5  # further out the two terms no longer cancel, and expm1 would overflow
@@ -197,14 +204,14 @@ def objective_loss(
 ) -> PolicyLoss:
     """The policy loss from log-probs and entropies that a trainer holds already: no vocabulary work.
 
-    Differentiable in `logprob` `[*]` (nats, float32 or float64), and in `entropy` `[*]` if and only if the objective has an
-    entropy term; the entropy-ratio gate reads the entropy's value only. Everything else as `erc.policy_loss`.
+    Differentiable in `logprob` `[*]` (nats, float32 or float64), and in `entropy` `[*]` if and only if the objective
+    has an entropy term; the entropy-ratio gate reads the entropy's value only. Everything else as `erc.policy_loss`.
 
     >>> import torch
     >>> logprob = torch.tensor([-1.0, -2.0], requires_grad=True)
     >>> entropy = torch.tensor([1.0, 1.2])
-    >>> out = objective_loss(logprob, entropy, old_logprob=logprob.detach(), advantages=torch.ones(2), objective="erc-dapo",
-    ...                      old_entropy=torch.tensor([1.0, 1.0]))
+    >>> rollout = {"old_logprob": logprob.detach(), "old_entropy": torch.ones(2), "advantages": torch.ones(2)}
+    >>> out = objective_loss(logprob, entropy, objective="erc-dapo", **rollout)
     >>> out.loss.backward()
     >>> logprob.grad  # the second token's entropy rose by 20 %: its gradient is dropped
     tensor([-0.5000, -0.0000])

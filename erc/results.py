@@ -36,8 +36,8 @@ class EntropyRatio(NamedTuple):
 class PolicyLoss(NamedTuple):
     """The result of a policy loss. `loss` carries the gradient; everything else is detached.
 
-    `loss` is a scalar, or `[*]` for reduction "none". `per_token_loss` `[*]` is unweighted and 0 where masked. `metrics` is a
-    dict of 0-d tensors that were never synchronised (`erc.metrics.policy_metrics`).
+    `loss` is a scalar, or `[*]` for reduction "none". `per_token_loss` `[*]` is unweighted and 0 where masked.
+    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.metrics.policy_metrics`).
     """
 
     loss: Tensor

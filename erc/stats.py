@@ -33,23 +33,24 @@ def token_stats(
     Every output is of `x = softcap * tanh(logits * logit_scale / softcap) / temperature`, in nats.
 
     Args:
-        logits: `[*, V]`, float32, bfloat16, float16 or float64. A -inf logit is a forbidden token. A row that is all -inf or
-            holds NaN or +inf gives NaN for that row alone.
+        logits: `[*, V]`, float32, bfloat16, float16 or float64. A -inf logit is a forbidden token. A row that is all
+            -inf or holds NaN or +inf gives NaN for that row alone.
         labels: `[*]` integers in `[0, V)`, or `ignore_index` for rows that are not read and give 0 with gradient 0.
         temperature: positive; a number, or a tensor `[*]` with one value a row.
         softcap: positive, or None.
         logit_scale: positive.
-        inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used by
-            anything else afterwards.
+        inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used
+            by anything else afterwards.
         vocab_shard: `logits` are this rank's columns of a larger vocabulary (`erc.VocabShard`); labels stay global. One
-            all-gather of four numbers a row; every rank gets bitwise the same statistics, and its own columns' gradient of
-            the one replicated loss.
-        validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective and a synchronisation.
+            all-gather of four numbers a row; every rank gets bitwise the same statistics, and its own columns'
+            gradient of the one replicated loss.
+        validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective and a
+            synchronisation.
         backend: see `erc.backends`.
 
     Returns:
-        TokenStats of `[*]`, float32 (float64 for float64 logits), differentiable in `logits`. An output that takes no part in
-        the loss costs nothing in the backward; double backward raises.
+        TokenStats of `[*]`, float32 (float64 for float64 logits), differentiable in `logits`. An output that takes no
+        part in the loss costs nothing in the backward; double backward raises.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -75,7 +76,9 @@ def token_stats(
             check_shardable(name, inplace_backward)
     if name == "torch":
         logprob, entropy, logsumexp = reference.row_stats(logits, labels, scaling, ignore_index)
-        return TokenStats(None if labels is None else logprob.view(leading), entropy.view(leading), logsumexp.view(leading))
+        return TokenStats(
+            None if labels is None else logprob.view(leading), entropy.view(leading), logsumexp.view(leading)
+        )
     backend_operators = operators(name)
     arguments = (labels, scaling.temperature, params_tensor(scaling), ignore_index)
     if vocab_shard is not None:
@@ -136,9 +139,10 @@ def entropy_ratio(
         temperature, softcap, logit_scale: applied to both.
 
     Returns:
-        EntropyRatio of `[*]`, float32 (float64 for float64 logits), in nats, differentiable in `logits`. `kl_new_old` is
-        KL(new || old); a forbidden old token that the new policy allows makes it inf. Divergences are sums of terms >= 0, so
-        small ones keep their relative accuracy (arXiv 2512.05591 for the ratio, arXiv 2602.04879 for the use of the others).
+        EntropyRatio of `[*]`, float32 (float64 for float64 logits), in nats, differentiable in `logits`. `kl_new_old`
+        is KL(new || old); a forbidden old token that the new policy allows makes it inf. Divergences are sums of terms
+        >= 0, so small ones keep their relative accuracy (arXiv 2512.05591 for the ratio, arXiv 2602.04879 for the use
+        of the others).
 
     Raises:
         TypeError, ValueError: naming the argument; `old_logits` must not require grad.
@@ -146,7 +150,7 @@ def entropy_ratio(
     >>> import torch, erc
     >>> new, old = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0]])
     >>> erc.entropy_ratio(new, old).ratio
-    tensor([0.8400])
+    tensor([0.8399])
     """
     check_logits(logits)
     check_logits(old_logits, "old_logits")
