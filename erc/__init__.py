@@ -1,6 +1,6 @@
 """Fused loss and entropy kernels for reinforcement learning of language models: entropy-ratio clipping and friends."""
 
-from erc import reference
+from erc import reference, rlvr
 from erc.backends import backends, use_backend
 from erc.explain import explain
 from erc.linear import linear_policy_loss, linear_token_stats
@@ -50,6 +50,7 @@ __all__ = [
     "objectives",
     "policy_loss",
     "reference",
+    "rlvr",
     "token_stats",
     "use_backend",
 ]

@@ -38,7 +38,7 @@ def group_advantages(
     group_size: int | None = None,
     kind: str = "grpo",
 ) -> Tensor:
-    """The advantage of each rollout over the others of its prompt; `[B]`, the dtype of `rewards` (float32 for integers).
+    """The advantage of each rollout over the others of its prompt; `[B]`, in the dtype of `rewards`, float32 for ints.
 
     Args:
         rewards: `[B]`.
