@@ -52,12 +52,12 @@ bench-gpu: setup ## the benchmarks of the GPU backends
 	$(PY) -m benchmarks gpu $(BENCH_ARGS)
 
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
-# finds no interceptor.
+# finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.
 sanitize: setup ## the tests marked `sanitize`, on a CPU library built under AddressSanitizer and UBSan
 	ERC_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
 	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize $(PYTEST_ARGS)
+	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize --capture=sys $(PYTEST_ARGS)
 
 clean: ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis

@@ -38,6 +38,7 @@ from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
+BUILD_DIR = ROOT / "build" / "native"
 OLDEST_TORCH = "0x020a000000000000"  # 2.10: the oldest release whose stable ABI the libraries may call
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 
@@ -151,8 +152,10 @@ def why_no_cuda() -> str | None:
         PlatformError: where ERC_BUILD_CUDA=1 asks for one and it is not possible.
     """
     wanted = enabled("ERC_BUILD_CUDA")
-    if wanted is False or enabled("ERC_SANITIZE"):
-        return "not asked for"
+    if wanted is False:
+        return "ERC_BUILD_CUDA=0"
+    if enabled("ERC_SANITIZE"):
+        return "ERC_SANITIZE=1"
     reason = None
     if not any((ROOT / CSRC / "cuda").glob("*.cu")):
         reason = "no csrc/cuda/*.cu"
@@ -245,9 +248,9 @@ def common_flags() -> list[str]:
     return [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{CSRC}", "-isystem", str(torch_dir() / "include")]
 
 
-def cpu_library(build_dir: Path, sanitize: bool) -> Library:
+def cpu_library(sanitize: bool) -> Library:
     """csrc/cpu/*.cpp and the bindings once, csrc/cpu/kernels/*.cpp once for each instruction set."""
-    build_dir = build_dir / ("cpu_asan" if sanitize else "cpu")
+    build_dir = BUILD_DIR / ("cpu_asan" if sanitize else "cpu")
     compiler = cxx() or []
     optimise = ["-O1", "-g", *SANITIZE_FLAGS] if sanitize else ["-O3"]
     compile_ = [*compiler, *CXX_FLAGS, *optimise, *common_flags()]
@@ -286,16 +289,12 @@ def gencode(archs: str) -> list[str]:
     return flags
 
 
-def cuda_library(build_dir: Path) -> Library:
+def cuda_library() -> Library:
     """csrc/cuda/*.cu by nvcc, its bindings by the C++ compiler."""
-    build_dir = build_dir / "cuda"
+    build_dir = BUILD_DIR / "cuda"
     compiler = cxx() or []
     driver = nvcc() or ""
-    cuda_home = Path(driver).resolve().parent.parent
-    if not (cuda_home / "include" / "cuda_runtime.h").exists():  # nvcc may be a wrapper script: ask it where it lives
-        dry_run = run([driver, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"])
-        tops = [line.partition("TOP=")[2] for line in dry_run.splitlines() if "TOP=" in line]
-        cuda_home = Path(tops[0].strip()) if tops else cuda_home
+    cuda_home = toolkit_of(driver)
     archs = gencode(os.environ.get("ERC_CUDA_ARCHS") or ";".join(gpu_archs()) or DEFAULT_CUDA_ARCHS)
     flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     device = (driver, "-ccbin", compiler[0], *flags, *archs, *common_flags())
@@ -309,6 +308,13 @@ def cuda_library(build_dir: Path) -> Library:
     # against a PyTorch without CUDA. The CUDA run-time is linked in: its version need not be that of PyTorch's.
     libraries = ("-Wl,--no-as-needed", f"-L{torch_dir() / 'lib'}", "-ltorch", *cuda_runtime(cuda_home))
     return Library(build_dir / "liberc_cuda.so", (*compiler, "-shared"), libraries, objects)
+
+
+def toolkit_of(driver: str) -> Path:
+    """The toolkit's directory. nvcc may be a wrapper script somewhere else, so nvcc itself is asked."""
+    dry_run = run([driver, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"])
+    tops = [line.partition("TOP=")[2].strip() for line in dry_run.splitlines() if "TOP=" in line]
+    return Path(tops[0] if tops else Path(driver).resolve().parent.parent).resolve()
 
 
 def cuda_runtime(cuda_home: Path) -> list[str]:
@@ -340,26 +346,36 @@ class BuildNative(Command):
     def _libraries(self) -> list[Library]:
         if not builds_native():
             return []
-        build_dir = Path("build") / "native"
-        cpu = cpu_library(build_dir, bool(enabled("ERC_SANITIZE")))
-        return [cpu] if why_no_cuda() else [cpu, cuda_library(build_dir)]
+        cpu = cpu_library(bool(enabled("ERC_SANITIZE")))
+        return [cpu] if why_no_cuda() else [cpu, cuda_library()]
 
     def _destination(self) -> Path:
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib or "")
         return package / "erc" / "lib"
 
     def run(self) -> None:
+        libraries = self._libraries()
+        if not libraries:
+            return
+        import fcntl  # builds are for Linux, this file is read everywhere
+
         jobs = int(os.environ.get("ERC_BUILD_JOBS") or len(os.sched_getaffinity(0)))
-        for library in self._libraries():
-            if library.build(jobs) and why_no_cuda():
-                say(f"the CUDA backend is not built: {why_no_cuda()}")
-            installed = self._destination() / library.path.name
-            if not installed.exists() or installed.stat().st_mtime_ns < (ROOT / library.path).stat().st_mtime_ns:
-                installed.parent.mkdir(parents=True, exist_ok=True)
-                # Replaced, never overwritten: a process that has the old library mapped keeps it.
-                fresh = installed.with_suffix(".new")
-                shutil.copy(ROOT / library.path, fresh)
-                fresh.replace(installed)
+        BUILD_DIR.mkdir(parents=True, exist_ok=True)
+        with open(BUILD_DIR / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at a time would link each other's unfinished objects
+            for library in libraries:
+                if library.build(jobs) and why_no_cuda():
+                    say(f"the CUDA backend is not built: {why_no_cuda()}")
+                self._install(library.path, self._destination() / library.path.name)
+
+    def _install(self, built: Path, installed: Path) -> None:
+        if installed.exists() and installed.stat().st_mtime_ns >= built.stat().st_mtime_ns:
+            return
+        installed.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced, never overwritten: a process that has the old library mapped keeps it.
+        fresh = installed.with_suffix(".new")
+        shutil.copy(built, fresh)
+        fresh.replace(installed)
 
     def get_source_files(self) -> list[str]:
         return [str(path) for path in sources("**/*.*")]
