@@ -26,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -207,7 +208,9 @@ class Object:
     def compile(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._command_file.unlink(missing_ok=True)
+        started = time.time_ns()
         output = run(self._full_command)
+        os.utime(self.path, ns=(started, started))  # what is edited while the compiler runs is newer than the object
         self._command_file.write_text(self._recipe())
         if output.strip():
             say(f"{self.path.name}:\n{output.rstrip()}")
