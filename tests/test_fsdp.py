@@ -1,0 +1,106 @@
+"""A training step of a small transformers model under FSDP2, its head sharded by vocabulary, equals the step of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import erc
+
+transformers = pytest.importorskip("transformers", reason="the small model comes from transformers")
+
+VOCAB, SPLIT, RANKS = 61, 40, 2  # uneven shards
+LEARNING_RATE = 0.1
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=False,
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB, (2, 7), generator=generator)
+    labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+    rollout = {
+        "old_logprob": -4 + 0.1 * torch.randn(2, 7, generator=generator),
+        "old_entropy": 4.0 + 0.2 * torch.rand(2, 7, generator=generator),
+        "advantages": torch.tensor([1.0, -0.5]),
+    }
+    return tokens, labels, rollout
+
+
+def step(model: torch.nn.Module, head: torch.nn.Parameter, shard: erc.VocabShard | None) -> float:
+    tokens, labels, rollout = make_batch()
+    hidden = model.model(input_ids=tokens).last_hidden_state
+    out = erc.linear_policy_loss(
+        hidden, head, labels, objective="erc-dapo", vocab_shard=shard, validate=True, **rollout
+    )
+    out.loss.backward()
+    torch.optim.SGD([*model.model.parameters(), head], lr=LEARNING_RATE).step()
+    return out.loss.item()
+
+
+def run_rank(rank: int, port: int, results: dict) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    try:
+        model = make_model()
+        start, stop = (0, SPLIT) if rank == 0 else (SPLIT, VOCAB)
+        head = torch.nn.Parameter(model.lm_head.weight.detach()[start:stop].clone())
+        mesh = dist.init_device_mesh("cpu", (RANKS,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model.model, mesh=mesh)
+        loss = step(model, head, erc.VocabShard(None, start, VOCAB))
+        parameters = {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+            for name, value in model.model.named_parameters()
+        }
+        with pytest.raises(TypeError, match=r"weight is a DTensor: pass weight\.to_local\(\)"):
+            erc.linear_token_stats(torch.zeros(1, 16), model.model.embed_tokens.weight)
+        results[rank] = loss, parameters, head.detach()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fsdp2_step_with_a_sharded_head_equals_the_single_process_step():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_rank, args=(port, results), nprocs=RANKS)
+        ranks = [results[rank] for rank in range(RANKS)]
+    model = make_model()
+    before = {name: value.detach().clone() for name, value in model.model.named_parameters()}
+    head_before = model.lm_head.weight.detach().clone()
+    loss = step(model, model.lm_head.weight, None)
+    assert ranks[0][0] == ranks[1][0] == pytest.approx(loss, rel=1e-6)
+    moved = 0.0
+    for name, value in model.model.named_parameters():
+        moved = max(moved, float((value.detach() - before[name]).abs().max()))
+        for _, parameters, _ in ranks:
+            torch.testing.assert_close(parameters[name], value.detach(), rtol=1e-5, atol=1e-6)
+    assert moved > 1e-3, "a step that moves nothing compares nothing"
+    head = torch.cat([rank[2] for rank in ranks])
+    torch.testing.assert_close(head, model.lm_head.weight.detach(), rtol=1e-5, atol=1e-6)
+    assert (head - head_before).abs().max() > 1e-3
