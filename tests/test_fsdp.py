@@ -1,4 +1,4 @@
-"""A training step of a small transformers model under FSDP2, its head sharded by vocabulary, equals the step of one process."""
+"""A step of a small transformers model under FSDP2, its head sharded by vocabulary, equals the step of one process."""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ def assert_close_to_oracle(tested, exact, bound):
 
 
 @pytest.mark.parametrize("objective", ["erc-dapo", "gppo", "erc-gspo", "dr-grpo"])
-@pytest.mark.parametrize("budget", [None, 5 * VOCAB * 4])  # all rows in one chunk; five rows a chunk, the last one of three
+@pytest.mark.parametrize(
+    "budget", [None, 5 * VOCAB * 4]
+)  # all rows in one chunk; five rows a chunk, the last one of three
 def test_linear_policy_loss_matches_the_oracle(objective, budget):
     hidden, weight, bias, labels = make_head()
     shape = (1, ROWS)  # sequence-level objectives need rows of a sequence
@@ -147,18 +149,20 @@ def test_tied_embedding_accumulates_both_gradients():
 
     fused = loss(
         weight,
-        lambda h, w: erc.linear_policy_loss(
-            h, w, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo"
-        ).loss,
+        lambda h, w: (
+            erc.linear_policy_loss(h, w, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo").loss
+        ),
     )
     (tested,) = torch.autograd.grad(fused, weight)
 
     def reference(table):
         return loss(
             table,
-            lambda h, w: erc.reference.policy_loss(
-                h @ w.t(), labels, old_logprob=None, advantages=torch.ones(ROWS).double(), objective="dapo"
-            ).loss,
+            lambda h, w: (
+                erc.reference.policy_loss(
+                    h @ w.t(), labels, old_logprob=None, advantages=torch.ones(ROWS).double(), objective="dapo"
+                ).loss
+            ),
         )
 
     _, exact = oracle_gradients(reference, weight)
@@ -206,16 +210,22 @@ def test_reduction_none_differentiates_every_row_by_its_own_upstream():
     hidden, weight, _, labels = make_head(bias=False)
     objective = erc.objective("dapo", reduction="none")
     upstream = torch.randn(ROWS)
-    out = erc.linear_policy_loss(hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective=objective)
+    out = erc.linear_policy_loss(
+        hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective=objective
+    )
     grads = torch.autograd.grad(out.loss, (hidden, weight), upstream)
-    dense = erc.policy_loss(hidden @ weight.t(), labels, old_logprob=None, advantages=torch.ones(ROWS), objective=objective)
+    dense = erc.policy_loss(
+        hidden @ weight.t(), labels, old_logprob=None, advantages=torch.ones(ROWS), objective=objective
+    )
     torch.testing.assert_close(grads, torch.autograd.grad(dense.loss, (hidden, weight), upstream), rtol=1e-4, atol=1e-5)
 
 
 def test_no_grad_computes_no_gradient():
     hidden, weight, _, labels = make_head(bias=False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        out = erc.linear_policy_loss(hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo")
+        out = erc.linear_policy_loss(
+            hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo"
+        )
     assert not out.loss.requires_grad
     assert counter.get_total_flops() == 2 * (ROWS - 1) * VOCAB * WIDTH
 
@@ -223,7 +233,9 @@ def test_no_grad_computes_no_gradient():
 def test_no_active_row_gives_zero():
     hidden, weight, _, labels = make_head(bias=False)
     labels = torch.full_like(labels, -100)
-    out = erc.linear_policy_loss(hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo")
+    out = erc.linear_policy_loss(
+        hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo"
+    )
     out.loss.backward()
     assert out.loss == 0 and not weight.grad.any() and not hidden.grad.any()
 
@@ -241,7 +253,13 @@ def test_no_active_row_gives_zero():
 )
 def test_bad_arguments_are_named(change, match):
     hidden, weight, _, labels = make_head(bias=False)
-    arguments = {"hidden": hidden, "weight": weight, "labels": labels, "old_logprob": None, "advantages": torch.ones(ROWS)}
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "old_logprob": None,
+        "advantages": torch.ones(ROWS),
+    }
     with pytest.raises((ValueError, TypeError, IndexError), match=match):
         erc.linear_policy_loss(**(arguments | change), objective="dapo")
 
@@ -255,8 +273,8 @@ def test_peak_memory_does_not_grow_with_rows_times_vocabulary():
         weight = torch.randn(vocab, width, requires_grad=True)
         labels = torch.randint(vocab, (rows,))
         def step(count):
-            erc.linear_policy_loss(hidden[:count], weight, labels[:count], old_logprob=None, advantages=torch.ones(count),
-                                   objective="dapo", memory_budget=16 * 2**20).loss.backward()
+            rows = {"advantages": torch.ones(count), "old_logprob": None, "memory_budget": 16 * 2**20}
+            erc.linear_policy_loss(hidden[:count], weight, labels[:count], objective="dapo", **rows).loss.backward()
         step(8)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         step(rows)

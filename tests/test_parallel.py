@@ -40,7 +40,7 @@ def _run_rank(rank: int, world: int, port: int, results: dict) -> None:
 
 @cache
 def on_ranks(world: int) -> list[dict[str, Any]]:
-    """What every body of `world` processes returns on each rank. Starting processes is what takes the time, so they start once."""
+    """What every body of `world` processes returns on each rank. Starting processes takes the time, so they start once."""
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_run_rank, args=(world, _free_port(), results), nprocs=world)
@@ -88,7 +88,9 @@ class PolicyLossBody:
         local = held_columns(weight, rank, self.world).requires_grad_()
         hidden.requires_grad_()
         if self.linear:
-            out = erc.linear_policy_loss(hidden, local, labels, vocab_shard=shard, validate=True, memory_budget=400, **arguments)
+            out = erc.linear_policy_loss(
+                hidden, local, labels, vocab_shard=shard, validate=True, memory_budget=400, **arguments
+            )
         else:
             out = erc.policy_loss(hidden @ local.t(), labels, vocab_shard=shard, validate=True, **arguments)
         out.loss.backward()
@@ -122,7 +124,7 @@ def test_sharded_loss_equals_the_loss_of_one_process(world, linear):
 
 class StatsBody:
     def __call__(self, rank: int):
-        hidden, weight, labels, arguments = problem()
+        hidden, weight, labels, _ = problem()
         shard = erc.VocabShard(None, BOUNDARIES[3][rank], VOCAB)
         local = held_columns(weight, rank, 3)
         stats = erc.token_stats(hidden @ local.t(), labels, vocab_shard=shard, temperature=0.8, ignore_index=0)
