@@ -163,9 +163,8 @@ def paired_backward_kernel(
         # (x - m) - t / S stands for log p + H: the difference of the two is exact there.
         slope = -g_entropy * ((v - p_max) * s - mean) + kl_term + g_variation * (sign(p - q) - balance)
         gradient = tl.where(p == 0.0, 0.0, p * slope) + g_old_new * (p - q)
-        # A forbidden token has no gradient, but a row without a distribution is NaN everywhere.
-        forbidden = (v == float("-inf")) & (p_max == p_max) & (q_max == q_max)
-        gradient = tl.where(forbidden, 0.0, gradient * s * chain(z, cap, cap_scale, L))
+        # A forbidden token has gradient 0, unless its row has no distribution: then 0 * NaN.
+        gradient = tl.where(v == float("-inf"), 0.0 * (p_max + q_max), gradient * s * chain(z, cap, cap_scale, L))
         tl.store(target + offsets, gradient.to(target.dtype.element_ty), mask=row_mask(offsets, end, L))
 
 

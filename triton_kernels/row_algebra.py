@@ -83,7 +83,7 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 to a few ulp for |x| <= 80 (Kahan): (u - 1) / log(u) hardly depends on u, so an error of exp cancels."""
+    """exp(x) - 1 to a few ulp for |x| <= 80 (Kahan): an error of exp cancels in (u - 1) / log(u)."""
     u = tl.exp(x)
     log_u = tl.log(u)
     return tl.where(u == 1.0, x, (u - 1.0) * (x / tl.where(log_u == 0.0, 1.0, log_u)))
@@ -496,7 +496,7 @@ def row_state(
     """(row_max, sum_rest, weighted_sum, scale) of a row: swept here, or merged from `lanes`.
 
     `lanes` is [N, segments, 3, LANES], from `sweep_lanes_kernel`.
-    NaN for an `error` and for a row without a distribution, unless it is part of a row (PARTIAL): then -inf alone is empty.
+    NaN for an `error` and for a row without a distribution. Of a PARTIAL row, -inf alone is the empty state.
     """
     s, scale2 = row_scale(scale, temperature, row, L)
     if lanes is None:

@@ -207,7 +207,7 @@ def token_loss(
         if GATE == GATE_ZERO_VALUE:
             value = tl.where(dropped != 0, 0.0, value)
     if KL != KL_NONE:
-        penalty, d_penalty = kl_term(KL % IMPORTANCE_WEIGHTED, kl_clamp, logprob, ref_logprob)
+        penalty, d_penalty = kl_term(KL % 16, kl_clamp, logprob, ref_logprob)
         if KL >= IMPORTANCE_WEIGHTED:
             r, d_r = importance_ratio(logprob, old_logprob)
             d_penalty = d_penalty * r + penalty * d_r

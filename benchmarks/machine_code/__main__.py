@@ -1,0 +1,3 @@
+from benchmarks.machine_code.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""`python -m benchmarks machine-code`: the report as a table, and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine_code.report import CompiledKernel, LoopCost, Measurement, measure, triton_kernels
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m benchmarks machine-code", description=__doc__)
+    options.add_argument(
+        "--arch", action="append", choices=ARCHS, help="an architecture; may be repeated (default: all)"
+    )
+    options.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="dtype of the logits (default: bfloat16)")
+    options.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures as JSON; - for standard output"
+    )
+    options.add_argument(
+        "--cubin", action="append", default=[], metavar="NAME:ARCH:FUNCTION:ELEMENTS:PATH",
+        help="report on a kernel of a cubin too; FUNCTION may be empty (the only one), ELEMENTS counts those of a "
+        "main-loop iteration and may be empty (read off the loads)",
+    )  # fmt: skip
+    options.add_argument(
+        "--peers", type=Path, metavar="FOLDER", help="a folder with unpacked wheels of trl and liger-kernel"
+    )
+    return options
+
+
+def cubin_argument(text: str) -> CompiledKernel:
+    """Raises ValueError unless `text` is NAME:ARCH:FUNCTION:ELEMENTS:PATH."""
+    parts = text.split(":", 4)
+    if len(parts) != 5:
+        raise ValueError(f"--cubin must be NAME:ARCH:FUNCTION:ELEMENTS:PATH, got {text!r}")
+    name, arch, function, elements, path = parts
+    count = int(elements) if elements else None
+    return CompiledKernel(name, arch, Path(path), function or None, (count, count), source="cubin")
+
+
+def _cell(cost: LoopCost | None) -> str:
+    if cost is None:
+        return "-"
+    widths = "/".join(str(bits) for bits in (*cost.load_bits, *cost.store_bits))
+    return f"{cost.instructions:.2f} ({widths} bit)"
+
+
+def print_table(measurements: Sequence[Measurement]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Main loops by element; the share of peak bandwidth that the instruction mix leaves reachable")
+    table.add_column("kernel")
+    for column in (
+        "arch",
+        "statistics",
+        "gradient",
+        "total",
+        "MUFU",
+        "barriers",
+        "regs",
+        "smem",
+        "spills",
+        "reachable",
+    ):
+        table.add_column(column, justify="right")
+    for m in measurements:
+        loops = [loop for loop in (m.statistics, m.gradient) if loop]
+        synchronising = sum(loop.barriers + loop.shuffles for loop in loops)
+        reachable = ", ".join(
+            f"{gpu} {r.share:.0%} ({r.resource} at {r.headroom:.2f}x)" for gpu, r in m.reachable.items()
+        )
+        table.add_row(
+            f"{m.source}: {m.name}", m.arch, _cell(m.statistics), _cell(m.gradient), f"{m.instructions():.2f}",
+            f"{m.mufu():.3f}", str(synchronising), str(m.registers), str(m.shared_bytes), "yes" if m.spills else "no",
+            reachable,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, disassemble, report. Returns 1 if a kernel spills."""
+    options = parser().parse_args(arguments)
+    archs = options.arch or ARCHS
+    kernels = triton_kernels(archs, _DTYPES[options.dtype])
+    kernels += [cubin_argument(text) for text in options.cubin]
+    if options.peers:
+        from benchmarks.machine_code.peers import peer_kernels
+
+        kernels += peer_kernels(options.peers, archs)
+    measurements = [measure(kernel) for kernel in kernels]
+    figures = json.dumps([m.json() for m in measurements], indent=2)
+    if options.json and str(options.json) != "-":
+        options.json.write_text(figures + "\n")
+    if options.json and str(options.json) == "-":
+        print(figures)
+    else:
+        print_table(measurements)
+    return int(any(m.spills and m.source != "peer" for m in measurements))

@@ -1,0 +1,140 @@
+"""The machine-code report: every kernel's main loops, by element, and the bandwidth they leave reachable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine_code.roofline import GPUS, Reachable
+from benchmarks.machine_code.sass import Kernel, Loop, disassemble
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel to report on. This is how kernels from elsewhere (CUDA cubins, peers) join the report.
+
+    `arch` is "sm_80", "sm_90" or "sm_100"; `cubin` the bytes or a path; `function` the name inside it (None: the only
+    one). `elements` are the elements that one thread takes in an iteration of the statistics and of the gradient loop;
+    None reads them off the bytes that the loop loads from global memory. `itemsize` is that of a logit in bytes.
+    """
+
+    name: str
+    arch: str
+    cubin: bytes | Path
+    function: str | None = None
+    elements: tuple[int | None, int | None] = (None, None)
+    itemsize: int = 2
+    source: str = "erc"
+
+    def kernel(self) -> Kernel:
+        """Raises LookupError if `function` is not in the cubin, or is needed to choose."""
+        data = self.cubin if isinstance(self.cubin, bytes) else Path(self.cubin).read_bytes()
+        kernels = disassemble(data)
+        found = [k for k in kernels if self.function in (None, k.name)]
+        if len(found) != 1:
+            raise LookupError(f"{self.name}: {self.function!r} does not name one of {[k.name for k in kernels]}")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class LoopCost:
+    """A main loop by element: operations of each pipe, bytes through global memory, barriers and shuffles."""
+
+    elements: float
+    instructions: float
+    pipes: dict[str, float]
+    mufu: float
+    read_bytes: float
+    write_bytes: float
+    load_bits: tuple[int, ...]
+    store_bits: tuple[int, ...]
+    barriers: int
+    shuffles: int
+
+    @classmethod
+    def of(cls, loop: Loop, elements: float) -> LoopCost:
+        pipes = loop.pipes()
+        return cls(
+            elements=elements,
+            instructions=len(loop.instructions) / elements,
+            pipes={pipe: count / elements for pipe, count in sorted(pipes.items())},
+            mufu=pipes["mufu"] / elements,
+            read_bytes=loop.bytes_of("LDG") / elements,
+            write_bytes=loop.bytes_of("STG") / elements,
+            load_bits=loop.widths("LDG"),
+            store_bits=loop.widths("STG"),
+            barriers=loop.barriers(),
+            shuffles=loop.shuffles(),
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A line of the report. `reachable`: by GPU of this architecture."""
+
+    name: str
+    source: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    spills: bool
+    statistics: LoopCost | None
+    gradient: LoopCost | None
+    reachable: dict[str, Reachable] = field(default_factory=dict)
+
+    def instructions(self) -> float:
+        return sum(loop.instructions for loop in (self.statistics, self.gradient) if loop)
+
+    def mufu(self) -> float:
+        return sum(loop.mufu for loop in (self.statistics, self.gradient) if loop)
+
+    def json(self) -> dict:
+        return {**asdict(self), "instructions": self.instructions(), "mufu": self.mufu()}
+
+
+def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> LoopCost | None:
+    """The main loop is the one with the fewest instructions an element: guarded and masked twins have more."""
+    costs = [LoopCost.of(loop, elements or loop.bytes_of("LDG") / itemsize) for loop in loops]
+    return min(costs, key=lambda cost: cost.instructions, default=None)
+
+
+def measure(compiled: CompiledKernel) -> Measurement:
+    """Main loops, resources and reachable bandwidth of one kernel.
+
+    The fused loss reads DRAM once and writes it once for both of its loops: its second read is one of the L2 cache.
+    """
+    kernel = compiled.kernel()
+    statistics = _main_loop(kernel.load_loops(), compiled.elements[0], compiled.itemsize)
+    gradient = _main_loop(kernel.gradient_loops(), compiled.elements[1], compiled.itemsize)
+    loops = [loop for loop in (statistics, gradient) if loop]
+    reachable = {}
+    if loops:
+        traffic = compiled.itemsize * (2 if gradient else 1)
+        names = {pipe for loop in loops for pipe in loop.pipes}
+        demand = {pipe: sum(loop.pipes.get(pipe, 0.0) for loop in loops) for pipe in names}
+        reachable = {gpu.name: gpu.reachable(demand, traffic) for gpu in GPUS if gpu.arch == compiled.arch}
+    return Measurement(
+        compiled.name,
+        compiled.source,
+        compiled.arch,
+        kernel.registers,
+        kernel.shared_bytes,
+        kernel.spills(),
+        statistics,
+        gradient,
+        reachable,
+    )
+
+
+def triton_kernels(archs: Iterable[str], dtype: torch.dtype = torch.bfloat16) -> list[CompiledKernel]:
+    """This library's Triton kernels, compiled ahead of time."""
+    from benchmarks.machine_code.triton_variants import main_variants
+
+    return [
+        CompiledKernel(variant.name, arch, variant.compile(arch).asm["cubin"], itemsize=dtype.itemsize, source="triton")
+        for variant in main_variants(dtype)
+        for arch in archs
+    ]
