@@ -40,7 +40,7 @@ def _run_rank(rank: int, world: int, port: int, results: dict) -> None:
 
 @cache
 def on_ranks(world: int) -> list[dict[str, Any]]:
-    """What every body of `world` processes returns on each rank. Starting processes takes the time, so they start once."""
+    """What every body of `world` processes returns on each rank. They start once: that takes the time."""
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_run_rank, args=(world, _free_port(), results), nprocs=world)

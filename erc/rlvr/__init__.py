@@ -1,5 +1,26 @@
 """Layer 4: what a trainer with verifiable rewards needs around the loss."""
 
 from erc.rlvr.advantages import group_advantages, informative_groups, overlong_penalty
+from erc.rlvr.demonstrations import (
+    Demonstration,
+    DemonstrationPool,
+    GroupPrompts,
+    InContextWording,
+    group_prompts,
+    with_demonstrations,
+)
+from erc.rlvr.evidence import answer_logprobs, evidence_gain
 
-__all__ = ["group_advantages", "informative_groups", "overlong_penalty"]
+__all__ = [
+    "Demonstration",
+    "DemonstrationPool",
+    "GroupPrompts",
+    "InContextWording",
+    "answer_logprobs",
+    "evidence_gain",
+    "group_advantages",
+    "group_prompts",
+    "informative_groups",
+    "overlong_penalty",
+    "with_demonstrations",
+]
