@@ -1,0 +1,202 @@
+"""`python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:
+    sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
+
+from benchmarks import ours, suite
+from benchmarks.accuracy import BANDS, measure_accuracy
+from benchmarks.compare import change_table, changes, regressions
+from benchmarks.plots import save_plots
+from benchmarks.readme import rewrite
+from benchmarks.report import accuracy_table, full_report
+from benchmarks.results import Results, new_results
+from benchmarks.step_share import TRAFFIC, step_share_table
+from benchmarks.step_share import __doc__ as step_share_doc
+from benchmarks.workloads import DTYPES, OPERATORS
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_ROOT = Path(__file__).parents[1]
+_console = Console(width=None if sys.stdout.isatty() else 150)
+
+Output = Annotated[Path | None, typer.Option(help="JSON file; CSV and plots are written beside it")]
+Names = Annotated[str, typer.Option(help="comma-separated; default: all")]
+
+
+def _names(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...] | None:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        suite.check_names(names, known, option)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return names or None
+
+
+def _run(name: str, plan: list[suite.Entry], selection: suite.Selection, output: Path | None, accuracy: bool) -> None:
+    entries = selection.apply(plan)
+    with _console.status("starting") as status:
+        results = suite.run(name, entries, selection, accuracy=accuracy, progress=status.update)
+    path = output or _ROOT / "build" / "benchmarks" / f"{name}.json"
+    results.save(path)
+    figures = save_plots(results, path)
+    _console.print(full_report(results))
+    _console.print(f"wrote {path}, {path.with_suffix('.csv').name}" + "".join(f", {figure.name}" for figure in figures))
+
+
+@app.command()
+def run(
+    quick: Annotated[bool, typer.Option("--quick", help="the CPU targets, under 5 minutes on 2 cores")] = False,
+    operators: Names = "",
+    backends: Names = "",
+    dtypes: Names = "",
+    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True,
+    accuracy: Annotated[bool, typer.Option(help="whether accuracy is measured too")] = True,
+    rows: Annotated[int | None, typer.Option(help="N for every case")] = None,
+    vocab: Annotated[int | None, typer.Option(help="V for every case")] = None,
+    seconds: Annotated[float | None, typer.Option(help="time budget of a case")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")] = None,
+    output: Output = None,
+) -> None:
+    """Measure on the CPU: speed, memory and accuracy beside every peer that is installed."""
+    if threads:
+        torch.set_num_threads(threads)
+    selection = suite.Selection(
+        operators=_names(operators, tuple(OPERATORS), "--operators"),
+        backends=_names(backends, ours.BACKENDS, "--backends"),
+        peers=peers,
+        dtypes=_names(dtypes, tuple(DTYPES), "--dtypes"),
+        rows=rows,
+        vocab=vocab,
+        seconds=seconds,
+    )
+    plan = suite.quick_plan() if quick else suite.full_plan()
+    _run("cpu-quick" if quick else "cpu", plan, selection, output, accuracy)
+
+
+@app.command()
+def gpu(
+    quick: Annotated[bool, typer.Option("--quick", help="the short form")] = False,
+    operators: Names = "",
+    backends: Names = "",
+    dtypes: Names = "",
+    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True,
+    accuracy: Annotated[bool, typer.Option(help="whether accuracy is measured too")] = True,
+    output: Output = None,
+) -> None:
+    """The same on the GPU of this machine."""
+    if not torch.cuda.is_available():
+        _console.print(
+            "no GPU here: torch.cuda.is_available() is False. `python -m benchmarks run` measures the CPU backend."
+        )
+        raise typer.Exit(2)
+    selection = suite.Selection(
+        operators=_names(operators, tuple(OPERATORS), "--operators"),
+        backends=_names(backends, ours.BACKENDS, "--backends"),
+        peers=peers,
+        dtypes=_names(dtypes, tuple(DTYPES), "--dtypes"),
+    )
+    plan = suite.quick_plan("cuda") if quick else suite.full_plan("cuda")
+    _run("gpu-quick" if quick else "gpu", plan, selection, output, accuracy)
+
+
+@app.command()
+def accuracy(
+    rows: Annotated[int, typer.Option(help="rows of every dtype")] = 768,
+    vocab: Annotated[int, typer.Option(help="V")] = 50_257,
+    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True,
+    output: Output = None,
+) -> None:
+    """Error against float64, and the ERC decisions that each implementation flips, by entropy band."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = new_results("accuracy")
+    results.accuracy = measure_accuracy(device, peers=peers, rows=rows, vocab=vocab)
+    for dtype in dict.fromkeys(row.dtype for row in results.accuracy):
+        _console.print(accuracy_table(results, dtype))
+    _console.print(
+        f"bands from {BANDS[0]:g} to {BANDS[-1]:g} nats; H_old is exact, so every flip is the implementation's own"
+    )
+    if output is not None:
+        results.save(output)
+        _console.print("wrote " + ", ".join(str(path) for path in [output, *save_plots(results, output)]))
+
+
+@app.command()
+def report(results: Path) -> None:
+    """Print the tables of a results file, and draw its plots again."""
+    loaded = Results.load(results)
+    save_plots(loaded, results)
+    _console.print(full_report(loaded))
+
+
+@app.command()
+def compare(
+    before: Path,
+    after: Path,
+    threshold: Annotated[float, typer.Option(help="a slow-down beyond this share is a regression")] = 0.1,
+    relative: Annotated[bool, typer.Option(help="measure against the plain read or copy of each run")] = True,
+) -> None:
+    """Compare two results files; exit status 1 where erc became slower."""
+    found = changes(Results.load(before), Results.load(after), relative=relative)
+    if not found:
+        _console.print("the two files have no case in common")
+        raise typer.Exit(2)
+    _console.print(change_table(found, threshold))
+    worse = regressions(found, threshold)
+    _console.print(f"{len(worse)} regressions of {len(found)} comparisons")
+    raise typer.Exit(1 if worse else 0)
+
+
+@app.command()
+def readme(results: Path, path: Annotated[Path, typer.Option(help="the README")] = _ROOT / "README.md") -> None:
+    """Rewrite the README's benchmark block from a results file."""
+    try:
+        rewrite(path, results)
+    except ValueError as error:
+        _console.print(str(error))
+        raise typer.Exit(2) from None
+    _console.print(f"rewrote the benchmarks of {path.name} from {results}")
+
+
+@app.command("step-share")
+def step_share(
+    length: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
+    mfu: Annotated[float, typer.Option(help="share of the peak flops that the model reaches")] = 0.4,
+    efficiency: Annotated[float, typer.Option(help="share of the data-sheet bandwidth that a kernel reaches")] = 0.85,
+    rollout_ratio: Annotated[float, typer.Option(help="time of generation over time of the update")] = 2.0,
+) -> None:
+    """What share of a training step the loss is, by a documented model."""
+    _console.print(step_share_doc, highlight=False)
+    _console.print(
+        f"MFU {mfu:g}, bandwidth efficiency {efficiency:g}, T = {length:,}, rollout ratio {rollout_ratio:g}\n"
+    )
+    for traffic in TRAFFIC:
+        _console.print(f"{traffic.name}: {traffic.loss_bytes} bytes per logit ({traffic.how})", highlight=False)
+    _console.print(step_share_table(length=length, mfu=mfu, efficiency=efficiency, rollout_ratio=rollout_ratio))
+
+
+@app.command(
+    "machine-code", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def machine_code(context: typer.Context) -> None:
+    """Instructions, registers and the reachable share of the roofline, read from the GPU kernels' machine code; no GPU needed."""
+    if importlib.util.find_spec("benchmarks.machine_code.__main__") is None:
+        _console.print("benchmarks/machine_code is not there: it measures the compiled GPU kernels")
+        raise typer.Exit(2)
+    sys.argv = ["python -m benchmarks machine-code", *context.args]
+    runpy.run_module("benchmarks.machine_code", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

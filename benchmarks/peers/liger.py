@@ -1,0 +1,82 @@
+"""Liger: `LigerFusedLinearGRPOLoss` (PyTorch, chunked over sequences and compiled) and `triton_grpo_loss` (GPU).
+
+Neither gives the entropy, so both run objectives without an entropy-ratio gate only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.peers.base import Runner, Unsupported, Variant
+from benchmarks.workloads import EPS_HIGH, EPS_LOW, TEMPERATURE, Inputs
+
+
+def _require_dapo(inputs: Inputs) -> None:
+    if inputs.case.objective != "dapo":
+        raise Unsupported(f"has no {inputs.case.objective}")
+
+
+def _linear(inputs: Inputs) -> Runner:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    _require_dapo(inputs)
+    loss_function = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        use_ref_model=False,
+        epsilon_low=EPS_LOW,
+        epsilon_high=EPS_HIGH,
+        loss_type="dapo",
+        temperature=TEMPERATURE,
+    )
+    batch, length = inputs.sequences, inputs.case.rows // inputs.sequences
+    labels = inputs.labels.view(batch, length)
+    old_logprob = inputs.old_logprob.view(batch, length)
+    mask = torch.ones_like(labels)
+
+    def call() -> None:
+        hidden, weight = inputs.head()
+        loss, _ = loss_function(
+            hidden.view(batch, length, -1),
+            weight,
+            labels,
+            mask,
+            inputs.sequence_advantages,
+            old_per_token_logps=old_logprob,
+        )
+        loss.backward()
+
+    return Runner(call)
+
+
+def _policy_loss(inputs: Inputs) -> Runner:
+    _require_dapo(inputs)
+    if inputs.case.device != "cuda":
+        raise Unsupported("its GRPO loss from logits is a Triton kernel and needs a GPU")
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    batch, length, vocab = inputs.sequences, inputs.case.rows // inputs.sequences, inputs.case.vocab
+    # The kernel takes one logit row more than tokens, a sequence: the row after the last token is there and unused.
+    padded = torch.cat([inputs.logits_master.view(batch, length, vocab), inputs.logits_master[:batch, None]], dim=1)
+    labels, old_logprob = inputs.labels.view(batch, length), inputs.old_logprob.view(batch, length)
+
+    def call() -> None:
+        loss, _ = triton_grpo_loss(
+            inputs.logits(padded),
+            old_logprob,
+            None,
+            labels,
+            inputs.sequence_advantages,
+            temperature=TEMPERATURE,
+            beta=0.0,
+            eps_low=EPS_LOW,
+            eps_high=EPS_HIGH,
+            inplace=False,
+            loss_type="dapo",
+            reduce=True,
+        )
+        loss.backward()
+
+    return Runner(call)
+
+
+PEER = Variant("Liger", {"linear": _linear, "policy-loss": _policy_loss}, requires=("liger_kernel.chunked_loss",))

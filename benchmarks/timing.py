@@ -1,0 +1,89 @@
+"""How time is measured: variants take turns, so that whatever else the machine does meets all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+from benchmarks.peers.base import Runner
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Rounds of one case: at least `min_rounds`, then more until `seconds` are spent or `max_rounds` are done."""
+
+    seconds: float
+    min_rounds: int = 5
+    max_rounds: int = 30
+    repeat_below: float = (
+        0.2  # a faster variant runs up to `max_repeats` times a round, as long as they stay below this
+    )
+    max_repeats: int = 4
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `samples` timings, in seconds."""
+
+    median: float
+    q1: float
+    q3: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        q1, _, q3 = quantiles(samples, n=4, method="inclusive")
+        return cls(median(samples), q1, q3, len(samples))
+
+
+def time_once(runner: Runner, device: str) -> float:
+    """Seconds of one call, its GPU work included."""
+    if runner.reset is not None:
+        runner.reset()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    runner.call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(runners: dict[str, Runner], device: str, budget: Budget) -> tuple[dict[str, Spread], dict[str, str]]:
+    """Time all `runners` in turns, in an order that rotates from round to round.
+
+    Returns:
+        The spread of each that ran, and the error of each that did not.
+    """
+    failed: dict[str, str] = {}
+    repeats: dict[str, int] = {}
+    for name, runner in runners.items():
+        try:
+            time_once(runner, device)  # compiles, allocates, warms caches
+            seconds = time_once(runner, device)
+        except Exception as error:  # a peer may fail in any way; the others are still measured
+            lines = str(error).strip().splitlines()
+            failed[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            continue
+        repeats[name] = min(budget.max_repeats, max(1, int(budget.repeat_below / max(seconds, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in repeats}
+    names = list(repeats)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for turn in range(budget.max_rounds):
+            if turn >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
+                break
+            shift = turn % max(len(names), 1)
+            for name in names[shift:] + names[:shift]:
+                samples[name] += [time_once(runners[name], device) for _ in range(repeats[name])]
+    finally:
+        gc.enable()
+    return {name: Spread.of(values) for name, values in samples.items()}, failed
