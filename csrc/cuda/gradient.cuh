@@ -7,6 +7,22 @@
 namespace erc {
 namespace cuda {
 
+template <class V>
+ERC_DEVICE auto global_segments(const Partition& partition, const typename V::Element* row) {
+  using Source = GlobalSource<typename V::Element, V::aligned>;
+  return [=](int g) { return Segment<V, Source>{Source{row + g * partition.segment_size}, partition.columns(g)}; };
+}
+
+template <class Real>
+ERC_DEVICE Real optional(const void* values, int64_t row, Real otherwise) {
+  return values != nullptr ? static_cast<const Real*>(values)[row] : otherwise;
+}
+
+template <class Real>
+ERC_DEVICE void put(void* values, int64_t index, Real x) {
+  if (values != nullptr) static_cast<Real*>(values)[index] = x;
+}
+
 enum GradientMode : int32_t { kFill, kFast, kGuarded };
 
 // All that a row's gradient depends on: one thread computes it, every thread reads it.
@@ -91,7 +107,7 @@ ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, con
                                  const Segment<V, Source>& segment, typename V::Element* out) {
   using T = typename V::Element;
   constexpr int kStep = kLanes * kVector<T>;
-  const int lane = threadIdx.x, whole = segment.whole(), vectors = whole > lane ? (whole - lane - 1) / kLanes + 1 : 0;
+  const int lane = threadIdx.x % kLanes, whole = segment.whole(), vectors = whole > lane ? (whole - lane - 1) / kLanes + 1 : 0;
   const T* p = segment.source.begin + lane * kVector<T>;
   T* q = out + lane * kVector<T>;
 #pragma unroll 1
@@ -108,7 +124,7 @@ ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, con
   for (int left = vectors % kUnroll; left > 0; --left, p += kStep, q += kStep) {
     store_vector<V>(q, gradient_vector<kGuardedForm, false, V>(plan, scale, Source::load(p)));
   }
-  if (segment.rest() != 0 && threadIdx.x == 0) {
+  if (segment.rest() != 0 && lane == 0) {
     const Raw raw = gradient_vector<kGuardedForm, true, V>(plan, scale, segment.tail());
     store_elements(out + int64_t(whole) * kVector<T>, raw, segment.rest());
   }
@@ -119,12 +135,12 @@ ERC_DEVICE void fill_columns(T* out, int columns, typename V::Real value) {
   Raw raw;
 #pragma unroll
   for (int i = 0; i < kVector<T> / 2; ++i) set_pair(T{}, raw, i, Pair<typename V::Real>{value, value});
-  const int whole = columns / kVector<T>;
-  for (int i = threadIdx.x; i < whole; i += kLanes) store_vector<V>(out + int64_t(i) * kVector<T>, raw);
-  if (threadIdx.x == 0) store_elements(out + int64_t(whole) * kVector<T>, raw, columns % kVector<T>);
+  const int whole = columns / kVector<T>, lane = threadIdx.x % kLanes;
+  for (int i = lane; i < whole; i += kLanes) store_vector<V>(out + int64_t(i) * kVector<T>, raw);
+  if (lane == 0) store_elements(out + int64_t(whole) * kVector<T>, raw, columns % kVector<T>);
 }
 
-// The gradient of one segment by kLanes threads. `label` is the labelled column counted from the segment's first, or outside.
+// The gradient of one segment by a group of kLanes threads. `label` is the labelled column counted from the segment's first, or outside.
 // `out` may be what the segment reads: a thread writes only vectors that it alone has read.
 template <class V, class Source>
 ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
@@ -143,7 +159,7 @@ ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, con
   // The thread that wrote the label's vector writes once more.
   const int vector = int(label / kVector<T>);
   const int writer = vector < segment.whole() ? vector % kLanes : 0;
-  if (int(threadIdx.x) == writer) out[label] = from_real(T{}, plan.label);
+  if (int(threadIdx.x % kLanes) == writer) out[label] = from_real(T{}, plan.label);
 }
 
 }  // namespace cuda

@@ -10,11 +10,6 @@ namespace cuda {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 template <class Real>
-ERC_DEVICE void put(void* values, int64_t index, Real x) {
-  if (values != nullptr) static_cast<Real*>(values)[index] = x;
-}
-
-template <class Real>
 ERC_DEVICE void write_statistics(const StatsForward& call, int64_t row, const RowState<Real>& state, Real logprob, Real entropy,
                                  Real logsumexp, Real label_value) {
   const int64_t n = call.rows.logits.num_rows;
@@ -35,18 +30,15 @@ ERC_DEVICE void write_ignored(const StatsForward& call, int64_t row) {
   write_statistics(call, row, state, Real(0), Real(0), Real(0), -Real(INFINITY));
 }
 
-template <class V>
-ERC_DEVICE void write_row(const StatsForward& call, int64_t row, const Label& label, const RowScale<typename V::Real>& scale,
-                          RowState<typename V::Real> state, const typename V::Element* logits) {
-  using Real = typename V::Real;
+// label_value counts only where the label is in these columns.
+template <class Real>
+ERC_DEVICE void write_row(const StatsForward& call, int64_t row, const Label& label, const RowScale<Real>& scale,
+                          RowState<Real> state, Real label_value) {
   const Real nan = Real(NAN);
   const bool shard = call.label_value != nullptr;  // a label may lie outside of it
   if (label.kind == LabelKind::kOutOfRange && !shard) state.row_max = state.sum_rest = state.weighted_sum = nan;
-  Real logprob = 0, label_value = -Real(INFINITY);
-  if (label.kind == LabelKind::kHere) {
-    label_value = V::value(scale, logits[label.column]);
-    logprob = state.logprob(label_value, scale.scale);
-  }
+  if (label.kind != LabelKind::kHere) label_value = -Real(INFINITY);
+  const Real logprob = label.kind == LabelKind::kHere ? state.logprob(label_value, scale.scale) : Real(0);
   if (state.is_valid()) {
     write_statistics(call, row, state, logprob, state.entropy(), state.logsumexp(scale.scale), label_value);
   } else {
@@ -54,15 +46,9 @@ ERC_DEVICE void write_row(const StatsForward& call, int64_t row, const Label& la
   }
 }
 
-template <class V>
-ERC_DEVICE auto global_segments(const Partition& partition, const typename V::Element* row) {
-  using Source = GlobalSource<typename V::Element, V::aligned>;
-  return [=](int g) { return Segment<V, Source>{Source{row + g * partition.segment_size}, partition.columns(g)}; };
-}
-
 // One block a row.
 template <class V>
-__global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 5 : 2)
+__global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 4 : 2)
     stats_row_kernel(StatsForward call, Partition partition) {
   using Real = typename V::Real;
   const int64_t row = blockIdx.x;
@@ -77,23 +63,27 @@ __global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 5 : 2)
   segment_states<V>(scale, 0, partition.segments, global_segments<V>(partition, logits), shared);
   if (threadIdx.x == 0) {
     const RowResult<Real> result(shared.states, partition.segments, scale.scale);
-    write_row<V>(call, row, label, scale, result.state, logits);
+    const Real label_value = label.kind == LabelKind::kHere ? V::value(scale, logits[label.column]) : Real(0);
+    write_row(call, row, label, scale, result.state, label_value);
   }
 }
 
-// One block a segment: block row * segments + g leaves the state of segment g in the workspace.
+// One block a segment: block row * segments + g leaves the state of segment g in the workspace, and of the row's label its value.
 template <class V>
-__global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 5 : 2)
-    stats_segment_kernel(StatsForward call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 4 : 2)
+    segment_kernel(RowInputs rows, Workspace<typename V::Real> workspace, Partition partition) {
   using Real = typename V::Real;
   const int64_t row = blockIdx.x / partition.segments;
   const int g = int(blockIdx.x % partition.segments);
-  if (row_label(call.rows, row).kind == LabelKind::kIgnored) return;
-  const RowScale<Real> scale(call.rows, row);
-  const auto* logits = row_pointer<const typename V::Element>(call.rows.logits, row);
+  const Label label = row_label(rows, row);
+  if (label.kind == LabelKind::kIgnored) return;
+  const RowScale<Real> scale(rows, row);
+  const auto* logits = row_pointer<const typename V::Element>(rows.logits, row);
   const StatsShared<Real> shared(dynamic_shared(), 1);
   segment_states<V>(scale, g, g + 1, global_segments<V>(partition, logits), shared);
-  if (threadIdx.x == 0) static_cast<SegmentState<Real>*>(call.workspace)[blockIdx.x] = shared.states[0];
+  if (threadIdx.x != 0) return;
+  workspace.states[blockIdx.x] = shared.states[0];
+  if (g == 0 && label.kind == LabelKind::kHere) workspace.label_values[row] = V::value(scale, logits[label.column]);
 }
 
 // One thread a row.
@@ -108,17 +98,12 @@ __global__ void __launch_bounds__(kWarp) stats_merge_kernel(StatsForward call, P
     return;
   }
   const RowScale<Real> scale(call.rows, row);
-  const auto* segments = static_cast<const SegmentState<Real>*>(call.workspace) + row * partition.segments;
-  const RowResult<Real> result(segments, partition.segments, scale.scale);
-  write_row<V>(call, row, label, scale, result.state, row_pointer<const typename V::Element>(call.rows.logits, row));
+  const Workspace<Real> workspace(call.workspace, call.rows.logits.num_rows, partition);
+  const RowResult<Real> result(workspace.states + row * partition.segments, partition.segments, scale.scale);
+  write_row(call, row, label, scale, result.state, workspace.label_values[row]);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
-
-template <class Real>
-ERC_DEVICE Real optional(const void* values, int64_t row, Real otherwise) {
-  return values != nullptr ? static_cast<const Real*>(values)[row] : otherwise;
-}
 
 // Block row * segments + g writes the gradient of segment g.
 template <class V>
@@ -152,18 +137,26 @@ __global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
-inline int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-// Fewer rows than twice the multiprocessors leave some of them idle, or half busy in the last wave.
-bool splits_rows(const Rows& logits) {
-  return logits.num_rows < 2 * device_info().multiprocessors &&
-         partition_of(logits.vocab_size, element_bytes(logits.dtype)).segments > 1;
+int64_t workspace_bytes(const Rows& logits) {
+  const int element = logits.dtype == DType::kFloat64 ? 8 : logits.dtype == DType::kFloat32 ? 4 : 2;
+  const Partition partition = partition_of(logits.vocab_size, element);
+  if (!splits_rows(logits, partition)) return 0;
+  const int64_t real = element == 8 ? sizeof(double) : sizeof(float);
+  return logits.num_rows * (partition.segments * 4 + 1) * real;
 }
 
-int64_t workspace_bytes(const Rows& logits) {
-  if (!splits_rows(logits)) return 0;
-  const int64_t state = logits.dtype == DType::kFloat64 ? sizeof(SegmentState<double>) : sizeof(SegmentState<float>);
-  return logits.num_rows * partition_of(logits.vocab_size, element_bytes(logits.dtype)).segments * state;
+template <class V>
+cudaError_t launch_segments(const RowInputs& rows, void* workspace, const Partition& partition, cudaStream_t stream) {
+  using Real = typename V::Real;
+  const LaunchShape shape{rows.logits.num_rows * partition.segments, kLanes, 1, stats_shared_bytes<Real>(1, 1), stream};
+  return launch(segment_kernel<V>, shape, rows, Workspace<Real>(workspace, rows.logits.num_rows, partition), partition);
+}
+
+cudaError_t segments_to_workspace(const RowInputs& rows, void* workspace, cudaStream_t stream) {
+  return dispatch({&rows.logits}, rows.scaling.softcap != 0, [&](auto variant) {
+    using V = decltype(variant);
+    return launch_segments<V>(rows, workspace, partition_of(rows.logits.vocab_size, sizeof(typename V::Element)), stream);
+  });
 }
 
 cudaError_t stats_forward(const StatsForward& call, cudaStream_t stream) {
@@ -173,13 +166,11 @@ cudaError_t stats_forward(const StatsForward& call, cudaStream_t stream) {
     using V = decltype(variant);
     using Real = typename V::Real;
     const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
-    if (!splits_rows(logits)) {
+    if (!splits_rows(logits, partition)) {
       const int bytes = stats_shared_bytes<Real>(partition.segments, partition.segments);
       return launch(stats_row_kernel<V>, {logits.num_rows, kLanes, 1, bytes, stream}, call, partition);
     }
-    const cudaError_t error =
-        launch(stats_segment_kernel<V>,
-               {logits.num_rows * partition.segments, kLanes, 1, stats_shared_bytes<Real>(1, 1), stream}, call, partition);
+    const cudaError_t error = launch_segments<V>(call.rows, call.workspace, partition, stream);
     if (error != cudaSuccess) return error;
     return launch(stats_merge_kernel<V>, {(logits.num_rows + kWarp - 1) / kWarp, kWarp, 1, 0, stream}, call, partition);
   });

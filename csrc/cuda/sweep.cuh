@@ -329,6 +329,25 @@ ERC_DEVICE void segment_states(const RowScale<typename V::Real>& scale, int firs
   }
 }
 
+// Where the blocks of a split row meet: the states of all segments, and the rows' label values.
+template <class Real>
+struct Workspace {
+  SegmentState<Real>* states;  // [N, segments]
+  Real* label_values;          // [N]
+
+  ERC_HOST_DEVICE Workspace(void* memory, int64_t num_rows, const Partition& partition)
+      : states(static_cast<SegmentState<Real>*>(memory)),
+        label_values(reinterpret_cast<Real*>(states + num_rows * partition.segments)) {}
+};
+
+// Fills a workspace for rows that are split over blocks (stats.cu).
+cudaError_t segments_to_workspace(const RowInputs& rows, void* workspace, cudaStream_t stream);
+
+// Fewer rows than twice the multiprocessors leave some of them idle, or half busy in the last wave.
+inline bool splits_rows(const Rows& logits, const Partition& partition) {
+  return partition.segments > 1 && logits.num_rows < 2 * device_info().multiprocessors;
+}
+
 // A row's state, and whether its exponents need the guarded form.
 template <class Real>
 struct RowResult {

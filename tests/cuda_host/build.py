@@ -1,0 +1,92 @@
+"""Builds csrc/cuda for the CPU: the very same .cu sources, compiled by g++ with the headers beside this file.
+
+`load()` compiles what changed, loads the library and registers the operators of `erc.ops` for CPU tensors in the namespace
+`erc_cuda_host`, so that the tests call them as they call any backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from erc import ops
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BUILD_DIR = ROOT / "build" / "cuda_host"
+NAMESPACE = "erc_cuda_host"
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
+KERNELS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+
+
+def compiler() -> str | None:
+    """g++, or None where there is none (the headers use the compiler's `_Float16`)."""
+    return shutil.which("g++")
+
+
+def compile_objects(sources: list[Path], flags: tuple[str, ...], name: str, jobs: int = 2) -> list[Path]:
+    """Compile C++ sources (.cu counts as C++); an object is kept while nothing it was made from changed.
+
+    Raises:
+        RuntimeError: with the compiler's output.
+    """
+    headers = [*(ROOT / "csrc").glob("common/*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), *HERE.rglob("*.h")]
+    shared = hashlib.sha256("".join(flags).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
+    base = [compiler(), "-std=c++17", "-fPIC", "-ffp-contract=off", "-DERC_CUDA_HOST", "-Wall", "-Wno-unknown-pragmas"]
+    base += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]
+
+    def compile_one(source: Path) -> Path:
+        key = hashlib.sha256(shared.digest() + source.read_bytes()).hexdigest()[:16]
+        target = BUILD_DIR / name / f"{source.stem}-{key}.o"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for stale in target.parent.glob(f"{source.stem}-*.o"):
+                stale.unlink()
+            done = subprocess.run([*base, "-x", "c++", "-c", source, "-o", target], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+        return target
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(objects: list[Path], target: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> Path:
+    """Link `objects` into `target` unless that is newer than all of them."""
+    if not target.exists() or any(path.stat().st_mtime > target.stat().st_mtime for path in objects):
+        subprocess.run([compiler(), *flags, "-o", target, *objects, *libraries], check=True)
+    return target
+
+
+class Host:
+    """The loaded library: `ops` holds the operators, `configure` chooses the machine that the launchers see."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ops.define(NAMESPACE)
+        torch.ops.load_library(str(path))
+        self._configure = ctypes.CDLL(str(path)).erc_cuda_host_configure
+        self.ops = getattr(torch.ops, NAMESPACE)
+
+    def configure(self, clusters: bool = True, multiprocessors: int = 1, order: int = 0, poison: int = 0xFF) -> None:
+        """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows are
+        split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared memory."""
+        self._configure(int(clusters), multiprocessors, order, poison)
+
+
+@cache
+def load() -> Host:
+    """Compile, load and register. Once a process."""
+    torch_dir = Path(torch.__file__).parent
+    flags = ("-O2", f"-I{torch_dir / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    sources = [*KERNELS, HERE / "cuda_host" / "fibers.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    objects = compile_objects(sources, flags, "torch")
+    path = link(objects, BUILD_DIR / "liberc_cuda_host.so", ("-shared",), (f"-L{torch_dir / 'lib'}", "-ltorch_cpu"))
+    return Host(path)

@@ -1,0 +1,336 @@
+#include "cuda_host/fibers.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime_api.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace erc_host {
+
+constexpr int kWarp = 32;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 512 * 1024;
+#else
+constexpr size_t kStackBytes = 128 * 1024;
+#endif
+
+// A meeting point of `expected` threads: a block barrier, a warp operation, a cluster barrier.
+struct Meeting {
+  int expected = 0, arrived = 0, phase = 0;
+  const char* file = nullptr;
+  int line = 0;
+  uint64_t values[2][kWarp] = {};  // of a warp operation, by the phase's parity
+};
+
+struct Copy {
+  void* destination;
+  const void* source;
+  uint32_t bytes;
+  uint64_t* barrier;
+};
+
+struct Cluster;
+
+struct Block {
+  Cluster* cluster;
+  int rank = 0;
+  char* shared = nullptr;
+  Meeting barrier;
+  std::vector<Meeting> warps;
+  std::vector<Copy> copies;  // issued, not yet landed: they land when somebody waits for them, as late as the rules allow
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Meeting barrier;
+};
+
+struct Fiber {
+  Thread thread;
+  ucontext_t context;
+  char* stack = nullptr;
+  bool done = false;
+  const Meeting* waits_for = nullptr;
+  int waits_phase = 0;
+  void* fake_stack = nullptr;
+
+  bool runnable() const { return !done && (waits_for == nullptr || waits_for->phase != waits_phase); }
+};
+
+Thread* current = nullptr;
+Machine machine;
+
+namespace {
+
+std::string message;
+bool failed = false;
+ucontext_t scheduler;
+Fiber* running = nullptr;
+const std::function<void()>* body = nullptr;
+std::vector<char*> stacks;
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+void* scheduler_fake = nullptr;
+#endif
+
+void to_scheduler(bool ending) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(ending ? nullptr : &running->fake_stack, scheduler_stack, scheduler_stack_bytes);
+#endif
+  Fiber* self = running;
+  swapcontext(&self->context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  (void)ending;
+}
+
+void to_fiber(Fiber& fiber) {
+  running = &fiber;
+  current = &fiber.thread;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack, kStackBytes);
+#endif
+  swapcontext(&scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
+#endif
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  (*body)();
+  running->done = true;
+  to_scheduler(true);
+}
+
+char* stack_number(size_t i) {
+  while (stacks.size() <= i) {
+    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    stacks.push_back(static_cast<char*>(memory));
+  }
+  return stacks[i];
+}
+
+void arrive(Meeting& meeting) {
+  if (++meeting.arrived == meeting.expected) {
+    meeting.arrived = 0;
+    ++meeting.phase;
+  }
+}
+
+void wait_until_over(const Meeting& meeting, int phase) {
+  running->waits_for = &meeting;
+  running->waits_phase = phase;
+  if (meeting.phase == phase) to_scheduler(false);
+  running->waits_for = nullptr;
+}
+
+// Arrives at a place in the source; everybody must be at the same one.
+int arrive_at(Meeting& meeting, const char* what, const char* file, int line) {
+  if (meeting.arrived == 0) {
+    meeting.file = file;
+    meeting.line = line;
+  } else if (meeting.line != line || std::strcmp(meeting.file, file) != 0) {
+    fail("divergent %s: thread %u of block %u is at %s:%d, others at %s:%d", what, current->thread_idx.x, current->block_idx.x,
+         file, line, meeting.file, meeting.line);
+  }
+  const int phase = meeting.phase;
+  arrive(meeting);
+  return phase;
+}
+
+void run_cluster(int64_t first_block, int64_t grid, int block_threads, int cluster_blocks, int shared_bytes) {
+  Cluster cluster;
+  cluster.barrier.expected = cluster_blocks * block_threads;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  for (int rank = 0; rank < cluster_blocks; ++rank) {
+    auto block = std::make_unique<Block>();
+    block->cluster = &cluster;
+    block->rank = rank;
+    void* memory = nullptr;
+    if (shared_bytes > 0 && posix_memalign(&memory, 128, shared_bytes) != 0) abort();
+    block->shared = static_cast<char*>(memory);
+    if (memory != nullptr) std::memset(memory, machine.poison, shared_bytes);
+    block->barrier.expected = block_threads;
+    block->warps.resize((block_threads + kWarp - 1) / kWarp);
+    for (size_t w = 0; w < block->warps.size(); ++w) block->warps[w].expected = std::min(kWarp, block_threads - int(w) * kWarp);
+    for (int t = 0; t < block_threads; ++t) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->thread.thread_idx.x = t;
+      fiber->thread.block_idx.x = unsigned(first_block + rank);
+      fiber->thread.block_dim.x = block_threads;
+      fiber->thread.grid_dim.x = unsigned(grid);
+      fiber->thread.block = block.get();
+      fiber->stack = stack_number(fibers.size());
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack;
+      fiber->context.uc_stack.ss_size = kStackBytes;
+      fiber->context.uc_link = nullptr;
+      makecontext(&fiber->context, fiber_main, 0);
+      fibers.push_back(std::move(fiber));
+    }
+    cluster.blocks.push_back(std::move(block));
+  }
+  std::vector<int> order(fibers.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (machine.order == 1) std::reverse(order.begin(), order.end());
+  if (machine.order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(machine.order));
+  for (;;) {
+    bool progress = false, all_done = true;
+    for (int i : order) {
+      if (fibers[i]->runnable()) {
+        progress = true;
+        to_fiber(*fibers[i]);
+        if (failed) break;
+      }
+      all_done = all_done && fibers[i]->done;
+    }
+    if (failed || all_done) break;
+    if (progress) continue;
+    for (const auto& fiber : fibers) {
+      if (fiber->done) continue;
+      const Meeting& meeting = *fiber->waits_for;
+      char text[512];
+      snprintf(text, sizeof text, "missing threads: thread %u of block %u waits at %s:%d, where only %d of %d arrived",
+               fiber->thread.thread_idx.x, fiber->thread.block_idx.x, meeting.file ? meeting.file : "a cluster barrier",
+               meeting.line, meeting.arrived, meeting.expected);
+      message = text;
+      failed = true;
+      break;
+    }
+    break;
+  }
+  for (auto& block : cluster.blocks) {
+    if (!failed && !block->copies.empty()) {
+      message = "a bulk copy was issued that nobody waited for";
+      failed = true;
+    }
+    free(block->shared);
+  }
+}
+
+}  // namespace
+
+void fail(const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  message = text;
+  failed = true;
+  to_scheduler(true);
+  abort();
+}
+
+bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::function<void()>& kernel) {
+  failed = false;
+  message.clear();
+  body = &kernel;
+  if (grid % cluster != 0 || block < 1 || block > 1024 || shared_bytes > machine.shared_bytes_per_block) {
+    message = "invalid launch";
+    return false;
+  }
+  for (int64_t first = 0; first < grid && !failed; first += cluster) run_cluster(first, grid, block, cluster, shared_bytes);
+  current = nullptr;
+  running = nullptr;
+  return !failed;
+}
+
+char* shared_memory() { return current->block->shared; }
+
+void sync_threads(const char* file, int line) {
+  Meeting& barrier = current->block->barrier;
+  wait_until_over(barrier, arrive_at(barrier, "barrier", file, line));
+}
+
+uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int line) {
+  Meeting& warp = current->block->warps[current->thread_idx.x / kWarp];
+  const int lane = current->thread_idx.x % kWarp;
+  if (mask != 0xffffffffu || warp.expected != kWarp) fail("a shuffle at %s:%d names fewer than 32 lanes", file, line);
+  const int parity = warp.phase % 2;
+  warp.values[parity][lane] = value;
+  wait_until_over(warp, arrive_at(warp, "warp operation", file, line));
+  return warp.values[parity][from];
+}
+
+void copy_barrier_init(uint64_t* barrier) { *barrier = 0; }
+
+void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
+  if (bits % 16 != 0 || bytes == 0) fail("a bulk copy of %u bytes is not aligned to 16 bytes", bytes);
+  if (*barrier != 0) fail("the barrier of a bulk copy was not initialised");
+  current->block->copies.push_back({destination, source, bytes, barrier});
+}
+
+void copy_wait(uint64_t* barrier) {
+  auto& copies = current->block->copies;
+  for (size_t i = 0; i < copies.size(); ++i) {
+    if (copies[i].barrier != barrier) continue;
+    std::memcpy(copies[i].destination, copies[i].source, copies[i].bytes);
+    copies.erase(copies.begin() + i);
+    *barrier = 1;
+    return;
+  }
+  if (*barrier != 1) {  // the copy may be issued later: let the others run once
+    Meeting never;
+    running->waits_for = nullptr;
+    to_scheduler(false);
+    copy_wait(barrier);
+  }
+}
+
+void cluster_arrive() {
+  if (current->cluster_arrival >= 0) fail("thread %u arrives twice at a cluster barrier", current->thread_idx.x);
+  Meeting& barrier = current->block->cluster->barrier;
+  current->cluster_arrival = barrier.phase;
+  arrive(barrier);
+}
+
+void cluster_wait() {
+  if (current->cluster_arrival < 0) fail("thread %u waits at a cluster barrier without arriving", current->thread_idx.x);
+  const int phase = current->cluster_arrival;
+  wait_until_over(current->block->cluster->barrier, phase);
+  current->cluster_arrival = -1;
+}
+
+void store_remote(uint32_t* p, int rank, uint32_t value) {
+  const auto& blocks = current->block->cluster->blocks;
+  if (rank < 0 || rank >= int(blocks.size())) fail("block %d is not in the cluster", rank);
+  const ptrdiff_t offset = reinterpret_cast<char*>(p) - current->block->shared;
+  *reinterpret_cast<uint32_t*>(blocks[rank]->shared + offset) = value;
+}
+
+}  // namespace erc_host
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? erc_host::message.c_str() : error == cudaSuccess ? "no error" : "invalid value";
+}
+
+extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison) {
+  erc_host::machine.has_clusters = has_clusters != 0;
+  erc_host::machine.multiprocessors = multiprocessors;
+  erc_host::machine.order = order;
+  erc_host::machine.poison = static_cast<unsigned char>(poison);
+}

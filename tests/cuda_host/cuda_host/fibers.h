@@ -1,0 +1,53 @@
+// Runs a kernel's threads on the CPU: every thread is a fiber, the blocks of a cluster run together, clusters one after another.
+// A fiber runs until it waits for others; what a GPU would leave undefined ends the launch with a message:
+// threads of a block at different barriers, a shuffle that some lanes of the warp do not reach, a wait that nobody ends.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace erc_host {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+struct Block;
+
+// A thread of the kernel.
+struct Thread {
+  Index thread_idx, block_idx, block_dim, grid_dim;
+  Block* block;
+  int cluster_arrival = -1;  // the phase of a cluster barrier that it has arrived at and not yet waited for
+};
+extern Thread* current;
+
+// What a test chooses; erc_cuda_host_configure of fibers.cpp sets it.
+struct Machine {
+  bool has_clusters = true;
+  int multiprocessors = 1;
+  int l2_bytes = 1 << 20;
+  int shared_bytes_per_block = 227 * 1024;
+  unsigned order = 0;             // of the fibers: 0 as numbered, 1 reversed, else the seed of a shuffle
+  unsigned char poison = 0xff;    // fills shared memory before a block starts
+};
+extern Machine machine;
+
+// Returns false, and keeps a message, if the kernel did something undefined.
+bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::function<void()>& kernel);
+
+// Ends the launch with a message; does not return.
+[[noreturn]] void fail(const char* format, ...);
+
+char* shared_memory();
+void sync_threads(const char* file, int line);
+// Gives the warp `value`, waits for all its lanes, returns what lane `from` gave.
+uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int line);
+void copy_barrier_init(uint64_t* barrier);
+void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier);
+void copy_wait(uint64_t* barrier);
+void cluster_arrive();
+void cluster_wait();
+void store_remote(uint32_t* p, int rank, uint32_t value);
+
+}  // namespace erc_host
