@@ -3,7 +3,8 @@
 from erc import reference, rlvr
 from erc.backends import backends, use_backend
 from erc.explain import explain
-from erc.linear import linear_policy_loss, linear_token_stats
+from erc.linear import linear_policy_loss
+from erc.linear_stats import linear_token_stats
 from erc.loss import policy_loss
 from erc.objectives import (
     EntropyRatioClip,

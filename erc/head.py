@@ -1,0 +1,150 @@
+"""Layer 2: the lm_head as a chain of chunks: checks, one GEMM for a chunk of logits, two for its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from erc.inputs import LOGITS_DTYPES
+from erc.ops import stats_dtype
+from erc.parallel import VocabShard
+
+DEFAULT_MEMORY_BUDGET = 256 * 2**20
+"""Bytes of logits that exist at a time."""
+
+
+class Head(NamedTuple):
+    """The matrices of a call in the dtype of its GEMMs: `hidden` `[N, D]`, `weight` `[V, D]`, `bias` `[V]` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits(self, rows: Tensor, out: Tensor) -> Tensor:
+        """The logits of `rows` `[n, D]`, written to `out` `[>= n, V]`, as the `[1, n, V]` that operators take."""
+        out = out[: len(rows)]
+        if self.bias is None:
+            torch.mm(rows, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, rows, self.weight.t(), out=out)
+        return out[None]
+
+
+class HeadGradients:
+    """Gradients of a `Head`, gathered chunk by chunk; None where not needed."""
+
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
+        needs_hidden, needs_weight, needs_bias = needs
+        accumulator = torch.promote_types(head.weight.dtype, torch.float32)
+        self.hidden = torch.zeros_like(head.hidden) if needs_hidden else None
+        self.weight = torch.zeros_like(head.weight, dtype=accumulator) if needs_weight else None
+        self.bias = torch.zeros_like(head.bias, dtype=accumulator) if needs_bias else None
+
+    def add(self, head: Head, index: Tensor | slice, rows: Tensor, grad_logits: Tensor) -> None:
+        """Add the contribution of the chunk `rows = head.hidden[index]` with the gradient `[n, V]` of its logits."""
+        if self.hidden is not None:
+            self.hidden[index] = grad_logits @ head.weight
+        if self.weight is not None:
+            if self.weight.dtype == grad_logits.dtype:
+                torch.addmm(self.weight, grad_logits.t(), rows, out=self.weight)
+            else:
+                self.weight.add_(grad_logits.t() @ rows)
+        if self.bias is not None:
+            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+
+    def scaled(
+        self, factor: Tensor, like: tuple[Tensor, Tensor, Tensor | None], backend_operators: Any
+    ) -> list[Tensor | None]:
+        """The gradients times a scalar that is read on the device, in the dtypes of the caller's tensors."""
+        results = []
+        for grad, target in zip((self.hidden, self.weight, self.bias), like, strict=True):
+            if grad is not None:
+                rows = grad.view(1, -1, grad.shape[-1])
+                scale = factor.to(stats_dtype(grad.dtype)).expand(rows.shape[1]).contiguous()
+                backend_operators.scale_rows_(rows, scale)
+                grad = grad.to(target.dtype)
+            results.append(grad)
+        return results
+
+
+def chunks(index: Tensor | None, count: int, size: int) -> Iterator[Tensor | slice]:
+    """Chunks of the active rows: of `index` where rows were compacted, else of all `count` rows."""
+    total = count if index is None else len(index)
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        yield slice(start, stop) if index is None else index[start:stop]
+
+
+def active_rows(labels: Tensor | None, ignore_index: int, num_active: int | None) -> Tensor | None:
+    """Indices of the rows that are read, or None for all: ignored rows then cost no flops.
+
+    On a GPU counting them would synchronise, so rows are compacted there only where the caller gives `num_active`.
+    """
+    if labels is None:
+        return None
+    active = labels != ignore_index
+    if num_active is not None:
+        return torch.nonzero_static(active, size=num_active).squeeze(-1)
+    if labels.device.type != "cpu" or bool(active.all()):
+        return None
+    return active.nonzero().squeeze(-1)
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard | None, facts: dict[str, int]
+) -> Tensor:
+    """Check the head; returns what later checks look at: shape, dtype and device of the logits that will never
+    exist."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor: pass {name}.to_local() with vocab_shard= where it is sharded by vocabulary, "
+                f"else {name}.full_tensor()"
+            )
+        if tensor.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {tensor.device}")
+    if weight.dim() != 2 or (weight.shape[0] < 1 and shard is None):
+        raise ValueError(f"weight must be [V, D] with V >= 1, got shape {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [*, {weight.shape[1]}] like weight's columns, got shape {tuple(hidden.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}] like weight's rows, got shape {tuple(bias.shape)}")
+    if not torch.is_autocast_enabled(hidden.device.type):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != hidden.dtype:
+                raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    facts |= {"rows": hidden.shape[:-1].numel(), "columns": weight.shape[0]}
+    vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+    return torch.empty((), dtype=gemm_dtype(hidden), device=hidden.device).expand(*hidden.shape[:-1], vocab_size)
+
+
+def gemm_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def cast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
+    flat = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
+    return Head(flat, weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+
+
+def chunk_rows(weight: Tensor, dtype: torch.dtype, memory_budget: int | None) -> int:
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
+    row_bytes = max(1, weight.shape[0]) * dtype.itemsize
+    return max(1, (memory_budget or DEFAULT_MEMORY_BUDGET) // row_bytes)
+
+
+def needs_grad(*tensors: Tensor | None) -> tuple[bool, bool, bool]:
+    return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
