@@ -41,6 +41,7 @@ class Row:
     def __init__(self, x: Tensor) -> None:
         row_max, argmax = x.detach().max(-1, keepdim=True)
         row_max = torch.where(row_max.isinf(), nan, row_max)
+        x = x * torch.where(row_max.isnan(), nan, 1.0)  # no distribution: NaN in every entry and its gradient
         self.forbidden = torch.isneginf(x)
         self.row_max = row_max.squeeze(-1)
         self.u = torch.where(self.forbidden, 0.0, x) - row_max

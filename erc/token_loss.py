@@ -72,7 +72,7 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
         ref_logprob = torch.where(active, batch.ref_logprob, 0.0)
         token_loss = token_loss + objective.kl.coef * objective.kl.estimate(logprob, old_logprob, ref_logprob)
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
-    token_loss = torch.where(entropy.isnan(), entropy, token_loss)
+    token_loss = torch.where(entropy.isnan(), entropy.detach(), token_loss)
     token_loss = torch.where(active, token_loss, 0.0)
 
     loss = batch.weight * token_loss

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import reasoning_gym
@@ -13,8 +15,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
 }
-HELD_OUT_SEED = 1_000_000_007
-"""Problems of this seed are for evaluation alone."""
+SEED_STRIDE = 1 << 16
+"""The problems that a seed has for itself."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,24 @@ class Task:
         self.name = name
         self.short = short  # only what follows the instruction's colon: "7 + 12 ="
 
-    def problems(self, count: int, seed: int) -> list[Problem]:
-        """`count` problems that depend on `seed` alone."""
-        dataset = reasoning_gym.create_dataset(self.name, size=count, seed=seed, **SETTINGS.get(self.name, {}))
-        return [Problem(self._question(entry["question"]), str(entry["answer"]), entry) for entry in dataset]
+    def problems(self, count: int, seed: int, *, held_out: bool = False) -> list[Problem]:
+        """`count` problems that depend on `seed` alone; held-out questions and the others never overlap.
+
+        The package draws problem i of seed s from the random state `s + i`, so neighbouring seeds would share all but one:
+        hence the stride. Small families repeat questions whatever the seed: hence the split by the question's checksum.
+
+        Raises:
+            ValueError: if the family has too few questions on that side of the split.
+        """
+        dataset = reasoning_gym.create_dataset(
+            self.name, size=SEED_STRIDE, seed=seed * SEED_STRIDE, **SETTINGS.get(self.name, {})
+        )
+        entries = (dataset[index] for index in range(SEED_STRIDE))
+        wanted = (entry for entry in entries if (zlib.crc32(entry["question"].encode()) % 8 == 0) == held_out)
+        chosen = list(islice(wanted, count))
+        if len(chosen) < count:
+            raise ValueError(f"count must be at most {len(chosen)} for {self.name}, got {count}")
+        return [Problem(self._question(entry["question"]), str(entry["answer"]), entry) for entry in chosen]
 
     def _question(self, text: str) -> str:
         return text.rsplit(":", 1)[-1].strip() if self.short else text

@@ -25,7 +25,7 @@ import erc
 from erc.rlvr import group_advantages
 from examples.model import load_policy
 from examples.rollout import Batch, sample, supervised_batch
-from examples.tasks import HELD_OUT_SEED, Task
+from examples.tasks import Task
 
 METRICS = ("clip_fraction", "erc_fraction", "entropy", "entropy_ratio", "entropy_ratio_min", "entropy_ratio_max", "ratio_max")
 
@@ -63,7 +63,7 @@ class History:
 
     def numbers(self) -> dict[str, Any]:
         """Everything that the seed determines: all but the timings."""
-        return {"steps": self.steps, "before": self.before, "after": self.after}
+        return {"steps": list(self.steps), "before": self.before, "after": self.after}
 
 
 Report = Callable[[str, int, int, str], None]
@@ -118,7 +118,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Accuracy on held-out problems, of the likeliest answer and of sampled ones."""
         config = self.config
-        problems = self.task.problems(config.eval_problems, seed=HELD_OUT_SEED)
+        problems = self.task.problems(config.eval_problems, seed=config.seed, held_out=True)
         results = {}
         for name, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
             _, rewards = self._sample(problems, temperature)
@@ -182,7 +182,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "history": asdict(self.history) | {"seconds": dict(self.history.seconds)},
+            "history": self.history.numbers() | {"seconds": dict(self.history.seconds)},
             "random": torch.get_rng_state(),
         }
 

@@ -1,0 +1,82 @@
+"""The float64 oracle and the bounds of the numerics contract, shared by the tests of every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import erc
+
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+"""The largest relative error of one rounding to nearest."""
+
+
+def peaked_rows(entropies: list[float], vocab_size: int, seed: int = 0) -> Tensor:
+    """One float32 row for each target entropy: Gaussian logits with one token raised until the entropy is about right."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(len(entropies), vocab_size, generator=generator)
+    top = torch.randint(vocab_size, (len(entropies),), generator=generator)
+    for row, column, target in zip(rows, top, entropies, strict=True):
+        low, high = 0.0, 60.0
+        for _ in range(40):
+            lead = (low + high) / 2
+            raised = row.clone()
+            raised[column] += lead
+            if erc.reference.token_stats(raised.double()).entropy > target:
+                low = lead
+            else:
+                high = lead
+        row[column] += low
+    return rows
+
+
+def assert_logprob(tested: Tensor, exact: Tensor, x_max: Tensor) -> None:
+    """|error| <= 1e-6 * max(1, |value|, max |x| of the row), and infinities alike."""
+    finite = exact.isfinite()
+    assert torch.equal(tested.double()[~finite], exact[~finite])
+    bound = 1e-6 * torch.maximum(exact.abs(), x_max).clamp(min=1)
+    assert ((tested.double() - exact).abs()[finite] <= bound[finite]).all()
+
+
+def assert_entropy(tested: Tensor, exact: Tensor, softcap: float | None = None) -> None:
+    """|error| <= (2e-6 + 2^-23 * softcap) * H + 1e-13, and never negative."""
+    assert (tested >= 0).all()
+    bound = (2e-6 + 2**-23 * (softcap or 0)) * exact + 1e-13
+    assert ((tested.double() - exact).abs() <= bound).all()
+
+
+def assert_gradient(tested: Tensor, exact: Tensor, softcap: float | None = None, relative: float = 1e-6) -> None:
+    """float32 within `relative` (with softcap c: 2e-6 + 2^-23 c) of the row's largest gradient, 16-bit that rounded once.
+
+    A loss whose coefficient is itself a difference of log-probs, each within 1e-6 of its size, needs a larger `relative`.
+    Raises where the expected gradient is zero everywhere: it would test nothing.
+    """
+    largest = exact.abs().amax(-1, keepdim=True)
+    assert (largest > 0).any(), "the expected gradient is zero everywhere"
+    relative = relative if softcap is None else 2e-6 + 2**-23 * softcap
+    rounding = 0.0 if tested.dtype in (torch.float32, torch.float64) else ROUNDING[tested.dtype]
+    subnormal = 2.0**-24 if tested.dtype == torch.float16 else 0.0
+    bound = relative * largest + 1e-12 + rounding * exact.abs() * (1 + 1e-6) + subnormal
+    assert ((tested.double() - exact).abs() <= bound).all()
+
+
+def gradients_that_must_fail(gradient: Tensor) -> list[Tensor]:
+    """Deliberately wrong gradients: none, 1 % (16-bit: 5 %) too large, and one row's largest entry left out."""
+    factor = 1.01 if gradient.dtype in (torch.float32, torch.float64) else 1.05
+    holed = gradient.clone()
+    flat = holed.view(-1)
+    flat[flat.abs().argmax()] = 0
+    return [torch.zeros_like(gradient), (gradient.double() * factor).to(gradient.dtype), holed]
+
+
+def assert_gradient_and_mutations(
+    tested: Tensor, exact: Tensor, softcap: float | None = None, relative: float = 1e-6
+) -> None:
+    """`assert_gradient` holds, and fails for every deliberately wrong gradient."""
+    assert_gradient(tested, exact, softcap, relative)
+    for wrong in gradients_that_must_fail(tested):
+        try:
+            assert_gradient(wrong, exact, softcap, relative)
+        except AssertionError:
+            continue
+        raise RuntimeError("the bound does not notice a wrong gradient")
