@@ -190,7 +190,7 @@ def step_share(
     "machine-code", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def machine_code(context: typer.Context) -> None:
-    """Instructions, registers and the reachable share of the roofline, read from the GPU kernels' machine code; no GPU needed."""
+    """What the GPU kernels' machine code says of their speed: instructions, registers, roofline. Needs no GPU."""
     if importlib.util.find_spec("benchmarks.machine_code.__main__") is None:
         _console.print("benchmarks/machine_code is not there: it measures the compiled GPU kernels")
         raise typer.Exit(2)

@@ -1,12 +1,13 @@
 """Error against float64, and how many ERC keep/drop decisions an implementation flips, by entropy band.
 
-ERC keeps a token while H / H_old lies within 5 % of 1, so what counts is the *relative* error of H, and most tokens of a
-trained policy have a small H. `H_old` is exact here, so every flip is the implementation's own.
+ERC keeps a token while H / H_old lies within 5 % of 1, so what counts is the *relative* error of H, and most tokens of
+a trained policy have a small H. `H_old` is exact here, so every flip is the implementation's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -100,7 +101,7 @@ def measure_accuracy(
             relative = (got_entropy - entropy).abs() / entropy
             difference = (got_logprob - logprob).abs()
             flipped = gate.dropped(got_entropy, old_entropy)[0] != dropped
-            for low, high in [*zip(BANDS, BANDS[1:], strict=False), (BANDS[0], BANDS[-1])]:
+            for low, high in [*pairwise(BANDS), (BANDS[0], BANDS[-1])]:
                 inside = (entropy >= low) & (entropy < high)
                 if not bool(inside.any()):
                     continue

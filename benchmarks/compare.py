@@ -1,4 +1,4 @@
-"""Two results files side by side: what became slower, in time or measured against the plain read or copy of the same run."""
+"""Two results files side by side: what became slower, in time or against the plain read or copy of the same run."""
 
 from __future__ import annotations
 

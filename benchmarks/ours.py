@@ -13,7 +13,8 @@ from benchmarks.peers.base import Prepare, Runner, Unsupported, Variant
 from benchmarks.workloads import Inputs
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",), "torch": ("cpu", "cuda")}
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",), "torch": ("cpu", "cuda")}
+_SAME_RULE_AS_DAPO = ("ppo", "grpo", "dr-grpo")  # other bounds and reductions, which kernels take as numbers
 
 
 def _stats(backend: str, inputs: Inputs) -> Runner:
@@ -104,7 +105,7 @@ def variants(backends: tuple[str, ...] = BACKENDS) -> list[Variant]:
             "entropy-ratio": partial(_entropy_ratio, backend),
             "linear": partial(_linear, backend),
         }
-        known = {"devices": _DEVICES[backend], "unavailable": partial(_why_not, backend)}
+        known = {"devices": DEVICES[backend], "unavailable": partial(_why_not, backend)}
         chosen.append(Variant(f"erc {backend}", operators, **known))
         if backend != "torch":
             in_place = {"policy-loss": partial(_policy_loss_in_place, backend)}
@@ -113,18 +114,18 @@ def variants(backends: tuple[str, ...] = BACKENDS) -> list[Variant]:
 
 
 def rule_variants(backends: tuple[str, ...] = BACKENDS) -> list[Variant]:
-    """Every preset that runs in one pass, as a variant, in place: what a rule costs is not hidden behind a new gradient."""
+    """Every token-level rule as a variant, in place: what a rule costs is not hidden behind a new gradient."""
     return [
         Variant(
             rule_name(backend, preset),
             {"rules": partial(_policy_loss_in_place, backend, objective=preset)},
-            devices=_DEVICES[backend],
+            devices=DEVICES[backend],
             unavailable=partial(_why_not, backend),
         )
         for backend in backends
         if backend != "torch"
         for preset in erc.objectives()
-        if erc.objective(preset).fused
+        if erc.objective(preset).fused and preset.removeprefix("erc-") not in _SAME_RULE_AS_DAPO
     ]
 
 

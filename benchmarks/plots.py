@@ -81,7 +81,7 @@ def memory_by_rows(results: Results, path: Path) -> Path | None:
 
 
 def bandwidth(results: Results, path: Path) -> Path | None:
-    """Each variant's share of what a plain read or copy of the same bytes reaches: the roofline of a memory-bound operator."""
+    """Each variant beside a plain read or copy of the same bytes: the roofline of a memory-bound operator."""
     keys = [k for k in results.cases() if k[0] in ("stats", "policy-loss") and k[1] in ("", "erc-dapo")]
     largest: dict[tuple, tuple] = {}
     for key in keys:

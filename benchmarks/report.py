@@ -16,7 +16,7 @@ BASELINES = (ours.READ, ours.COPY, ours.CLONE, ours.PRODUCTS)
 
 @dataclass(frozen=True)
 class Target:
-    """What the library set out to reach on 2 cores with AVX2: `variant` over `against` on one case, at least or at most."""
+    """What the library set out to reach on 2 cores: a ratio of `variant` and `against`, at least or at most."""
 
     operator: str
     dtype: str
@@ -101,7 +101,7 @@ def case_table(results: Results, key: tuple) -> Table:
 
 
 def rule_costs(results: Results) -> list[tuple[str, str, float]]:
-    """(backend and dtype, preset, cost relative to the same backend's DAPO; ERC forms relative to ERC-DAPO)."""
+    """(backend and dtype, preset, time relative to plain DAPO on the same backend)."""
     rows = []
     for key in results.cases():
         if key[0] != "rules":
@@ -109,8 +109,7 @@ def rule_costs(results: Results) -> list[tuple[str, str, float]]:
         case = results.of(key)
         for name, m in case.items():
             backend, preset = name.split(": ")
-            plain = "erc-dapo" if preset.startswith("erc-") else "dapo"
-            rows.append((f"{backend}, {key[2]}", preset, m.median / case[f"{backend}: {plain}"].median))
+            rows.append((f"{backend}, {key[2]}", preset, m.median / case[f"{backend}: dapo"].median))
     return rows
 
 
@@ -162,7 +161,8 @@ def full_report(results: Results) -> Group:
     machine = results.machine
     header = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['isa']}"
-        f"{', ' + machine['gpu'] if machine['gpu'] else ''}; load {machine['load']}; commit {results.commit}; {results.date}\n"
+        f"{', ' + machine['gpu'] if machine['gpu'] else ''}; load {machine['load']}; "
+        f"commit {results.commit}; {results.date}\n"
         + ", ".join(f"{name} {version}" for name, version in results.versions.items())
     )
     if results.workload:

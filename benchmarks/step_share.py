@@ -10,8 +10,8 @@ length, V the vocabulary, F the peak flops, B the memory bandwidth:
                                                           log-probs and entropies of the rollout policy
     rollout   = rollout_ratio * (backbone + lm_head)      generation; measured ratios in RL are 1 to 4
 
-`bytes_per_logit` counts every tensor as large as the logits once for each kernel that reads or writes it; caches, launch
-gaps and the second read of a two-sweep softmax are left out, all in favour of the peers.
+`bytes_per_logit` counts every tensor as large as the logits once for each kernel that reads or writes it; launch gaps
+and the second read of a two-sweep softmax are left out, in favour of the peers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TRAFFIC = (
         "eager PyTorch",
         loss_bytes=60,
         stats_bytes=34,
-        how="upcast 2+4, log_softmax 4+4, exp 4+4, product 8+4, sum 4; backward: zeros 4, log_softmax 8+4, downcast 4+2",
+        how="upcast 2+4, log_softmax 4+4, exp 4+4, product 8+4, sum 4; backward: zeros 4, log_softmax 8+4, cast 4+2",
     ),
     LossTraffic(
         "two fused passes", loss_bytes=6, stats_bytes=2, how="statistics read 2; backward reads 2 and writes 2"

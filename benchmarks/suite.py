@@ -14,7 +14,7 @@ from benchmarks.memory import peaks
 from benchmarks.peers import PEERS, Unsupported, Variant
 from benchmarks.results import Measurement, Results, Skip, new_results
 from benchmarks.timing import Budget, interleave
-from benchmarks.workloads import OPERATORS, TEMPERATURE, VOCABULARIES, Case, Inputs, entropy_quantiles
+from benchmarks.workloads import TEMPERATURE, VOCABULARIES, Case, Inputs, entropy_quantiles
 
 QWEN = VOCABULARIES["Qwen"]
 OBJECTIVES = ("erc-dapo", "erc-gppo", "dapo")
@@ -137,7 +137,11 @@ def run(
         progress: told in words what comes next.
     """
     results = new_results(name)
-    variants = all_variants(selection.backends or ours.BACKENDS, selection.peers)
+    device = plan[0].case.device if plan else "cpu"
+    backends = tuple(b for b in selection.backends or ours.BACKENDS if device in ours.DEVICES[b])
+    others = [b for b in selection.backends or ours.BACKENDS if b not in backends]
+    results.skipped += [Skip("every case", f"erc {name}", f"does not run on {device}") for name in others]
+    variants = all_variants(backends, selection.peers)
     entropies = []
     for number, entry in enumerate(plan, 1):
         case = entry.case
@@ -185,8 +189,7 @@ def run(
         }
     if accuracy:
         progress("accuracy against float64")
-        device = plan[0].case.device if plan else "cpu"
-        results.accuracy = measure_accuracy(device, selection.backends or ours.BACKENDS, selection.peers)
+        results.accuracy = measure_accuracy(device, backends, selection.peers)
     return results
 
 
@@ -206,6 +209,3 @@ def check_names(asked: tuple[str, ...] | None, known: Iterable[str], option: str
     for name in asked or ():
         if name not in known:
             raise ValueError(f"{option} must be among {', '.join(known)}, got {name!r}")
-
-
-KNOWN_OPERATORS = tuple(OPERATORS)

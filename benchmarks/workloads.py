@@ -36,7 +36,7 @@ FORK_GAP = (-3.0, 1.0)
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. `rows` tokens, `vocab` logits each; `hidden` is the width of the lm_head's input, 0 without one."""
+    """One thing to measure: `rows` tokens of `vocab` logits; `hidden` is the lm_head's input width, 0 without one."""
 
     operator: str
     dtype: str
@@ -66,8 +66,13 @@ class Case:
         return f"{what}, {self.dtype}, N={self.rows}, V={self.vocab}{head}"
 
 
+def sequence_count(rows: int) -> int:
+    """How many sequences the rows are cut into."""
+    return 4 if rows % 4 == 0 else 1
+
+
 def policy_logits(rows: int, vocab: int, generator: torch.Generator) -> Tensor:
-    """Float32 logits `[rows, vocab]` of a trained policy: one token leads a Gaussian background by a drawn log-odds gap."""
+    """Float32 logits `[rows, vocab]` like a trained policy's: one token leads a Gaussian background by a drawn gap."""
     logits = torch.randn(rows, vocab, generator=generator).mul_(BACKGROUND_SIGMA)
     background = log(vocab) + BACKGROUND_SIGMA**2 / 2  # the expected logsumexp of everything but the leader
     fork = torch.rand(rows, generator=generator) < FORK_SHARE
@@ -86,7 +91,7 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device(case.device)
         self.dtype = DTYPES[case.dtype]
-        self.sequences = 4 if case.rows % 4 == 0 else 1
+        self.sequences = sequence_count(case.rows)
         rows = case.rows
         logits = self.logits_master
         top = logits.argmax(-1)

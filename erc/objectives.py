@@ -277,4 +277,4 @@ def objective(name: str, **overrides: Any) -> Objective:
     """
     if name not in _PRESETS:
         raise ValueError(f"objective must be one of {objectives()}, got {name!r}")
-    return replace(_PRESETS[name], **overrides)
+    return replace(_PRESETS[name], **overrides) if overrides else _PRESETS[name]

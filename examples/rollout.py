@@ -55,16 +55,16 @@ def join(prompts: dict[str, Tensor], answers: Tensor, active: Tensor) -> Batch:
     return Batch(tokens, attention, labels)
 
 
-def supervised_batch(tokenizer: Any, problems: list[Problem], device: torch.device) -> Batch:
-    """Problems with their reference answers."""
-    encoded = [tokenizer(problem.answer, add_special_tokens=False)["input_ids"] for problem in problems]
+def supervised_batch(tokenizer: Any, problems: list[Problem], device: torch.device, answers: list[str]) -> Batch:
+    """Problems with one answer each."""
+    encoded = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
     length = max(map(len, encoded)) + 1
-    answers = torch.full((len(problems), length), tokenizer.pad_token_id, device=device)
-    active = torch.zeros_like(answers, dtype=torch.bool)
+    tokens = torch.full((len(problems), length), tokenizer.pad_token_id, device=device)
+    active = torch.zeros_like(tokens, dtype=torch.bool)
     for row, ids in enumerate(encoded):
-        answers[row, : len(ids) + 1] = torch.tensor([*ids, tokenizer.eos_token_id], device=device)
+        tokens[row, : len(ids) + 1] = torch.tensor([*ids, tokenizer.eos_token_id], device=device)
         active[row, : len(ids) + 1] = True
-    return join(encode_prompts(tokenizer, problems, device), answers, active)
+    return join(encode_prompts(tokenizer, problems, device), tokens, active)
 
 
 @torch.no_grad()
@@ -80,9 +80,17 @@ def sample(
 ) -> tuple[Batch, Tensor]:
     """One completion of each problem and its reward `[B]`; temperature 0 takes the likeliest token."""
     prompts = encode_prompts(tokenizer, problems, device)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    choice = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     output = model.generate(
-        **prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **choice
+        **prompts,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **choice,
     )
     answers = output[:, prompts["input_ids"].shape[1] :]
     ended = (answers == tokenizer.eos_token_id).cumsum(-1)

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import reasoning_gym
+import torch
 
 # What makes each task family fit a model of a few hundred thousand parameters; any other family runs with its own defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,3 +71,13 @@ def extract_answer(completion: str) -> str:
     """The answer in a completion: what `<answer>` tags enclose, or the whole of it."""
     tagged = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
     return (tagged[-1] if tagged else completion).strip()
+
+
+def slip(answer: str) -> str:
+    """The answer with one digit wrong by one or two, from the global random state; text without digits stays as it is."""
+    places = [index for index, character in enumerate(answer) if character.isdigit()]
+    if not places:
+        return answer
+    place, offset = torch.randint(len(places), ()).item(), 1 + torch.randint(2, ()).item()
+    digit = (int(answer[places[place]]) + offset) % 10
+    return answer[: places[place]] + str(digit) + answer[places[place] + 1 :]

@@ -25,9 +25,17 @@ import erc
 from erc.rlvr import group_advantages
 from examples.model import load_policy
 from examples.rollout import Batch, sample, supervised_batch
-from examples.tasks import Task
+from examples.tasks import Task, slip
 
-METRICS = ("clip_fraction", "erc_fraction", "entropy", "entropy_ratio", "entropy_ratio_min", "entropy_ratio_max", "ratio_max")
+METRICS = (
+    "clip_fraction",
+    "erc_fraction",
+    "entropy",
+    "entropy_ratio",
+    "entropy_ratio_min",
+    "entropy_ratio_max",
+    "ratio_max",
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,16 @@ class TrainConfig:
     objective: str = "erc-dapo"
     task: str = "chain_sum"
     model: str | None = None
-    steps: int = 120
+    steps: int = 150
     seed: int = 0
     learning_rate: float = 1e-4
-    prompts: int = 32
+    prompts: int = 64
     group_size: int = 8
     updates_per_batch: int = 8
     temperature: float = 1.0
     max_new_tokens: int = 6
-    warm_start_steps: int = 250
+    warm_start_steps: int = 500
+    warm_start_slips: float = 0.4
     warm_start_batch: int = 128
     warm_start_learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
@@ -98,14 +107,19 @@ class Trainer:
         self.history.seconds[phase] += time.perf_counter() - start
 
     def warm_start(self, report: Report = _silent) -> None:
-        """Supervised steps on reference answers, stopped long before the task is mastered."""
+        """Supervised steps on answers of mixed quality, as found in the wild: a share of them contains a slip.
+
+        What the policy imitates, verified rewards then have to sort out.
+        """
         config = self.config
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.warm_start_learning_rate, weight_decay=0.0)
         steps = config.warm_start_steps
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.warm_start_learning_rate, max(steps, 2))
         for index in range(steps):
             problems = self.task.problems(config.warm_start_batch, seed=config.seed * 1_000_003 + index)
-            batch = supervised_batch(self.tokenizer, problems, self.device)
+            careless = torch.rand(len(problems)) < config.warm_start_slips
+            answers = [slip(p.answer) if wrong else p.answer for p, wrong in zip(problems, careless, strict=True)]
+            batch = supervised_batch(self.tokenizer, problems, self.device, answers)
             stats = erc.token_stats(batch.logits(self.model), batch.labels)
             loss = -stats.logprob.sum() / (batch.labels != -100).sum()
             optimizer.zero_grad()
@@ -217,7 +231,9 @@ def _window(history: History, name: str, last: bool) -> float:
 
 def summary(config: TrainConfig, history: History) -> Table:
     """Before and after, and where the time of a step went."""
-    table = Table("", "before", "after", title=f"{config.objective} on {config.task}, {config.steps} steps, seed {config.seed}")
+    table = Table(
+        "", "before", "after", title=f"{config.objective} on {config.task}, {config.steps} steps, seed {config.seed}"
+    )
     for name in ("greedy", "sampled"):
         table.add_row(f"held-out reward, {name}", f"{history.before[name]:.3f}", f"{history.after[name]:.3f}")
     if history.steps:
@@ -249,7 +265,9 @@ def plot(history: History, path: Path) -> None:
     axes[0, 1].plot(steps, series["entropy"])
     axes[0, 1].set(title="entropy (nats)")
     axes[1, 0].plot(steps, series["entropy_ratio"], label="mean")
-    axes[1, 0].fill_between(steps, series["entropy_ratio_min"], series["entropy_ratio_max"], alpha=0.2, label="min to max")
+    axes[1, 0].fill_between(
+        steps, series["entropy_ratio_min"], series["entropy_ratio_max"], alpha=0.2, label="min to max"
+    )
     axes[1, 0].set(title="entropy ratio", yscale="log")
     axes[1, 0].legend()
     axes[1, 1].plot(steps, series["erc_fraction"], label="dropped by ERC")
@@ -269,14 +287,18 @@ DEFAULT = TrainConfig()
 def main(
     objective: Annotated[str, typer.Option(help="a name from erc.objectives()")] = DEFAULT.objective,
     task: Annotated[str, typer.Option(help="a task family of reasoning-gym")] = DEFAULT.task,
-    model: Annotated[str | None, typer.Option(help="any causal LM of transformers; default: a small one made here")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="any causal LM of transformers; default: a small one made here")
+    ] = None,
     steps: Annotated[int, typer.Option(help="rollout batches")] = DEFAULT.steps,
     seed: Annotated[int, typer.Option()] = DEFAULT.seed,
     output: Annotated[Path, typer.Option(help="folder for curves.png and run.json")] = Path("output/demo"),
     learning_rate: Annotated[float, typer.Option()] = DEFAULT.learning_rate,
     prompts: Annotated[int, typer.Option(help="prompts a rollout batch")] = DEFAULT.prompts,
     group_size: Annotated[int, typer.Option(help="rollouts a prompt")] = DEFAULT.group_size,
-    updates_per_batch: Annotated[int, typer.Option(help="off-policy mini-batches a rollout batch")] = DEFAULT.updates_per_batch,
+    updates_per_batch: Annotated[
+        int, typer.Option(help="off-policy mini-batches a rollout batch")
+    ] = DEFAULT.updates_per_batch,
     temperature: Annotated[float, typer.Option()] = DEFAULT.temperature,
     max_new_tokens: Annotated[int, typer.Option()] = DEFAULT.max_new_tokens,
     warm_start_steps: Annotated[int, typer.Option()] = DEFAULT.warm_start_steps,
@@ -300,7 +322,13 @@ def main(
     )
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as progress:
         bars: dict[str, Any] = {}
 

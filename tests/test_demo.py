@@ -11,7 +11,9 @@ reasoning_gym = pytest.importorskip("reasoning_gym")
 from examples.tasks import Task  # noqa: E402
 from examples.train_rlvr import TrainConfig, Trainer, train  # noqa: E402
 
-TINY = TrainConfig(steps=2, warm_start_steps=2, warm_start_batch=8, prompts=4, group_size=4, updates_per_batch=2, eval_problems=8)
+TINY = TrainConfig(
+    steps=2, warm_start_steps=2, warm_start_batch=8, prompts=4, group_size=4, updates_per_batch=2, eval_problems=8
+)
 
 
 def test_a_run_is_finite_and_the_same_seed_repeats_it():

@@ -31,7 +31,11 @@ def stats_and_gradient(logits, labels, **scaling):
 def fused(logits, labels, **arguments):
     logits = logits.clone().requires_grad_()
     rows = logits.shape[:-1]
-    defaults = {"old_logprob": torch.full(rows, -2.0), "advantages": torch.ones(rows), "old_entropy": torch.full(rows, 2.0)}
+    defaults = {
+        "old_logprob": torch.full(rows, -2.0),
+        "advantages": torch.ones(rows),
+        "old_entropy": torch.full(rows, 2.0),
+    }
     out = erc.policy_loss(logits, labels, **(defaults | arguments))
     out.loss.sum().backward()
     return out, logits.grad
@@ -200,6 +204,8 @@ def test_rows_beyond_the_two_to_the_31st_element():
     if erc.backends()["cpu"] != "available":
         return
     saved = torch.ops.erc_cpu.stats_forward(logits[None], labels, None, params, -100)[3]
-    expected = torch.ops.erc_cpu.stats_backward(near[None], labels, None, params, -100, saved, torch.ones(2), None, None)
+    expected = torch.ops.erc_cpu.stats_backward(
+        near[None], labels, None, params, -100, saved, torch.ones(2), None, None
+    )
     torch.ops.erc_cpu.stats_backward_(logits[None], labels, None, params, -100, saved, torch.ones(2), None, None)
     assert torch.equal(logits, expected[0])

@@ -44,7 +44,9 @@ def run(logits, labels, arguments, function=erc.policy_loss, upstream=None, **se
 
 
 def run_oracle(logits, labels, arguments, upstream=None, **settings):
-    doubles = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    doubles = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
+    }
     upstream = None if upstream is None else upstream.double()
     return run(logits.double(), labels, doubles, erc.reference.policy_loss, upstream, **settings)
 
@@ -73,12 +75,16 @@ GATES = [None, erc.EntropyRatioClip(), erc.EntropyRatioClip(0.02, 0.2, value="ze
 
 
 @pytest.mark.parametrize("gate", GATES, ids=["no gate", "kept", "zero"])
-@pytest.mark.parametrize("kl", KL, ids=lambda kl: "no kl" if kl is None else f"{kl.kind} {kl.clamp} {kl.importance_weighted}")
+@pytest.mark.parametrize(
+    "kl", KL, ids=lambda kl: "no kl" if kl is None else f"{kl.kind} {kl.clamp} {kl.importance_weighted}"
+)
 def test_kl_and_gate_compose_with_dual_clip_and_entropy_bonus(kl, gate):
     logits, labels, arguments = make_problem()
     ratio = erc.PPOClip(0.1, 0.15, dual_clip=1.3)
     objective = erc.Objective(ratio, gate, kl, entropy_coef=0.05, entropy_reduction="loss")
-    (tested, gradient), (exact, expected) = (f(logits, labels, arguments, objective=objective) for f in (run, run_oracle))
+    (tested, gradient), (exact, expected) = (
+        f(logits, labels, arguments, objective=objective) for f in (run, run_oracle)
+    )
     assert_same(tested, exact)
     assert_gradient_and_mutations(gradient, expected, relative=COEFFICIENT_ERROR)
     if gate is not None:
@@ -88,12 +94,15 @@ def test_kl_and_gate_compose_with_dual_clip_and_entropy_bonus(kl, gate):
 @pytest.mark.parametrize("name", ["erc-dapo", "erc-gspo"])
 @pytest.mark.parametrize("normalizer", [None, 17.0, torch.tensor(17.0)], ids=["count", "number", "tensor"])
 @pytest.mark.parametrize(
-    "reduction", ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none"]
+    "reduction",
+    ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none"],
 )
 def test_every_reduction_and_arbitrary_upstream_gradients(name, reduction, normalizer):
     logits, labels, arguments = make_problem()
     objective = erc.objective(name, reduction=reduction, entropy_coef=0.02)
-    upstream = torch.randn(B, T, generator=torch.Generator().manual_seed(3)) if reduction == "none" else torch.tensor(-2.5)
+    upstream = (
+        torch.randn(B, T, generator=torch.Generator().manual_seed(3)) if reduction == "none" else torch.tensor(-2.5)
+    )
     settings = {"objective": objective, "normalizer": normalizer, "upstream": upstream}
     (tested, gradient), (exact, expected) = (f(logits, labels, arguments, **settings) for f in (run, run_oracle))
     assert tested.loss.shape == ((B, T) if reduction == "none" else ())
@@ -132,7 +141,9 @@ def test_float16_is_fused_with_grad_scale_and_the_backward_undoes_it():
 )
 def test_rollout_correction_and_nll(correction):
     logits, labels, arguments = make_problem()
-    arguments["rollout_logprob"] = arguments["old_logprob"] + 0.3 * torch.randn(B, T, generator=torch.Generator().manual_seed(9))
+    arguments["rollout_logprob"] = arguments["old_logprob"] + 0.3 * torch.randn(
+        B, T, generator=torch.Generator().manual_seed(9)
+    )
     arguments["nll_mask"] = torch.tensor([1.0, 0, 0, 1]).view(B, 1).expand(B, T)
     settings = {"objective": erc.objective("erc-dapo", rollout_correction=correction, nll_coef=0.1)}
     (tested, gradient), (exact, expected) = (f(logits, labels, arguments, **settings) for f in (run, run_oracle))
@@ -319,6 +330,8 @@ def test_objective_loss_is_the_same_loss_from_logprobs_and_entropies():
     logprob, entropy = stats.logprob.clone().requires_grad_(), stats.entropy.clone().requires_grad_()
     erc.objective_loss(logprob, entropy, mask=mask, **arguments).loss.backward()
     assert logprob.grad.any() and entropy.grad is None
-    erc.objective_loss(logprob, entropy, mask=mask, objective=erc.objective("erc-dapo", entropy_coef=0.1), **arguments).loss.backward()
+    erc.objective_loss(
+        logprob, entropy, mask=mask, objective=erc.objective("erc-dapo", entropy_coef=0.1), **arguments
+    ).loss.backward()
     assert entropy.grad.any()
     assert math.isfinite(out.metrics["ratio_max"])

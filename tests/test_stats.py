@@ -23,7 +23,11 @@ SCALINGS = [
 
 def compare(logits, labels, **scaling):
     """Statistics and gradients of `logits` against the oracle's, with mutations."""
-    tested = logits.detach().clone().as_strided(logits.size(), logits.stride()) if logits.is_contiguous() else logits.detach()
+    tested = (
+        logits.detach().clone().as_strided(logits.size(), logits.stride())
+        if logits.is_contiguous()
+        else logits.detach()
+    )
     tested.requires_grad_()
     stats = erc.token_stats(tested, labels, **scaling)
     exact_logits = logits.detach().double().requires_grad_()

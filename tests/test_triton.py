@@ -42,6 +42,7 @@ IGNORE = -100
 if RUNS_HERE:
     from erc.triton_kernels import OPERATORS, tuning
     from erc.triton_kernels.launch import launch
+    from erc.triton_kernels.params import make_layout
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
@@ -317,7 +318,7 @@ class RecordedKernel:
 def test_more_rows_than_a_second_grid_dimension_holds():
     """65,535 is where every dimension of a grid ends but the first."""
     recorded = RecordedKernel()
-    launch(recorded, 70_000, torch.empty(0, device=DEVICE))
+    launch(recorded, 70_000, torch.empty(0, device=DEVICE), L=make_layout(torch.float32))
     assert recorded.grid == (70_000,)
 
 

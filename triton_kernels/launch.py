@@ -12,17 +12,14 @@ from .params import Rows, kernel, segment_columns
 from .row_algebra import Layout, Scaling, row_pointer, row_scale, sweep_segment
 
 
-def launch(function, grid: int, device_tensor: Tensor, *args, **kwargs) -> None:
-    """Run `grid` programs of `function` (1-D: a second dimension stops at 65,535). No program, no launch.
-
-    Contraction is off: every fused multiply-add is written out, so the bits do not depend on what a compiler contracts.
-    """
+def launch(function, grid: int, device_tensor: Tensor, *args, L: Layout, **kwargs) -> None:
+    """Run `grid` programs of `function` (1-D: a second dimension stops at 65,535). No program, no launch."""
     if grid == 0:
         return
     on_device = torch.cuda.device(device_tensor.device) if device_tensor.is_cuda else nullcontext()
     with on_device:
-        warps = tuning.num_warps(tuning.device_of(device_tensor))
-        function[(grid,)](*args, **kwargs, num_warps=warps, enable_fp_fusion=False)
+        options = tuning.compile_options(tuning.device_of(device_tensor).warp_size, L.SOFTCAP)
+        function[(grid,)](*args, L=L, **kwargs, **options)
 
 
 @kernel

@@ -14,8 +14,8 @@ from .launch import launch
 from .params import kernel, layout_of, read_scaling, rows_of, segment_columns, stats_dtype
 from .row_algebra import (
     carrier,
-    chain,
-    load_lanes,
+    carrier_and_chain,
+    load_lane,
     load_tile,
     log1p,
     row_entropy,
@@ -91,9 +91,9 @@ def paired_forward_kernel(
     p_log, q_log = log1p(p_rest), log1p(q_rest)
     new_old, old_new = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
     variation, balance = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
-    for first in range(0, V, L.LANES * L.VEC * L.LOADS):
-        new_v = load_lanes(new, first, V, cap, cap_scale, True, "evict_first", L)
-        old_v = load_lanes(old, first, V, cap, cap_scale, True, "evict_first", L)
+    for first in range(0, V, L.LANES * L.VEC):
+        new_v = load_lane(new, first, V, cap, cap_scale, True, "evict_first", L)
+        old_v = load_lane(old, first, V, cap, cap_scale, True, "evict_first", L)
         for i in tl.static_range(len(new_v)):
             log_p = log_probability(new_v[i], p_max, p_log, s)
             log_q = log_probability(old_v[i], q_max, q_log, s)
@@ -154,7 +154,7 @@ def paired_backward_kernel(
     for first in range(begin, end, L.LANES * L.VEC):
         offsets = tile_offsets(first, L)
         z = load_tile(new, first, V, True, "evict_first", L)
-        v = carrier(z, cap, cap_scale, L)
+        v, chain = carrier_and_chain(z, cap, cap_scale, L)
         old_v = carrier(load_tile(old, first, V, True, "evict_first", L), cap, cap_scale, L)
         log_p = log_probability(v, p_max, p_log, s)
         log_q = log_probability(old_v, q_max, q_log, s)
@@ -164,7 +164,7 @@ def paired_backward_kernel(
         slope = -g_entropy * ((v - p_max) * s - mean) + kl_term + g_variation * (sign(p - q) - balance)
         gradient = tl.where(p == 0.0, 0.0, p * slope) + g_old_new * (p - q)
         # A forbidden token has gradient 0, unless its row has no distribution: then 0 * NaN.
-        gradient = tl.where(v == float("-inf"), 0.0 * (p_max + q_max), gradient * s * chain(z, cap, cap_scale, L))
+        gradient = tl.where(v == float("-inf"), 0.0 * (p_max + q_max), gradient * s * chain)
         tl.store(target + offsets, gradient.to(target.dtype.element_ty), mask=row_mask(offsets, end, L))
 
 

@@ -23,6 +23,7 @@ that is not finite and is swept again with the guard, which changes no bit of th
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import triton
@@ -38,8 +39,11 @@ ABSENT_LABEL = tl.constexpr(-(2**63))
 # NaN.
 EMPTY_REFERENCE = tl.constexpr(-3.0e38)
 
-# Below it tanh is a ratio of polynomials; above it `1 - exp(-2u)` loses nothing.
+# Below it tanh is a polynomial; above it `1 - exp(-2u)` loses nothing.
 SMALL_TANH = tl.constexpr(0.55)
+
+# Older releases of Triton divide in full, which costs six instructions more.
+HAS_APPROXIMATE_DIVISION = tl.constexpr("approx" in inspect.signature(tl.fdiv).parameters)
 
 
 class Layout(NamedTuple):
@@ -91,14 +95,27 @@ def expm1(x):
 
 @triton.jit
 def tanh_and_slope(u):
-    """tanh(u) and 1 - tanh(u)^2, each to a few ulp: no approximate tanh."""
+    """tanh(u) and 1 - tanh(u)^2, each to a few ulp: no approximate tanh, and one division for both."""
     e = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
-    w = u * u  # Lambert's continued fraction, cut where its error is 1e-14
-    small = tl.abs(u) < SMALL_TANH
-    numerator = tl.abs(u) * (135135.0 + w * (17325.0 + w * (378.0 + w)))
-    denominator = 135135.0 + w * (62370.0 + w * (3150.0 + w * 28.0))
-    size = tl.where(small, numerator, 1.0 - e) / tl.where(small, denominator, 1.0 + e)
-    return tl.where(u < 0, -size, size), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    if HAS_APPROXIMATE_DIVISION and u.dtype == tl.float32:
+        inverse = tl.fdiv(tl.zeros_like(e) + 1.0, 1.0 + e, approx=True)  # 2 ulp: the divisor is in [1, 2]
+    else:
+        inverse = 1.0 / (1.0 + e)
+    w = u * u
+    if u.dtype == tl.float64:
+        # Lambert's continued fraction, cut where its error is 1e-14.
+        numerator = 135135.0 + w * (17325.0 + w * (378.0 + w))
+        near_zero = u * (numerator / (135135.0 + w * (62370.0 + w * (3150.0 + w * 28.0))))
+    else:
+        # Fitted to tanh(u) / u on |u| < SMALL_TANH at the Chebyshev nodes of w: 1.2 ulp.
+        p = tl.fma(w, -0.006615761201828718, 0.02131274901330471)
+        p = tl.fma(w, p, -0.05391006916761398)
+        p = tl.fma(w, p, 0.13333117961883545)
+        p = tl.fma(w, p, -0.3333333134651184)
+        near_zero = tl.fma(u * w, p, u)
+    far = (1.0 - e) * inverse
+    tanh = tl.where(tl.abs(u) < SMALL_TANH, near_zero, tl.where(u < 0, -far, far))
+    return tanh, 4.0 * e * (inverse * inverse)
 
 
 @triton.jit
@@ -129,13 +146,23 @@ def row_scale(scale, temperature, row, L: tl.constexpr):
 
 
 @triton.jit
-def carrier(z, cap, cap_scale, L: tl.constexpr):
-    """The values v of logits z. -inf stays a forbidden token under a softcap, and +inf stays no logit at all."""
+def carrier_and_chain(z, cap, cap_scale, L: tl.constexpr):
+    """(v, dv/dz) of logits z. -inf stays a forbidden token under a softcap, and +inf stays no logit at all."""
     z = z.to(L.REAL)
     if L.SOFTCAP:
-        capped, _ = tanh_and_slope(z * real(cap_scale, L))
-        z = tl.where(tl.abs(z) == float("inf"), z, real(cap, L) * capped)
-    return z
+        inner = real(cap_scale, L)
+        outer = real(cap, L)
+        capped, slope = tanh_and_slope(z * inner)
+        return tl.where(tl.abs(z) == float("inf"), z, outer * capped), slope * (outer * inner)
+    else:
+        return z, real(1.0, L)
+
+
+@triton.jit
+def carrier(z, cap, cap_scale, L: tl.constexpr):
+    """The values v of logits z."""
+    v, _ = carrier_and_chain(z, cap, cap_scale, L)
+    return v
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -189,24 +216,31 @@ def _columns(x, WIDTH: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
+def load_lane(row, first, V, cap, cap_scale, MASKED: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr):
+    """The values v of one load of each lane, from column `first` on: a tuple of VEC tensors `[LANES]`."""
+    out = ()
+    if L.ALIGNED:
+        z = _columns(load_tile(row, first, V, MASKED, POLICY, L), L.VEC, L)
+        for i in tl.static_range(L.VEC):
+            out = out + (carrier(z[i], cap, cap_scale, L),)
+    else:
+        # A misaligned row takes narrower loads, never a peel: the columns of a lane must not depend on the address.
+        lane = first + tl.arange(0, L.LANES) * L.VEC
+        for i in tl.static_range(L.VEC):
+            if MASKED:
+                z1 = tl.load(row + lane + i, mask=lane + i < V, other=float("-inf"), eviction_policy=POLICY)
+            else:
+                z1 = tl.load(row + lane + i, eviction_policy=POLICY)
+            out = out + (carrier(z1, cap, cap_scale, L),)
+    return out
+
+
+@triton.jit
 def load_lanes(row, first, V, cap, cap_scale, MASKED: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr):
-    """LOADS * VEC values v for each lane, as a tuple of `[LANES]`."""
+    """The values of LOADS loads of each lane."""
     out = ()
     for load in tl.static_range(L.LOADS):
-        start = first + load * (L.LANES * L.VEC)
-        if L.ALIGNED:
-            z = _columns(load_tile(row, start, V, MASKED, POLICY, L), L.VEC, L)
-            for i in tl.static_range(L.VEC):
-                out = out + (carrier(z[i], cap, cap_scale, L),)
-        else:
-            # A misaligned row takes narrower loads, never a peel: the columns of a lane must not depend on the address.
-            lane = start + tl.arange(0, L.LANES) * L.VEC
-            for i in tl.static_range(L.VEC):
-                if MASKED:
-                    z1 = tl.load(row + lane + i, mask=lane + i < V, other=float("-inf"), eviction_policy=POLICY)
-                else:
-                    z1 = tl.load(row + lane + i, eviction_policy=POLICY)
-                out = out + (carrier(z1, cap, cap_scale, L),)
+        out = out + load_lane(row, first + load * (L.LANES * L.VEC), V, cap, cap_scale, MASKED, POLICY, L)
     return out
 
 
@@ -345,9 +379,10 @@ def finish_row(lane_max, sum_exp, weighted_sum, row, V, scale2, cap, cap_scale, 
     weighted = tl.where(others, tl.fma(sum_exp, shift, weighted_sum) * factor, 0.0)
     maxima = tl.zeros([L.LANES], L.REAL)
     LOAD: tl.constexpr = L.LANES * L.VEC
+    UNROLL: tl.constexpr = 1 if L.SOFTCAP else L.VEC  # eight tanh at once would spill
     for load in range(0, tl.cdiv(V, LOAD), L.LANES):
         first = (load + lanes) * LOAD + winner * L.VEC
-        for i in tl.static_range(L.VEC):
+        for i in tl.range(0, L.VEC, loop_unroll_factor=UNROLL):
             z = tl.load(row + first + i, mask=first + i < V, other=float("-inf"))
             v = carrier(z, cap, cap_scale, L)
             d = (v - row_max) * scale2
@@ -393,19 +428,9 @@ def label_column(label, V):
 
 @triton.jit
 def load_label(row, column, inside, cap, cap_scale, L: tl.constexpr):
-    """The labelled column's (v, z), both -inf where it is elsewhere."""
-    z = tl.load(row + column, mask=inside, other=float("-inf")).to(L.REAL)
-    return carrier(z, cap, cap_scale, L), z
-
-
-@triton.jit
-def chain(z, cap, cap_scale, L: tl.constexpr):
-    """dv/dz."""
-    if L.SOFTCAP:
-        _, slope = tanh_and_slope(z * real(cap_scale, L))
-        return slope * (real(cap, L) * real(cap_scale, L))
-    else:
-        return real(1.0, L)
+    """The labelled column's (v, dv/dz); v is -inf where it is elsewhere."""
+    z = tl.load(row + column, mask=inside, other=float("-inf"))
+    return carrier_and_chain(z, cap, cap_scale, L)
 
 
 @triton.jit
@@ -441,7 +466,8 @@ def _gradient_tile(
     MASKED: tl.constexpr, SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     z = load_tile(row, first, V, MASKED, POLICY, L)
-    d = tl.fma(carrier(z, cap, cap_scale, L), scale2, -reference)
+    v, chain = carrier_and_chain(z, cap, cap_scale, L)
+    d = tl.fma(v, scale2, -reference)
     e = tl.exp2(d)
     if SLOPE:
         # exp(-inf) * -inf would be NaN; a NaN stays in e.
@@ -449,7 +475,7 @@ def _gradient_tile(
     else:
         gradient = e * constant
     if L.SOFTCAP:
-        gradient = tl.where(e == 0.0, 0.0, gradient * chain(z, cap, cap_scale, L))
+        gradient = tl.where(e == 0.0, 0.0, gradient * chain)
     offsets = tile_offsets(first, L)
     gradient = gradient.to(out.dtype.element_ty)
     if MASKED:
@@ -525,9 +551,9 @@ def write_gradient(
     s, scale2 = row_scale(scale, temperature, row, L)
     # Read before the sweep: `target` may be `start`, and another program may be writing columns outside [begin, end).
     inside = inside & (column >= begin) & (column < end)
-    label_value, label_z = load_label(start, column, inside, cap, cap_scale, L)
+    label_value, label_chain = load_label(start, column, inside, cap, cap_scale, L)
     at_label = label_gradient(row_max, rest, weighted, s, g_logprob, g_entropy, g_logsumexp, label_value)
-    at_label *= s * chain(label_z, cap, cap_scale, L)
+    at_label *= s * label_chain
     at_label = tl.where(label_value == float("-inf"), 0.0, at_label)
     reference, constant, slope = column_coefficients(
         row_max, rest, weighted, s, scale2, g_logprob, g_entropy, g_logsumexp

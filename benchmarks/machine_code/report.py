@@ -18,7 +18,8 @@ class CompiledKernel:
 
     `arch` is "sm_80", "sm_90" or "sm_100"; `cubin` the bytes or a path; `function` the name inside it (None: the only
     one). `elements` are the elements that one thread takes in an iteration of the statistics and of the gradient loop;
-    None reads them off the bytes that the loop loads from global memory. `itemsize` is that of a logit in bytes.
+    None reads them off the bytes that the loop loads from global memory; a kernel without a loop needs them for its
+    gradient. `itemsize` is that of a logit in bytes.
     """
 
     name: str
@@ -101,6 +102,12 @@ def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> Lo
     return min(costs, key=lambda cost: cost.instructions, default=None)
 
 
+def _whole_code(kernel: Kernel) -> list[Loop]:
+    """A kernel without a loop, as one pass of a loop."""
+    end = max((at for at, i in enumerate(kernel.instructions) if i.name == "EXIT"), default=0)
+    return [Loop(kernel.instructions[: end + 1])]
+
+
 def measure(compiled: CompiledKernel) -> Measurement:
     """Main loops, resources and reachable bandwidth of one kernel.
 
@@ -108,7 +115,10 @@ def measure(compiled: CompiledKernel) -> Measurement:
     """
     kernel = compiled.kernel()
     statistics = _main_loop(kernel.load_loops(), compiled.elements[0], compiled.itemsize)
-    gradient = _main_loop(kernel.gradient_loops(), compiled.elements[1], compiled.itemsize)
+    gradient_loops = kernel.gradient_loops()
+    if not gradient_loops and compiled.elements[1] and not statistics:
+        gradient_loops = _whole_code(kernel)
+    gradient = _main_loop(gradient_loops, compiled.elements[1], compiled.itemsize)
     loops = [loop for loop in (statistics, gradient) if loop]
     reachable = {}
     if loops:

@@ -68,7 +68,7 @@ class Variant:
     def compile(self, arch: str) -> triton.compiler.CompiledKernel:
         """The compiled kernel, with the options that `launch` passes."""
         target = TARGETS[arch]
-        options = {"num_warps": max(1, tuning.LANES // target.warp_size), "enable_fp_fusion": False}
+        options = tuning.compile_options(target.warp_size, self.softcap)
         return triton.compile(self.source(), target=target, options=options)
 
 

@@ -1,5 +1,6 @@
-"""Apple's cut-cross-entropy: log-probs of the labels from the lm_head (`impl="cce"` on a GPU, `"torch_compile"` elsewhere).
+"""Apple's cut-cross-entropy: log-probs of the labels from the lm_head.
 
+`impl="cce"` on a GPU, `"torch_compile"` elsewhere, as its README says.
 It gives no entropy, so it runs objectives without an entropy-ratio gate only.
 """
 

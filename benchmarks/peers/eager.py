@@ -1,4 +1,4 @@
-"""Eager PyTorch: what a careful trainer writes by hand. Float32 log-softmax, entropy as -sum p log p, autograd for the rest."""
+"""Eager PyTorch, as a careful trainer writes it: float32 log-softmax, entropy as -sum p log p, autograd."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PyTorch's `linear_cross_entropy`: log-probs of the labels from the lm_head, without entropy.
 
-Its chunked path makes the gradient in the forward, for one weight per batch; a policy loss weighs every token by itself, so
-`reduction="none"` is what applies here.
+Its chunked path makes the gradient in the forward, for one weight per batch; a policy loss weighs every token by
+itself, so `reduction="none"` is what applies here.
 """
 
 from __future__ import annotations

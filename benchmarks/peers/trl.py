@@ -1,5 +1,7 @@
-"""TRL, as its GRPOTrainer computes a loss: `selective_log_softmax` and `entropy_from_logits` (Triton kernels on a GPU), and
-`ChunkedLogProbFunction` for a fused lm_head."""
+"""TRL, as its GRPOTrainer computes a loss: `selective_log_softmax` and `entropy_from_logits` on `[B, T, V]`.
+
+Both are Triton kernels on a GPU. `ChunkedLogProbFunction` is its fused lm_head.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,34 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.base import Runner, Statistics, Variant, from_statistics, token_loss
-from benchmarks.workloads import TEMPERATURE, Inputs
+from benchmarks.workloads import TEMPERATURE, Inputs, sequence_count
 
 VOCAB_CHUNK = 8192  # TRL's own chunk
+
+
+def _batched(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    batch = sequence_count(len(labels))
+    return logits.view(batch, -1, logits.shape[-1]), labels.view(batch, -1)
 
 
 def _load() -> Statistics:
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-    return lambda logits, labels: (selective_log_softmax(logits, labels), entropy_from_logits(logits))
+    def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, labels = _batched(logits, labels)
+        return selective_log_softmax(logits, labels).view(-1), entropy_from_logits(logits).view(-1)
+
+    return statistics
 
 
 def _load_for_loss() -> Statistics:
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, labels = _batched(logits, labels)
         with torch.no_grad():
             entropy = entropy_from_logits(logits)
-        return selective_log_softmax(logits, labels), entropy
+        return selective_log_softmax(logits, labels).view(-1), entropy.view(-1)
 
     return statistics
 

@@ -1,4 +1,4 @@
-"""verl: `logprobs_from_logits` (flash-attn's cross entropy where that is installed) and `entropy_from_logits_with_chunking`."""
+"""verl: `logprobs_from_logits` (by flash-attn where that is installed) and `entropy_from_logits_with_chunking`."""
 
 from __future__ import annotations
 

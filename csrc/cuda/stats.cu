@@ -38,7 +38,7 @@ ERC_DEVICE void write_row(const StatsForward& call, int64_t row, const Label& la
   const bool shard = call.label_value != nullptr;  // a label may lie outside of it
   if (label.kind == LabelKind::kOutOfRange && !shard) state.row_max = state.sum_rest = state.weighted_sum = nan;
   if (label.kind != LabelKind::kHere) label_value = -Real(INFINITY);
-  const Real logprob = label.kind == LabelKind::kHere ? state.logprob(label_value, scale.scale) : Real(0);
+  const Real logprob = state.logprob(label_value, scale.scale);
   if (state.is_valid()) {
     write_statistics(call, row, state, logprob, state.entropy(), state.logsumexp(scale.scale), label_value);
   } else {

@@ -25,6 +25,7 @@ NAMESPACE = "erc_cuda_host"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
 KERNELS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+FIBERS = HERE / "cuda_host" / "fibers.cpp"
 
 
 def compiler() -> str | None:
@@ -72,7 +73,10 @@ class Host:
     def __init__(self, path: Path) -> None:
         self.library = ops.define(NAMESPACE)
         torch.ops.load_library(str(path))
-        self._configure = ctypes.CDLL(str(path)).erc_cuda_host_configure
+        handle = ctypes.CDLL(str(path))
+        self._configure = handle.erc_cuda_host_configure
+        self._fault = handle.erc_cuda_host_fault
+        self._fault.restype = ctypes.c_char_p
         self.ops = getattr(torch.ops, NAMESPACE)
 
     def configure(self, clusters: bool = True, multiprocessors: int = 1, order: int = 0, poison: int = 0xFF) -> None:
@@ -81,12 +85,23 @@ class Host:
         self._configure(int(clusters), multiprocessors, order, poison)
 
 
+    def fault(self, name: str, out: torch.Tensor) -> str:
+        """Run the kernel `name` of faults.cpp on `out` `[>= 32]` float32; returns what the harness found, "" for nothing."""
+        return self._fault(name.encode(), ctypes.cast(out.data_ptr(), ctypes.POINTER(ctypes.c_float))).decode()
+
+
+def sanitized_program() -> Path:
+    """sanitize.cpp and the kernels under AddressSanitizer and UBSan."""
+    objects = compile_objects([*KERNELS, FIBERS, HERE / "sanitize.cpp"], ("-O1", *SANITIZE), "sanitize")
+    return link(objects, BUILD_DIR / "sanitize_kernels", SANITIZE)
+
+
 @cache
 def load() -> Host:
     """Compile, load and register. Once a process."""
     torch_dir = Path(torch.__file__).parent
     flags = ("-O2", f"-I{torch_dir / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    sources = [*KERNELS, HERE / "cuda_host" / "fibers.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    sources = [*KERNELS, FIBERS, HERE / "faults.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
     objects = compile_objects(sources, flags, "torch")
     path = link(objects, BUILD_DIR / "liberc_cuda_host.so", ("-shared",), (f"-L{torch_dir / 'lib'}", "-ltorch_cpu"))
     return Host(path)

@@ -1,0 +1,88 @@
+// The kernels on memory of exactly the size that they may touch, in a program of its own: for AddressSanitizer and UBSan.
+// Prints "ok" if every launch succeeds and every entropy is what double arithmetic gives.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/device.cuh"
+#include "cuda_host/fibers.h"
+
+extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison);
+
+namespace {
+
+using namespace erc::cuda;
+
+int failures = 0;
+
+void expect(bool condition, const char* what, int64_t vocab_size) {
+  if (condition) return;
+  std::printf("failed: %s at V = %ld: %s\n", what, long(vocab_size), cudaGetErrorString(cudaErrorLaunchFailure));
+  ++failures;
+}
+
+template <class T>
+T* exact(size_t count, size_t offset_bytes = 0) {  // never freed: the process ends soon, and leaks are not the question
+  char* memory = static_cast<char*>(std::aligned_alloc(16, (count * sizeof(T) + offset_bytes + 15) / 16 * 16));
+  return reinterpret_cast<T*>(memory + offset_bytes);
+}
+
+double entropy_of(const float* row, int64_t vocab_size) {
+  double sum = 0, weighted = 0;
+  for (int64_t j = 0; j < vocab_size; ++j) {
+    sum += std::exp(double(row[j]));
+    weighted += std::exp(double(row[j])) * row[j];
+  }
+  return std::log(sum) - weighted / sum;
+}
+
+void exercise(int64_t vocab_size, int64_t offset_bytes, double softcap) {
+  constexpr int64_t n = 3;
+  auto* logits = exact<float>(n * vocab_size, offset_bytes);
+  for (int64_t i = 0; i < n * vocab_size; ++i) logits[i] = float((i * 2654435761u >> 8) % 1000) / 250 - 2;
+  auto* grads = exact<float>(n * vocab_size, offset_bytes);
+  std::vector<int64_t> labels{vocab_size - 1, -100, 0};
+  const RowInputs rows{{logits, DType::kFloat32, n, vocab_size, n, 0, vocab_size}, labels.data(), nullptr, {1, softcap, 1}, -100, 0};
+  Rows grad_rows = rows.logits;
+  grad_rows.data = grads;
+  std::vector<float> ones(n, 1), out[4] = {ones, ones, ones, ones}, state(4 * n), saved(8 * n), stats(6 * n);
+  std::vector<int32_t> flags(n);
+  std::vector<char> workspace(workspace_bytes(rows.logits) + 1);
+  StatsForward forward{rows, out[0].data(), out[1].data(), out[2].data(), saved.data(), nullptr, workspace.data()};
+  expect(stats_forward(forward, nullptr) == cudaSuccess, "stats_forward", vocab_size);
+  if (softcap == 0) expect(std::fabs(out[1][0] - entropy_of(logits, vocab_size)) < 1e-5, "entropy", vocab_size);
+  const StatsBackward backward{rows, saved.data(), ones.data(), ones.data(), ones.data(), grad_rows};
+  expect(stats_backward(backward, nullptr) == cudaSuccess, "stats_backward", vocab_size);
+  expect(partial_stats(rows, state.data(), workspace.data(), nullptr) == cudaSuccess, "partial_stats", vocab_size);
+  PolicyLoss loss{};
+  loss.rows = rows;
+  loss.weight = loss.advantages = loss.old_entropy = ones.data();
+  loss.gate = erc::Gate::kKeepValue;
+  loss.params = {{0.2, 0.28, INFINITY, INFINITY}, 0.05, 0.05, 1e-8, 0, 10};
+  loss.loss = out[0].data(), loss.token_loss = out[1].data(), loss.logprob = out[2].data(), loss.entropy = out[3].data();
+  loss.flags = flags.data();
+  loss.grad_logits = grad_rows;
+  loss.workspace = workspace.data();
+  expect(policy_loss(loss, nullptr) == cudaSuccess, "policy_loss", vocab_size);
+  expect(scale_rows({grad_rows, grad_rows, out[0].data()}, nullptr) == cudaSuccess, "scale_rows", vocab_size);
+  RowInputs pair = rows;
+  pair.labels = nullptr;
+  expect(paired_forward({pair, rows.logits, stats.data(), saved.data()}, nullptr) == cudaSuccess, "paired_forward", vocab_size);
+  expect(paired_backward({pair, rows.logits, saved.data(), stats.data(), grad_rows}, nullptr) == cudaSuccess, "paired_backward",
+         vocab_size);
+  loss.grad_logits = rows.logits;
+  expect(policy_loss(loss, nullptr) == cudaSuccess, "policy_loss in place", vocab_size);
+}
+
+}  // namespace
+
+int main() {
+  for (int machine = 0; machine < 3; ++machine) {  // cluster; block; split
+    erc_cuda_host_configure(machine == 0, machine == 2 ? 132 : 1, machine, 0xff);
+    for (const int64_t vocab_size : {1, 3, 4, 1027, 12288}) exercise(vocab_size, 0, 0);
+    exercise(20483, 4, 0);
+    exercise(1027, 4, 5);
+  }
+  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,89 @@
+"""entropy_ratio on the CPU backend against the oracle: values, gradients, small and infinite divergences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import erc
+from tests.oracle import assert_entropy, assert_gradient_and_mutations
+
+FIELDS = erc.EntropyRatio._fields
+
+
+def pair(dtype, vocab_size=2053, distance=0.3, rows=6):
+    generator = torch.Generator().manual_seed(0)
+    old = 3 * torch.randn(rows, vocab_size, generator=generator)
+    new = old + distance * torch.randn(rows, vocab_size, generator=generator)
+    return new.to(dtype), old.to(dtype)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "scaling", [{}, {"temperature": 0.8}, {"temperature": 1.2, "softcap": 20.0, "logit_scale": 1.1}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_and_every_gradient_match_the_oracle(dtype, scaling):
+    new, old = pair(dtype)
+    leaf, exact_leaf = new.clone().requires_grad_(), new.double().requires_grad_()
+    tested = erc.entropy_ratio(leaf, old, **scaling)
+    exact = erc.reference.entropy_ratio(exact_leaf, old.double(), **scaling)
+    assert_entropy(tested.entropy.detach(), exact.entropy.detach(), scaling.get("softcap"))
+    assert_entropy(tested.old_entropy.detach(), exact.old_entropy.detach(), scaling.get("softcap"))
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(tested, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-10)
+    for name in FIELDS:
+        if name == "old_entropy":
+            continue
+        (gradient,) = torch.autograd.grad(getattr(tested, name).sum(), leaf, retain_graph=True)
+        (expected,) = torch.autograd.grad(getattr(exact, name).sum(), exact_leaf, retain_graph=True)
+        assert_gradient_and_mutations(gradient, expected, relative=2e-5)
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-3])
+def test_small_divergences_are_not_differences_of_large_numbers(distance):
+    new, old = pair(torch.float32, distance=distance)
+    tested, exact = erc.entropy_ratio(new, old), erc.reference.entropy_ratio(new.double(), old.double())
+    for name in ("kl_new_old", "kl_old_new", "total_variation"):
+        value, expected = getattr(tested, name), getattr(exact, name)
+        assert (value >= 0).all() and (expected > 0).all()
+        # Rounding of the two log-probs, 2^-24 of 20 nats each, against a difference of `distance`.
+        torch.testing.assert_close(value.double(), expected, rtol=2e-5 / distance, atol=0)
+
+
+def test_equal_rows_do_not_diverge():
+    new, _ = pair(torch.float32)
+    same = erc.entropy_ratio(new, new.clone())
+    assert torch.equal(same.ratio, torch.ones(6))
+    assert not same.kl_new_old.any() and not same.kl_old_new.any() and not same.total_variation.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_forbidden_tokens(backend):
+    new, old = pair(torch.float32, vocab_size=40, rows=3)
+    new[0, 5] = old[0, 5] = -math.inf  # forbidden in both: as if it were not there
+    new[1, 5] = -math.inf  # only the old policy allows it
+    old[2, 5] = -math.inf  # only the new one does
+    out = erc.entropy_ratio(new, old, backend=backend)
+    assert out.kl_new_old[:2].isfinite().all() and out.kl_new_old[2] == math.inf
+    assert out.kl_old_new[[0, 2]].isfinite().all() and out.kl_old_new[1] == math.inf
+    assert out.total_variation.isfinite().all() and out.ratio.isfinite().all()
+    keep = torch.arange(40) != 5
+    alone = erc.entropy_ratio(new[:1, keep], old[:1, keep], backend=backend)
+    torch.testing.assert_close(out.kl_new_old[:1], alone.kl_new_old)
+
+
+@pytest.mark.parametrize(
+    ("old", "error", "match"),
+    [
+        (torch.zeros(2, 6), ValueError, "old_logits"),
+        (torch.zeros(2, 5, dtype=torch.float64), ValueError, "old_logits"),
+        (torch.zeros(2, 5, requires_grad=True), ValueError, "old_logits must not require grad"),
+        ([[0.0]], TypeError, "old_logits"),
+    ],
+)
+def test_bad_old_logits_are_named(old, error, match):
+    with pytest.raises(error, match=match):
+        erc.entropy_ratio(torch.zeros(2, 5), old)
