@@ -1,4 +1,5 @@
-"""Layer 3: what to optimise, as data. An `Objective` is a frozen, printable, comparable description; presets have names.
+"""Layer 3: what to optimise, as data. An `Objective` is a frozen, printable, comparable description; presets have
+names.
 
     >>> import erc
     >>> erc.objective("erc-dapo").entropy_ratio
@@ -94,7 +95,8 @@ class KLPenalty:
 
     `k1 = lp - lp_ref`; `k2 = k1^2 / 2`; `k3 = expm1(x) - x` with `x = clamp(lp_ref - lp, -20, 20)`; `abs = |k1|`;
     `k3+` has the value of k3 and the gradient of k2. `clamp` limits the value of k3 from above (verl: 10).
-    `importance_weighted` multiplies the estimate by the importance ratio, gradient through both (TRL's bias correction).
+    `importance_weighted` multiplies the estimate by the importance ratio, gradient through both (TRL's bias
+    correction).
     """
 
     kind: str = "k3"
@@ -137,8 +139,8 @@ class RolloutCorrection:
     """Weights `exp(lp_old - lp_rollout)` on the policy term, for rollouts that another engine sampled.
 
     `kind="truncate"` caps the weight at `high` (TIS, cap 2); `kind="mask"` keeps it inside `[low, high]` and drops the
-    token's policy term outside (IcePop, [0.5, 5]; the denominator is unchanged). `level="sequence"` uses the product over
-    the sequence.
+    token's policy term outside (IcePop, [0.5, 5]; the denominator is unchanged). `level="sequence"` uses the product
+    over the sequence.
     """
 
     kind: str = "truncate"
@@ -172,12 +174,13 @@ class Objective:
         entropy_ratio: the gate on the distribution's entropy ratio, or None.
         kl: a penalty towards a reference policy, or None.
         entropy_coef: the loss gains `-entropy_coef * H`.
-        entropy_reduction: "active-mean" takes the bonus's mean over active tokens (TRL), "loss" the loss's own reduction (verl).
+        entropy_reduction: "active-mean" takes the bonus's mean over active tokens (TRL), "loss" the loss's own
+            reduction (verl).
         reduction: how tokens become one number; see `erc.reductions.token_weights`.
         max_length: the constant of "seq-mean-token-sum-norm"; None takes T of `[B, T]` rows.
         rollout_correction: weights for rollouts that another engine sampled, or None.
-        nll_coef: the loss gains `-nll_coef * logprob` on the rows of `nll_mask`, in the loss's own reduction (ERC's public recipe
-            adds 0.1 on rows with reward 1).
+        nll_coef: the loss gains `-nll_coef * logprob` on the rows of `nll_mask`, in the loss's own reduction (ERC's
+            public recipe adds 0.1 on rows with reward 1).
     """
 
     ratio: RatioRule = field(default_factory=PPOClip)

@@ -1,8 +1,9 @@
 """Layer 3: ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
 
-Every rule is a frozen dataclass with a `terms` method in plain PyTorch, the readable definition that the kernels are tested
-against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` the advantage. A tie exactly on a bound takes the
-unclipped branch, so every comparison is strict; `A = 0` is never clipped. The derivative outside the clamp is 0.
+Every rule is a frozen dataclass with a `terms` method in plain PyTorch, the readable definition that the kernels are
+tested against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` the advantage. A tie exactly on a bound
+takes the unclipped branch, so every comparison is strict; `A = 0` is never clipped. The derivative outside the clamp
+is 0.
 
 A token-level rule also names its kernel (`kernel_id`, `kernel_params`), which runs it in the fused one-pass path; a
 sequence-level rule needs all tokens of a sequence first and runs two-phase.
@@ -31,7 +32,8 @@ class RatioTerms(NamedTuple):
 
 
 class RatioInputs(NamedTuple):
-    """What a rule sees: `logprob` carries the graph, the others are constants; all `[N]`. `mask` is the token's weight."""
+    """What a rule sees: `logprob` carries the graph, the others are constants; all `[N]`. `mask` is the token's
+    weight."""
 
     logprob: Tensor
     old_logprob: Tensor
@@ -102,7 +104,8 @@ class PPOClip(RatioRule):
     """`-min(r A, clamp(r, 1-eps_low, 1+eps_high) A)` (PPO, arXiv 1707.06347; clip-higher of DAPO, arXiv 2503.14476).
 
     `dual_clip=c` (> 1, arXiv 1912.09729): where A < 0 the loss is at most `-c A`, without gradient beyond.
-    `delta` (> 1, two-sided clipping of INTELLECT-2): r in the unclipped branch is at most delta, without gradient beyond.
+    `delta` (> 1, two-sided clipping of INTELLECT-2): r in the unclipped branch is at most delta, without gradient
+    beyond.
     """
 
     eps_low: float = 0.2
@@ -134,8 +137,8 @@ class PPOClip(RatioRule):
 
 @dataclass(frozen=True)
 class GPPO(RatioRule):
-    """The value of `PPOClip`, but a clipped token keeps the gradient of the bound: d loss / d logprob = `-(1-eps_low) A`
-    below, `-(1+eps_high) A` above (Klear-Reasoner, arXiv 2508.07629 eq. 11-12). `dual_clip` as in `PPOClip`."""
+    """The value of `PPOClip`, but a clipped token keeps the gradient of the bound: d loss / d logprob = `-(1-eps_low)
+    A` below, `-(1+eps_high) A` above (Klear-Reasoner, arXiv 2508.07629 eq. 11-12). `dual_clip` as in `PPOClip`."""
 
     eps_low: float = 0.2
     eps_high: float = 0.28
@@ -155,8 +158,8 @@ class GPPO(RatioRule):
 
 @dataclass(frozen=True)
 class CEGPPO(RatioRule):
-    """GPPO whose clipped gradients are scaled: `-beta1 (1-eps_low) r/sg(r) A` below, `-beta2 (1+eps_high) r/sg(r) A` above,
-    else `-r A` (arXiv 2509.20712 eq. 8; (0.5, 1) is the general pick, (0.75, 1) the one for 7B)."""
+    """GPPO whose clipped gradients are scaled: `-beta1 (1-eps_low) r/sg(r) A` below, `-beta2 (1+eps_high) r/sg(r) A`
+    above, else `-r A` (arXiv 2509.20712 eq. 8; (0.5, 1) is the general pick, (0.75, 1) the one for 7B)."""
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -216,7 +219,8 @@ class CISPO(RatioRule):
 
 @dataclass(frozen=True)
 class SAPO(RatioRule):
-    """`-A (4/tau) sigmoid(tau (r-1))` with tau by the sign of A: a soft gate in place of the clip (arXiv 2511.20347)."""
+    """`-A (4/tau) sigmoid(tau (r-1))` with tau by the sign of A: a soft gate in place of the clip (arXiv
+    2511.20347)."""
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
@@ -243,8 +247,8 @@ class DPPO(RatioRule):
     """`-A sg(min(r, ratio_max)) logprob` while the token's probability stays in a divergence ball (arXiv 2602.04879).
 
     `divergence="tv"`: blocked where A > 0 and p - p_old > high, or A < 0 and p - p_old < -low (0.15).
-    `divergence="kl"`: blocked where the KL(old||new) of (token, any other) exceeds the bound (0.05) and the update moves
-    further away. A blocked token has value and gradient 0.
+    `divergence="kl"`: blocked where the KL(old||new) of (token, any other) exceeds the bound (0.05) and the update
+    moves further away. A blocked token has value and gradient 0.
     """
 
     divergence: str = "tv"

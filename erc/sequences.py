@@ -12,8 +12,8 @@ from torch import Tensor
 class Sequences:
     """The sequence structure of `N` flattened tokens.
 
-    Padded rows: `length` tokens for each of `N / length` sequences. Packed rows: `offsets` `[S + 1]`, sequence `i` holding
-    the tokens `offsets[i]` to `offsets[i + 1] - 1`.
+    Padded rows: `length` tokens for each of `N / length` sequences. Packed rows: `offsets` `[S + 1]`, sequence `i`
+    holding the tokens `offsets[i]` to `offsets[i + 1] - 1`.
     """
 
     tokens: int

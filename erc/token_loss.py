@@ -19,10 +19,11 @@ from erc.sequences import Sequences
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Everything known of `N` tokens before their logits are read. Every tensor is `[N]`, constant, in the statistics dtype.
+    """Everything known of `N` tokens before their logits are read. Every tensor is `[N]`, constant, in the statistics
+    dtype.
 
-    `mask` is the weight of a token in the reduction and 0 where it is not to be read; `weight` is what the reduction makes
-    of it. `policy_weight`, `entropy_weight` and `logprob_weight` are None where the objective has no such term.
+    `mask` is the weight of a token in the reduction and 0 where it is not to be read; `weight` is what the reduction
+    makes of it. `policy_weight`, `entropy_weight` and `logprob_weight` are None where the objective has no such term.
     """
 
     mask: Tensor
@@ -38,7 +39,8 @@ class TokenBatch:
 
 
 class TokenLosses(NamedTuple):
-    """`loss`: the token's share of the scalar loss, with its graph; `token_loss`: unweighted, detached; `flags`: `TokenFlag` bits."""
+    """`loss`: the token's share of the scalar loss, with its graph; `token_loss`: unweighted, detached; `flags`:
+    `TokenFlag` bits."""
 
     loss: Tensor
     token_loss: Tensor
@@ -46,7 +48,8 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor) -> TokenLosses:
-    """Compose the parts of `objective` for each token; differentiable in `logprob` and (for the entropy term) `entropy`.
+    """Compose the parts of `objective` for each token; differentiable in `logprob` and (for the entropy term)
+    `entropy`.
 
     An inactive token (mask 0) gives exactly 0 and an exactly zero gradient, whatever its values are.
     """

@@ -11,7 +11,8 @@ from typing import Any
 import reasoning_gym
 import torch
 
-# What makes each task family fit a model of a few hundred thousand parameters; any other family runs with its own defaults.
+# What makes each task family fit a model of a few hundred thousand parameters; any other family runs with its own
+# defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -39,8 +40,9 @@ class Task:
     def problems(self, count: int, seed: int, *, held_out: bool = False) -> list[Problem]:
         """`count` problems that depend on `seed` alone; held-out questions and the others never overlap.
 
-        The package draws problem i of seed s from the random state `s + i`, so neighbouring seeds would share all but one:
-        hence the stride. Small families repeat questions whatever the seed: hence the split by the question's checksum.
+        The package draws problem i of seed s from the random state `s + i`, so neighbouring seeds would share all but
+        one: hence the stride. Small families repeat questions whatever the seed: hence the split by the question's
+        checksum.
 
         Raises:
             ValueError: if the family has too few questions on that side of the split.
@@ -74,7 +76,8 @@ def extract_answer(completion: str) -> str:
 
 
 def slip(answer: str) -> str:
-    """The answer with one digit wrong by one or two, from the global random state; text without digits stays as it is."""
+    """The answer with one digit wrong by one or two, from the global random state; text without digits stays as it
+    is."""
     places = [index for index, character in enumerate(answer) if character.isdigit()]
     if not places:
         return answer

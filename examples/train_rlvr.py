@@ -1,7 +1,7 @@
 """Reinforcement learning with verifiable rewards, in one file a newcomer can read: the demo of `erc`.
 
-A small decoder learns a reasoning-gym task a little by supervision, then by its own rollouts: groups of answers are sampled and
-verified, and several off-policy mini-batches a rollout batch move the policy through `erc.policy_loss`.
+A small decoder learns a reasoning-gym task a little by supervision, then by its own rollouts: groups of answers are
+sampled and verified, and several off-policy mini-batches a rollout batch move the policy through `erc.policy_loss`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def peaked_rows(entropies: list[float], vocab_size: int, seed: int = 0) -> Tensor:
-    """One float32 row for each target entropy: Gaussian logits with one token raised until the entropy is about right."""
+    """One float32 row for each target entropy: Gaussian logits with one token raised until the entropy is about
+    right."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(len(entropies), vocab_size, generator=generator)
     top = torch.randint(vocab_size, (len(entropies),), generator=generator)
@@ -46,9 +47,11 @@ def assert_entropy(tested: Tensor, exact: Tensor, softcap: float | None = None) 
 
 
 def assert_gradient(tested: Tensor, exact: Tensor, softcap: float | None = None, relative: float = 1e-6) -> None:
-    """float32 within `relative` (with softcap c: 2e-6 + 2^-23 c) of the row's largest gradient, 16-bit that rounded once.
+    """float32 within `relative` (with softcap c: 2e-6 + 2^-23 c) of the row's largest gradient, 16-bit that rounded
+    once.
 
-    A loss whose coefficient is itself a difference of log-probs, each within 1e-6 of its size, needs a larger `relative`.
+    A loss whose coefficient is itself a difference of log-probs, each within 1e-6 of its size, needs a larger
+    `relative`.
     Raises where the expected gradient is zero everywhere: it would test nothing.
     """
     largest = exact.abs().amax(-1, keepdim=True)

@@ -1,17 +1,18 @@
 """The CUDA kernels against the float64 oracle, without a GPU: `csrc/cuda/*.cu` compiled by g++ and run on fibers.
 
-Every test goes through the public API with the backend `cuda_host`, on three machines: one with thread-block clusters (the form
-for sm_90 and later), one without (sm_80), and one with so many multiprocessors that few rows are split over blocks. The host's
-exponential has the hardware's error, 2^-22, and flushes subnormals.
+Every test goes through the public API with the backend `cuda_host`, on three machines: one with thread-block clusters
+(the form for sm_90 and later), one without (sm_80), and one with so many multiprocessors that few rows are split over
+blocks. The host's exponential has the hardware's error, 2^-22, and flushes subnormals.
 
-Sizes: 1 and 5 are less than one 16-byte vector; 2,053 is prime, so rows are not aligned; 24,576 and 40,960 are two and eight
-segments of a row (bfloat16 and float32), 20,488 two segments and a ragged end.
+Sizes: 1 and 5 are less than one 16-byte vector; 2,053 is prime, so rows are not aligned; 24,576 and 40,960 are two and
+eight segments of a row (bfloat16 and float32), 20,488 two segments and a ragged end.
 """
 
 from __future__ import annotations
 
 import math
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -179,8 +180,8 @@ def test_forbidden_tokens(mask, V, softcap, machine):
     if softcap is None:
         (reference,) = torch.autograd.grad((expected.entropy + expected.logsumexp).sum(), kept)
         assert_gradient(gradient, reference)
-    loss = erc.policy_loss(variable, labels, old_logprob=None, advantages=torch.ones(5), objective="ppo", mask=labels != 4,
-                           softcap=softcap, backend=BACKEND)  # fmt: skip
+    options = {"objective": "ppo", "mask": labels != 4, "softcap": softcap, "backend": BACKEND}
+    loss = erc.policy_loss(variable, labels, old_logprob=None, advantages=torch.ones(5), **options)
     (gradient,) = torch.autograd.grad(loss.loss, variable)
     assert gradient.isfinite().all() and (gradient[logits == mask] == 0).all() and (gradient[0] != 0).any()
 
@@ -269,8 +270,8 @@ def loss_call(host, logits: Tensor, labels: Tensor, in_place: bool = False):
     n = labels.numel()
     real = ops.stats_dtype(logits.dtype)
     values = torch.linspace(-1, 1, n, dtype=real)
-    arguments = (labels, None, params(), IGNORE, torch.full((n,), 0.3, dtype=real), values + 0.5, values - 6, None, None, None,
-                 values * 0.2, None, 0, 0, 0)  # fmt: skip
+    coefficients = (torch.full((n,), 0.3, dtype=real), values + 0.5, values - 6, None, None, None, values * 0.2)
+    arguments = (labels, None, params(), IGNORE, *coefficients, None, 0, 0, 0)
     return host.ops.policy_loss_(logits, *arguments) if in_place else host.ops.policy_loss(logits, *arguments, True)
 
 
@@ -326,7 +327,8 @@ def test_a_row_does_not_depend_on_its_batch(machine):
 @pytest.mark.parametrize("order", [1, 7])
 @pytest.mark.parametrize("poison", [0x00, 0x7F])
 def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison, host):
-    """A missing barrier shows up as a difference between orders, a read of uninitialised memory as one between poisons."""
+    """A missing barrier shows up as a difference between orders, a read of uninitialised memory as one between
+    poisons."""
     logits, labels = random_logits(1, 2, 24_576, dtype=torch.bfloat16), random_labels(2, V=24_576)
     for clusters, multiprocessors in MACHINES.values():
         results = []
@@ -473,7 +475,7 @@ def test_shards_merge_to_the_whole_row(dtype, machine):
         torch.zeros(3).double(),
         torch.full((3,), -INF, dtype=torch.float64),
     )
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         part = logits[:, :, start:end]
         state = machine.ops.partial_stats(part, labels, None, params(), IGNORE, start)
         assert state.dtype == real

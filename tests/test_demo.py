@@ -1,4 +1,5 @@
-"""The demo's trainer end to end at the smallest useful size: finite, reproducible, resumable, scored by the package's verifier."""
+"""The demo's trainer end to end at the smallest useful size: finite, reproducible, resumable, scored by the package's
+verifier."""
 
 import copy
 import math

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_more_rows_than_a_two_byte_grid_holds(backend):
 
 def test_rows_beyond_the_two_to_the_31st_element():
     """Two rows, 2^31 elements apart, in a view of 4.3 GB of bfloat16 that is never written in between."""
-    available = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     if available < 6 * 2**30:
         pytest.skip(f"needs 6 GiB of memory, {available / 2**30:.1f} GiB are free")
     vocab_size, apart = 1000, 2**31 + 8

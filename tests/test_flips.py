@@ -18,7 +18,8 @@ def decisions(entropy, old_entropy):
 
 @pytest.fixture(scope="module")
 def old_and_new():
-    """Rows with H from 1e-6 to 9, and their updates: half of the entropy ratios lie within 0.1 % of a bound of the band."""
+    """Rows with H from 1e-6 to 9, and their updates: half of the entropy ratios lie within 0.1 % of a bound of the
+    band."""
     targets = [10.0 ** (-6 + 6.95 * i / (ROWS - 1)) for i in range(ROWS)]
     new = peaked_rows(targets, VOCAB)
     generator = torch.Generator().manual_seed(4)

@@ -15,7 +15,8 @@ B, T, VOCAB = 4, 6, 2053  # a whole segment of the CPU sweep and a tail
 
 
 COEFFICIENT_ERROR = 2e-5
-"""A loss's coefficient holds differences of float32 log-probs of up to 20 nats, and may be a small difference itself."""
+"""A loss's coefficient holds differences of float32 log-probs of up to 20 nats, and may be a small difference
+itself."""
 
 
 def make_problem(dtype=torch.float32, seed=0):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import erc
 from tests.oracle import assert_entropy, assert_gradient_and_mutations, assert_logprob, peaked_rows
 
-# 1 and 2 are the smallest rows; 31, 32, 33 stand around the block of 32 lanes; 2,047 to 2,053 around the segment of 2,048;
-# 50,257 is GPT-2's vocabulary, odd, so that rows of a batch are misaligned.
+# 1 and 2 are the smallest rows; 31, 32, 33 stand around the block of 32 lanes; 2,047 to 2,053 around the segment of
+# 2,048; 50,257 is GPT-2's vocabulary, odd, so that rows of a batch are misaligned.
 SIZES = [1, 2, 31, 32, 33, 2047, 2048, 2053, 50_257]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCALINGS = [

@@ -1,7 +1,7 @@
 """Builds csrc/cuda for the CPU: the very same .cu sources, compiled by g++ with the headers beside this file.
 
-`load()` compiles what changed, loads the library and registers the operators of `erc.ops` for CPU tensors in the namespace
-`erc_cuda_host`, so that the tests call them as they call any backend.
+`load()` compiles what changed, loads the library and registers the operators of `erc.ops` for CPU tensors in the
+namespace `erc_cuda_host`, so that the tests call them as they call any backend.
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ class Host:
         self.ops = getattr(torch.ops, NAMESPACE)
 
     def configure(self, clusters: bool = True, multiprocessors: int = 1, order: int = 0, poison: int = 0xFF) -> None:
-        """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows are
-        split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared memory."""
+        """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows
+        are split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared
+        memory."""
         self._configure(int(clusters), multiprocessors, order, poison)
 
-
     def fault(self, name: str, out: torch.Tensor) -> str:
-        """Run the kernel `name` of faults.cpp on `out` `[>= 32]` float32; returns what the harness found, "" for nothing."""
+        """Run the kernel `name` of faults.cpp on `out` `[>= 32]` float32; returns what the harness found, "" for
+        nothing."""
         return self._fault(name.encode(), ctypes.cast(out.data_ptr(), ctypes.POINTER(ctypes.c_float))).decode()
 
 
