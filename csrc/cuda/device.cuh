@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/launch.h"
 
@@ -18,8 +19,8 @@ struct float16 {
   uint16_t bits;
 };
 
-// Sixteen bytes of a row.
-struct alignas(16) Raw {
+// Sixteen bytes of a row, whatever their type.
+struct __attribute__((aligned(16), may_alias)) Raw {
   uint32_t word[4];
 };
 

@@ -31,7 +31,7 @@ struct GradientPlan {
   GradientMode mode;
   Real fill;    // of kFill: 0 for a row without gradient, NaN for a row without a distribution
   Real center = 0;  // fast: row_max * rate, rounded; guarded: row_max
-  Real constant = 0, slope = 0, label = 0;
+  Real constant = 0, slope = 0, label = 0;  // label: without the softcap's factor, which belongs to the column
 
   ERC_DEVICE explicit GradientPlan(Real fill) : mode(kFill), fill(fill) {}
 
@@ -42,10 +42,6 @@ struct GradientPlan {
     if (!state.is_valid() || (grads.logprob == 0 && grads.entropy == 0 && grads.logsumexp == 0)) return;
     const RowGradient<Real> gradient(state, scale.scale, grads, label_value);
     label = gradient.label * scale.chain;
-    if (scale.softcap != 0 && label_value > -Real(INFINITY)) {
-      const Real t = label_value * scale.inverse_softcap;
-      label *= 1 - t * t;
-    }
     constant = gradient.constant * scale.chain;
     slope = gradient.slope * scale.chain / scale.rate;
     const Real rounded = mul_rn(state.row_max, scale.rate);
@@ -85,8 +81,7 @@ ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const
     const Pair<Real> e{ex2(u.a), ex2(u.b)};
     Pair<Real> g = mul_pair(e, fma_pair(slope, u, constant));
     if constexpr (V::softcap) {
-      const Pair<Real> t{v.a * scale.inverse_softcap, v.b * scale.inverse_softcap};  // 0 without softcap
-      g = {e.a == 0 ? g.a : g.a * (1 - t.a * t.a), e.b == 0 ? g.b : g.b * (1 - t.b * t.b)};
+      g = mul_pair(g, V::slopes(scale, raw, i));
     }
     set_pair(T{}, out, i, g);
   }
@@ -146,20 +141,21 @@ template <class V, class Source>
 ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
                                  const Segment<V, Source>& segment, int64_t label, typename V::Element* out) {
   using T = typename V::Element;
+  using Real = typename V::Real;
   if (plan.mode == kFill) {
     fill_columns<V>(out, segment.columns, plan.fill);
     return;
   }
+  // The thread that writes the label's vector writes once more; what it reads there, it reads before.
+  const int vector = int(label / kVector<T>), writer = vector < segment.whole() ? vector % kLanes : 0;
+  const bool writes_label = label >= 0 && label < segment.columns && int(threadIdx.x % kLanes) == writer;
+  const Real label_slope = writes_label ? V::slope(scale, segment.source.begin[label]) : Real(1);
   if (plan.mode == kFast) {
     gradient_columns<false>(plan, scale, segment, out);
   } else {
     gradient_columns<true>(plan, scale, segment, out);
   }
-  if (label < 0 || label >= segment.columns) return;
-  // The thread that wrote the label's vector writes once more.
-  const int vector = int(label / kVector<T>);
-  const int writer = vector < segment.whole() ? vector % kLanes : 0;
-  if (int(threadIdx.x % kLanes) == writer) out[label] = from_real(T{}, plan.label);
+  if (writes_label) out[label] = from_real(T{}, plan.label * label_slope);
 }
 
 }  // namespace cuda

@@ -149,15 +149,14 @@ __global__ void __launch_bounds__(kLanes, 2) paired_backward_kernel(PairedBackwa
   const Real g_entropy = g[0] / (old.entropy() + Real(kRatioEps)) + g[n];
   const Real constant = g_entropy * fresh.weighted_sum / fresh.sum_exp() - (g_kl == 0 ? Real(0) : g_kl * saved[6 * n]) -
                         half_variation * saved[7 * n];
-  const auto gradient = [&](Real v_new, Real v_old) {
+  const auto gradient = [&](Real v_new, Real v_old, Real slope) {
     if (!valid) return Real(NAN);
     if (v_new == -Real(INFINITY)) return Real(0);
     const Column<Real> at(p, q, scale.scale, v_new, v_old);
     const Real sign = at.difference > 0 ? half_variation : at.difference < 0 ? -half_variation : Real(0);
     const Real kl = g_kl == 0 || at.p == 0 ? Real(0) : g_kl * at.delta;
     const Real own = at.p == 0 ? Real(0) : at.p * (constant - g_entropy * p.shift(v_new, scale.scale) + kl + sign);
-    const Real t = v_new * scale.inverse_softcap;  // 0 without softcap
-    return (own + g_reverse * at.difference) * scale.chain * (1 - t * t);
+    return (own + g_reverse * at.difference) * scale.chain * slope;
   };
   for_each_vector<V>(row_pointer<const T>(call.rows.logits, row), row_pointer<const T>(call.old_logits, row),
                      call.rows.logits.vocab_size, [&](int64_t i, const Raw& fresh_raw, const Raw& old_raw) {
@@ -165,7 +164,8 @@ __global__ void __launch_bounds__(kLanes, 2) paired_backward_kernel(PairedBackwa
 #pragma unroll
     for (int k = 0; k < kVector<T> / 2; ++k) {
       const Pair<Real> v_new = V::values(scale, fresh_raw, k), v_old = V::values(scale, old_raw, k);
-      set_pair(T{}, grads, k, Pair<Real>{gradient(v_new.a, v_old.a), gradient(v_new.b, v_old.b)});
+      const Pair<Real> slope = V::slopes(scale, fresh_raw, k);
+      set_pair(T{}, grads, k, Pair<Real>{gradient(v_new.a, v_old.a, slope.a), gradient(v_new.b, v_old.b, slope.b)});
     }
     const int64_t left = call.rows.logits.vocab_size - i;
     left >= kVector<T> ? store_vector<V>(out + i, grads) : store_elements(out + i, grads, int(left));

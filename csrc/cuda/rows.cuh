@@ -99,7 +99,9 @@ ERC_DEVICE Pair<float> pair_of(float, const Raw& raw, int i) {
   return {as_float(raw.word[2 * i]), as_float(raw.word[2 * i + 1])};
 }
 ERC_DEVICE Pair<double> pair_of(double, const Raw& raw, int) {
-  return {reinterpret_cast<const double*>(&raw)[0], reinterpret_cast<const double*>(&raw)[1]};
+  Pair<double> v;
+  memcpy(&v, &raw, sizeof raw);
+  return v;
 }
 
 template <class T>
@@ -110,7 +112,7 @@ ERC_DEVICE void set_pair(float, Raw& raw, int i, Pair<float> v) {
   raw.word[2 * i] = as_uint(v.a);
   raw.word[2 * i + 1] = as_uint(v.b);
 }
-ERC_DEVICE void set_pair(double, Raw& raw, int, Pair<double> v) { reinterpret_cast<Pair<double>&>(raw) = v; }
+ERC_DEVICE void set_pair(double, Raw& raw, int, Pair<double> v) { memcpy(&raw, &v, sizeof raw); }
 
 template <class T>
 ERC_DEVICE stats_t<T> to_real(T x) {
@@ -131,19 +133,21 @@ ERC_DEVICE double from_real(double, double x) { return x; }
 // A vector whose address may be anything: element by element, so that the partition need not follow the address.
 template <class T>
 ERC_DEVICE Raw load_elements(const T* p, int count, T fill) {
-  Raw raw;
-  T* out = reinterpret_cast<T*>(&raw);
+  T elements[kVector<T>];
 #pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) out[j] = j < count ? p[j] : fill;
+  for (int j = 0; j < kVector<T>; ++j) elements[j] = j < count ? p[j] : fill;
+  Raw raw;
+  memcpy(&raw, elements, sizeof raw);
   return raw;
 }
 
 template <class T>
 ERC_DEVICE void store_elements(T* p, const Raw& raw, int count) {
-  const T* in = reinterpret_cast<const T*>(&raw);
+  T elements[kVector<T>];
+  memcpy(elements, &raw, sizeof raw);
 #pragma unroll
   for (int j = 0; j < kVector<T>; ++j) {
-    if (j < count) p[j] = in[j];
+    if (j < count) p[j] = elements[j];
   }
 }
 
@@ -173,7 +177,6 @@ struct RowScale {
   Real chain;    // dx/dz but for the softcap's own factor
   Real softcap;  // 0: none
   Real inner;    // z * inner enters the softcap's tanh
-  Real inverse_softcap;
 
   ERC_DEVICE RowScale(const RowInputs& in, int64_t row) {
     const double temperature =
@@ -185,12 +188,18 @@ struct RowScale {
     chain = Real(slope);
     softcap = Real(in.scaling.softcap);
     inner = capped ? Real(in.scaling.logit_scale / in.scaling.softcap) : Real(1);
-    inverse_softcap = capped ? Real(1 / in.scaling.softcap) : Real(0);
   }
 
   // Softcap of finite logits; an infinite one stays infinite: -inf forbids a token, +inf makes its row NaN.
   ERC_DEVICE Real capped(Real z) const {
     return softcap == 0 || z == Real(INFINITY) || z == -Real(INFINITY) ? z : softcap * std::tanh(mul_rn(z, inner));
+  }
+
+  // The softcap's factor of dx/dz, 1 / cosh^2: where tanh is all but 1, 1 - tanh^2 would cancel.
+  ERC_DEVICE Real capped_slope(Real z) const {
+    if (softcap == 0) return 1;
+    const Real q = ex2(std::fabs(mul_rn(z, inner)) * Real(-2.8853900817779268147)), inverse = 1 / (1 + q);
+    return 4 * q * inverse * inverse;
   }
 };
 
@@ -210,6 +219,15 @@ struct Variant {
   ERC_DEVICE static Real value(const RowScale<Real>& scale, T z) {
     if constexpr (kSoftcap) return scale.capped(to_real(z));
     return to_real(z);
+  }
+  ERC_DEVICE static Pair<Real> slopes(const RowScale<Real>& scale, const Raw& raw, int i) {
+    if constexpr (!kSoftcap) return {1, 1};
+    const Pair<Real> z = pair_of(T{}, raw, i);
+    return {scale.capped_slope(z.a), scale.capped_slope(z.b)};
+  }
+  ERC_DEVICE static Real slope(const RowScale<Real>& scale, T z) {
+    if constexpr (kSoftcap) return scale.capped_slope(to_real(z));
+    return 1;
   }
   ERC_DEVICE static T minus_infinity() { return from_real(T{}, -stats_t<T>(INFINITY)); }
 };

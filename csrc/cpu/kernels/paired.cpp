@@ -157,8 +157,7 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
       V x = prob_new * (constant + slope * d_new + kl_term + sign_term) + reverse_grad * difference;
       x = select(v_new == -INFINITY, V{}, x * chain);
       if constexpr (kSoftcap) {
-        const V t = v_new / scale.softcap;
-        x = select(v_new == -INFINITY, V{}, x * (1 - t * t));
+        x = x * softcap_slope<Real>(scale, load(block + j * kWide));
       }
       store(out + j * kWide, x);
     }

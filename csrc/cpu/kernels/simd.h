@@ -265,5 +265,17 @@ ERC_INLINE f32v vtanh(f32v a) {
 }
 ERC_INLINE double vtanh(double a) { return std::tanh(a); }
 
+// 1 / cosh^2, from the exponential: 1 - tanh^2 would cancel where tanh is all but 1.
+template <class V>
+ERC_INLINE V tanh_slope_of(V q) {
+  const V inverse = 1 / (1 + q);
+  return 4 * q * inverse * inverse;
+}
+ERC_INLINE f32v vtanh_slope(f32v a) {
+  const ScaledExp<float> exp(1.0);
+  return tanh_slope_of(exp(exp.clamp(-2.0f * (f32v)((i32v)a & 0x7fffffff))));
+}
+ERC_INLINE double vtanh_slope(double a) { return tanh_slope_of(std::exp(-2 * std::fabs(a))); }
+
 }  // namespace ERC_ISA
 }  // namespace erc

@@ -43,6 +43,12 @@ ERC_INLINE V softcapped(const RowScale<Real>& scale, V z) {
   return select((z == INFINITY) | (z == -INFINITY), z, capped);
 }
 
+// The softcap's factor of dx/dz.
+template <class Real, class V>
+ERC_INLINE V softcap_slope(const RowScale<Real>& scale, V z) {
+  return vtanh_slope(z * scale.inner);
+}
+
 template <bool kSoftcap, class T>
 ERC_INLINE vector_of<T> load_v(const RowScale<stats_t<T>>& scale, const T* p) {
   const vector_of<T> z = load(p);
@@ -231,7 +237,6 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_ma
   using V = vector_of<T>;
   constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
   const ScaledExp<stats_t<T>> exp(scale.scale);
-  const stats_t<T> inverse_cap = kSoftcap ? 1 / scale.softcap : 0;
   // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
   for_each_block(row, vocab_size, [=](const T* block, int64_t i) {
     T padded[kLanes];
@@ -242,8 +247,7 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_ma
       const V d = exp.clamp(v - row_max);
       V g = exp(d) * (slope * d + constant);
       if constexpr (kSoftcap) {
-        const V t = v * inverse_cap;
-        g = select(v == -INFINITY, V{}, g * (1 - t * t));
+        g = g * softcap_slope<stats_t<T>>(scale, load(block + j * kWide));
       }
       if (kStream && whole) {
         stream(out + j * kWide, g);
@@ -266,6 +270,11 @@ inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowState<doubl
     return;
   }
   const Real label_value = label == kNoColumn ? Real(0) : load_v_one<kSoftcap>(scale, row + label);
+  // Read before the gradient may overwrite the row.
+  double label_slope = 1;
+  if (kSoftcap && label != kNoColumn) {
+    label_slope = vtanh_slope(double(load_v_one<false>(scale, row + label)) * double(scale.inner));
+  }
   const RowGradient<double> g(state, scale.scale, grads, double(label_value));
   const Real constant = Real(g.constant * scale.chain), slope = Real(g.slope * scale.chain), row_max = Real(state.row_max);
   const bool aligned = reinterpret_cast<uintptr_t>(grad) % 64 == 0;
@@ -275,12 +284,7 @@ inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowState<doubl
     gradient_blocks<kSoftcap, false>(scale, row_max, constant, slope, row, vocab_size, grad);
   }
   if (label == kNoColumn) return;
-  double at_label = g.label * scale.chain;
-  if (kSoftcap) {
-    const double t = double(label_value) / double(scale.softcap);
-    at_label = label_value == Real(-INFINITY) ? 0 : at_label * (1 - t * t);
-  }
-  store_one(grad + label, Real(at_label));
+  store_one(grad + label, Real(g.label * scale.chain * label_slope));
 }
 
 // Where a row's label lies.
