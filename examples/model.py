@@ -10,7 +10,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,12 +53,20 @@ def small_decoder(tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: 
 
 
 def load_policy(name_or_path: str | None, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer): the small decoder, or `name_or_path` in bfloat16 on a GPU and float32 elsewhere."""
+    """(model, tokenizer): the small decoder, or the checkpoint `name_or_path`.
+
+    Weights are float32, since steps of an RL learning rate are lost in bfloat16 weights; on a GPU the forward pass runs
+    in bfloat16 (`forward_precision`).
+    """
     if name_or_path is None:
         tokenizer = character_tokenizer()
         return small_decoder(tokenizer).to(device), tokenizer
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).to(device), tokenizer
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32).to(device), tokenizer
+
+
+def forward_precision(device: torch.device) -> torch.autocast:
+    """The context of forward passes: bfloat16 on a GPU, the weights' own precision elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from examples.model import forward_precision
 from examples.tasks import Problem, Task
 
 
@@ -29,17 +30,25 @@ class Batch:
     def logits(self, model: Any) -> Tensor:
         """`[B, L, V]`, with positions that count from each prompt's first token."""
         positions = (self.attention.cumsum(-1) - 1).clamp(min=0)
-        output = model(input_ids=self.tokens, attention_mask=self.attention, position_ids=positions, use_cache=False)
-        return output.logits
+        with forward_precision(self.tokens.device):
+            return model(
+                input_ids=self.tokens, attention_mask=self.attention, position_ids=positions, use_cache=False
+            ).logits
 
 
-def encode_prompts(tokenizer: Any, problems: list[Problem], device: torch.device) -> dict[str, Tensor]:
-    """The chat prompts of `problems`, left-padded."""
+Conversation = list[dict[str, str]]
+
+
+def plain_prompts(problems: list[Problem]) -> list[Conversation]:
+    """Each question as the one message of a conversation."""
+    return [[{"role": "user", "content": problem.question}] for problem in problems]
+
+
+def encode_prompts(tokenizer: Any, conversations: list[Conversation], device: torch.device) -> dict[str, Tensor]:
+    """The conversations under the tokenizer's chat template, left-padded."""
     texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], tokenize=False, add_generation_prompt=True
-        )
-        for problem in problems
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in conversations
     ]
     encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -64,7 +73,15 @@ def supervised_batch(tokenizer: Any, problems: list[Problem], device: torch.devi
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids) + 1] = torch.tensor([*ids, tokenizer.eos_token_id], device=device)
         active[row, : len(ids) + 1] = True
-    return join(encode_prompts(tokenizer, problems, device), tokens, active)
+    return join(encode_prompts(tokenizer, plain_prompts(problems), device), tokens, active)
+
+
+class Rollouts(NamedTuple):
+    """Completions as a batch `[B, L]`, their rewards `[B]`, and their texts."""
+
+    batch: Batch
+    rewards: Tensor
+    texts: list[str]
 
 
 @torch.no_grad()
@@ -77,24 +94,34 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     device: torch.device,
-) -> tuple[Batch, Tensor]:
-    """One completion of each problem and its reward `[B]`; temperature 0 takes the likeliest token."""
-    prompts = encode_prompts(tokenizer, problems, device)
+    conversations: list[Conversation] | None = None,
+    batch_size: int | None = None,
+) -> Rollouts:
+    """One completion of each problem; temperature 0 takes the likeliest token.
+
+    `conversations` holds the prompt of each problem, where that is more than its question; `batch_size` limits how many
+    are generated at a time.
+    """
+    prompts = encode_prompts(tokenizer, conversations or plain_prompts(problems), device)
     choice = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature
         else {"do_sample": False}
     )
-    output = model.generate(
-        **prompts,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **choice,
-    )
-    answers = output[:, prompts["input_ids"].shape[1] :]
+    answers = torch.full((len(problems), max_new_tokens), tokenizer.pad_token_id, device=device)
+    for rows in torch.arange(len(problems), device=device).split(batch_size or len(problems)):
+        with forward_precision(device):
+            output = model.generate(
+                input_ids=prompts["input_ids"][rows],
+                attention_mask=prompts["attention_mask"][rows],
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                **choice,
+            )[:, prompts["input_ids"].shape[1] :]
+        answers[rows, : output.shape[1]] = output
     ended = (answers == tokenizer.eos_token_id).cumsum(-1)
     active = (ended == 0) | ((ended == 1) & (answers == tokenizer.eos_token_id))
     texts = tokenizer.batch_decode(torch.where(active, answers, tokenizer.pad_token_id), skip_special_tokens=True)
     rewards = torch.tensor([task.reward(text, problem) for text, problem in zip(texts, problems, strict=True)])
-    return join(prompts, answers, active), rewards.to(device)
+    return Rollouts(join(prompts, answers, active), rewards.to(device), texts)

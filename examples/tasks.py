@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,9 +34,10 @@ class Problem:
 class Task:
     """A task family of reasoning-gym: problems in any number, and the family's own verifier."""
 
-    def __init__(self, name: str, *, short: bool) -> None:
+    def __init__(self, name: str, *, short: bool, settings: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self.short = short  # only what follows the instruction's colon: "7 + 12 ="
+        self.settings = {**SETTINGS.get(name, {}), **(settings or {})}
 
     def problems(self, count: int, seed: int, *, held_out: bool = False) -> list[Problem]:
         """`count` problems that depend on `seed` alone; held-out questions and the others never overlap.
@@ -47,9 +49,7 @@ class Task:
         Raises:
             ValueError: if the family has too few questions on that side of the split.
         """
-        dataset = reasoning_gym.create_dataset(
-            self.name, size=SEED_STRIDE, seed=seed * SEED_STRIDE, **SETTINGS.get(self.name, {})
-        )
+        dataset = reasoning_gym.create_dataset(self.name, size=SEED_STRIDE, seed=seed * SEED_STRIDE, **self.settings)
         entries = (dataset[index] for index in range(SEED_STRIDE))
         wanted = (entry for entry in entries if (zlib.crc32(entry["question"].encode()) % 8 == 0) == held_out)
         chosen = list(islice(wanted, count))

@@ -9,40 +9,37 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import erc
 from erc.rlvr import group_advantages
 from examples.model import load_policy
-from examples.rollout import Batch, sample, supervised_batch
-from examples.tasks import Task, slip
+from examples.progress import Report, bars, silent
+from examples.report import METRICS, History, plot, summary
+from examples.rollout import Batch, Conversation, Rollouts, plain_prompts, sample, supervised_batch
+from examples.tasks import Problem, Task, slip
 
-METRICS = (
-    "clip_fraction",
-    "erc_fraction",
-    "entropy",
-    "entropy_ratio",
-    "entropy_ratio_min",
-    "entropy_ratio_max",
-    "ratio_max",
-)
+BAND = 0.05
+"""The half-width of the entropy-ratio band in which the curves count tokens, whatever the objective drops."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The same configuration gives the same numbers on the same machine."""
+    """One run. The same configuration gives the same numbers on the same machine.
+
+    `overrides` are fields of `erc.Objective` in place of the preset's. `micro_batch` sequences pass through the model
+    at a time in updates, `generation_batch` in rollouts; None takes all.
+    """
 
     objective: str = "erc-dapo"
+    overrides: dict[str, Any] = field(default_factory=dict)
     task: str = "chain_sum"
     model: str | None = None
     steps: int = 150
@@ -59,28 +56,8 @@ class TrainConfig:
     warm_start_learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
     eval_problems: int = 512
-
-
-@dataclass
-class History:
-    """What a run leaves: a row of numbers a step, and held-out accuracy before and after."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def numbers(self) -> dict[str, Any]:
-        """Everything that the seed determines: all but the timings."""
-        return {"steps": list(self.steps), "before": self.before, "after": self.after}
-
-
-Report = Callable[[str, int, int, str], None]
-"""Called with (phase, done, total, message)."""
-
-
-def _silent(phase: str, done: int, total: int, message: str) -> None:
-    pass
+    micro_batch: int | None = None
+    generation_batch: int | None = None
 
 
 class Trainer:
@@ -91,13 +68,23 @@ class Trainer:
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = load_policy(config.model, self.device)
-        self.task = Task(config.task, short=config.model is None)
-        self.objective = erc.objective(config.objective)
+        self.task = self.make_task()
+        self.objective = erc.objective(config.objective, **config.overrides)
+        if config.micro_batch and self.objective.reduction != "token-mean":
+            raise ValueError(f'micro_batch needs the reduction "token-mean", got {self.objective.reduction!r}')
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self.history = History()
         self.step = 0
+
+    def make_task(self) -> Task:
+        """The task family; other trainers override it, as they do `warm_start` and `prompts`."""
+        return Task(self.config.task, short=self.config.model is None)
+
+    def prompts(self, problems: list[Problem]) -> list[Conversation]:
+        """What the policy sees of each problem in training: the bare question."""
+        return plain_prompts(problems)
 
     @contextmanager
     def timed(self, phase: str):
@@ -106,7 +93,7 @@ class Trainer:
         yield
         self.history.seconds[phase] += time.perf_counter() - start
 
-    def warm_start(self, report: Report = _silent) -> None:
+    def warm_start(self, report: Report = silent) -> None:
         """Supervised steps on answers of mixed quality, as found in the wild: a share of them contains a slip.
 
         What the policy imitates, verified rewards then have to sort out.
@@ -131,15 +118,18 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Accuracy on held-out problems, of the likeliest answer and of sampled ones."""
-        config = self.config
-        problems = self.task.problems(config.eval_problems, seed=config.seed, held_out=True)
-        results = {}
-        for name, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
-            _, rewards = self._sample(problems, temperature)
-            results[name] = float(rewards.mean())
-        return results
+        problems = self.held_out()
+        return {
+            name: float(self.rollouts(problems, plain_prompts(problems), temperature).rewards.mean())
+            for name, temperature in (("greedy", 0.0), ("sampled", self.config.temperature))
+        }
 
-    def _sample(self, problems: list, temperature: float) -> tuple[Batch, torch.Tensor]:
+    def held_out(self) -> list[Problem]:
+        """The problems of evaluations: the same ones for every seed, none of them in training."""
+        return self.task.problems(self.config.eval_problems, seed=0, held_out=True)
+
+    def rollouts(self, problems: list[Problem], prompts: list[Conversation], temperature: float) -> Rollouts:
+        """A completion of each problem under its prompt."""
         return sample(
             self.model,
             self.tokenizer,
@@ -148,6 +138,8 @@ class Trainer:
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
             device=self.device,
+            conversations=prompts,
+            batch_size=self.config.generation_batch,
         )
 
     def train_step(self) -> dict[str, float]:
@@ -156,39 +148,74 @@ class Trainer:
         seed = (config.seed + 1) * 1_000_003 + self.step
         problems = [p for p in self.task.problems(config.prompts, seed=seed) for _ in range(config.group_size)]
         with self.timed("rollout"):
-            batch, rewards = self._sample(problems, config.temperature)
+            batch, rewards, texts = self.rollouts(problems, self.prompts(problems), config.temperature)
         advantages = group_advantages(rewards, group_size=config.group_size)
-        with self.timed("old log-probs"), torch.no_grad():
-            old = erc.token_stats(batch.logits(self.model), batch.labels, temperature=config.temperature)
+        with self.timed("old log-probs"):
+            old = self._old_stats(batch)
         row = defaultdict(float)
-        for index in torch.randperm(len(problems)).chunk(config.updates_per_batch):
-            for name, value in self._update(batch.rows(index), index, advantages, old).items():
+        for index in torch.randperm(len(problems)).to(self.device).chunk(config.updates_per_batch):
+            for name, value in self._update(batch, index, advantages, old).items():
                 row[name] += value / config.updates_per_batch
         self.step += 1
-        row |= {"step": self.step, "reward": float(rewards.mean())}
+        active = batch.labels != -100
+        row |= {
+            "step": self.step,
+            "reward": float(rewards.mean()),
+            "rollout_entropy": float(old.entropy[active].mean()),
+            **self.observe(problems, texts, rewards),
+        }
         self.history.steps.append(dict(row))
         return row
 
-    def _update(self, batch: Batch, index: torch.Tensor, advantages: torch.Tensor, old: Any) -> dict[str, float]:
-        with self.timed("model forward"):
-            logits = batch.logits(self.model)
-        with self.timed("loss"):
-            out = erc.policy_loss(
-                logits,
-                batch.labels,
-                old_logprob=old.logprob[index],
-                old_entropy=old.entropy[index],
-                advantages=advantages[index],
-                objective=self.objective,
-                temperature=self.config.temperature,
-            )
-        with self.timed("model backward"):
-            self.optimizer.zero_grad()
-            out.loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+    def observe(self, problems: list[Problem], texts: list[str], rewards: torch.Tensor) -> dict[str, float]:
+        """More numbers of a step's rollouts, for trainers that override it."""
+        return {}
+
+    def _micro_batches(self, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return index.split(self.config.micro_batch or len(index))
+
+    @torch.no_grad()
+    def _old_stats(self, batch: Batch) -> erc.TokenStats:
+        """Log-probs and entropies of the policy that made the rollouts; `[B, L]`."""
+        parts = []
+        for rows in self._micro_batches(torch.arange(len(batch.tokens), device=self.device)):
+            part = batch.rows(rows)
+            parts.append(erc.token_stats(part.logits(self.model), part.labels, temperature=self.config.temperature))
+        return erc.TokenStats(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _update(
+        self, batch: Batch, index: torch.Tensor, advantages: torch.Tensor, old: erc.TokenStats
+    ) -> dict[str, float]:
+        """One optimiser step on the rollouts of `index`; what it saw, averaged over their tokens."""
+        tokens = (batch.labels[index] != -100).sum()
+        seen, ratios = defaultdict(float), []
+        self.optimizer.zero_grad()
+        for rows in self._micro_batches(index):
+            part = batch.rows(rows)
+            with self.timed("model forward"):
+                logits = part.logits(self.model)
+            with self.timed("loss"):
+                out = erc.policy_loss(
+                    logits,
+                    part.labels,
+                    old_logprob=old.logprob[rows],
+                    old_entropy=old.entropy[rows],
+                    advantages=advantages[rows],
+                    objective=self.objective,
+                    temperature=self.config.temperature,
+                    normalizer=tokens if self.config.micro_batch else None,
+                )
+            with self.timed("model backward"):
+                out.loss.backward()
+            share = (out.metrics["tokens"] / tokens).item()
+            for name in METRICS:
+                seen[name] += share * out.metrics[name].item()
+            active = part.labels != -100
+            ratios.append((out.entropy[active] + 1e-8) / (old.entropy[rows][active] + 1e-8))
         with self.timed("optimiser"):
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
-        return {name: out.metrics[name].item() for name in METRICS} | {"grad_norm": norm.item()}
+        return seen | {"grad_norm": norm.item()} | _distribution(torch.cat(ratios))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on with the same numbers."""
@@ -198,6 +225,7 @@ class Trainer:
             "step": self.step,
             "history": self.history.numbers() | {"seconds": dict(self.history.seconds)},
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -208,77 +236,65 @@ class Trainer:
         self.history = History(**state["history"])
         self.history.seconds = defaultdict(float, state["history"]["seconds"])
         torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
-def train(config: TrainConfig, report: Report = _silent) -> History:
-    """A whole run: warm start (for the small decoder), evaluation, reinforcement learning, evaluation."""
-    trainer = Trainer(config)
+def _distribution(ratio: torch.Tensor) -> dict[str, float]:
+    """The entropy ratio's 5 %, 50 % and 95 % quantiles, and the share of tokens outside the band."""
+    low, median, high = ratio.quantile(torch.tensor([0.05, 0.5, 0.95], device=ratio.device)).tolist()
+    outside = ((ratio - 1).abs() >= BAND).float().mean().item()
+    return {"ratio_p05": low, "ratio_p50": median, "ratio_p95": high, "ratio_outside": outside}
+
+
+def save(value: Any, path: Path) -> None:
+    """Write a tensor file so that no interruption leaves half of it."""
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
+
+
+def warm_up(trainer: Trainer, report: Report = silent, checkpoint: Path | None = None) -> None:
+    """The warm start of the small decoder, or what it left in `checkpoint`.
+
+    Afterwards the random state is the seed's, so that objectives are compared on the same draws.
+    """
+    config = trainer.config
     if config.model is None:
-        trainer.warm_start(report)
-    trainer.history.before = trainer.evaluate()
-    for done in range(config.steps):
+        chosen = {f.name: getattr(config, f.name) for f in fields(config) if f.name.startswith("warm_start")}
+        made_by = {**chosen, "seed": config.seed, "task": config.task, "trainer": type(trainer).__name__}
+        found = torch.load(checkpoint) if checkpoint and checkpoint.exists() else None
+        if found and found["made_by"] == made_by:
+            trainer.model.load_state_dict(found["model"])
+        else:
+            trainer.warm_start(report)
+            if checkpoint:
+                save({"made_by": made_by, "model": trainer.model.state_dict()}, checkpoint)
+    torch.manual_seed(config.seed)
+
+
+def train(config: TrainConfig, report: Report = silent, checkpoint: Path | None = None, every: int = 10) -> History:
+    """A whole run: warm start (for the small decoder), evaluation, reinforcement learning, evaluation.
+
+    With `checkpoint` the state is written there after every `every` steps, and a run of the same configuration, but for
+    the number of steps, goes on from it.
+    """
+    trainer = Trainer(config)
+    made_by = asdict(config) | {"steps": None}
+    found = torch.load(checkpoint) if checkpoint and checkpoint.exists() else None
+    if found and found["made_by"] == made_by:
+        trainer.load_state_dict(found["state"])
+    else:
+        warm_up(trainer, report)
+        trainer.history.before = trainer.evaluate()
+    while trainer.step < config.steps:
         row = trainer.train_step()
-        report("rollouts and updates", done + 1, config.steps, f"reward {row['reward']:.2f}  H {row['entropy']:.2f}")
+        report(
+            "rollouts and updates", trainer.step, config.steps, f"reward {row['reward']:.2f}  H {row['entropy']:.2f}"
+        )
+        if checkpoint and (trainer.step % every == 0 or trainer.step == config.steps):
+            save({"made_by": made_by, "state": trainer.state_dict()}, checkpoint)
     trainer.history.after = trainer.evaluate()
     return trainer.history
-
-
-def _window(history: History, name: str, last: bool) -> float:
-    values = [row[name] for row in history.steps]
-    part = values[-10:] if last else values[:10]
-    return sum(part) / len(part)
-
-
-def summary(config: TrainConfig, history: History) -> Table:
-    """Before and after, and where the time of a step went."""
-    table = Table(
-        "", "before", "after", title=f"{config.objective} on {config.task}, {config.steps} steps, seed {config.seed}"
-    )
-    for name in ("greedy", "sampled"):
-        table.add_row(f"held-out reward, {name}", f"{history.before[name]:.3f}", f"{history.after[name]:.3f}")
-    if history.steps:
-        for name, label in (
-            ("reward", "training reward"),
-            ("entropy", "entropy (nats)"),
-            ("clip_fraction", "tokens clipped by PPO"),
-            ("erc_fraction", "tokens dropped by ERC"),
-        ):
-            table.add_row(label, f"{_window(history, name, False):.3f}", f"{_window(history, name, True):.3f}")
-        total = sum(history.seconds.values())
-        for phase, seconds in history.seconds.items():
-            table.add_row(f"step time: {phase}", "", f"{seconds / total:.1%}")
-    return table
-
-
-def plot(history: History, path: Path) -> None:
-    """Reward, entropy, entropy ratio and clip fractions over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [row["step"] for row in history.steps]
-    series = {name: [row[name] for row in history.steps] for name in ("reward", *METRICS)}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
-    axes[0, 0].plot(steps, series["reward"])
-    axes[0, 0].set(title="reward of sampled rollouts", ylim=(0, 1))
-    axes[0, 1].plot(steps, series["entropy"])
-    axes[0, 1].set(title="entropy (nats)")
-    axes[1, 0].plot(steps, series["entropy_ratio"], label="mean")
-    axes[1, 0].fill_between(
-        steps, series["entropy_ratio_min"], series["entropy_ratio_max"], alpha=0.2, label="min to max"
-    )
-    axes[1, 0].set(title="entropy ratio", yscale="log")
-    axes[1, 0].legend()
-    axes[1, 1].plot(steps, series["erc_fraction"], label="dropped by ERC")
-    axes[1, 1].plot(steps, series["clip_fraction"], label="clipped by PPO")
-    axes[1, 1].set(title="share of tokens")
-    axes[1, 1].legend()
-    for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 DEFAULT = TrainConfig()
@@ -303,6 +319,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option()] = DEFAULT.max_new_tokens,
     warm_start_steps: Annotated[int, typer.Option()] = DEFAULT.warm_start_steps,
     eval_problems: Annotated[int, typer.Option()] = DEFAULT.eval_problems,
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
 ) -> None:
     """Train, print a table, and write curves and history."""
     config = TrainConfig(
@@ -322,23 +339,13 @@ def main(
     )
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        bars: dict[str, Any] = {}
-
-        def report(phase: str, done: int, total: int, message: str) -> None:
-            if phase not in bars:
-                bars[phase] = progress.add_task(phase, total=total, note="")
-            progress.update(bars[phase], completed=done, note=message)
-
-        history = train(config, report)
-    console.print(summary(config, history))
+    checkpoint = output / "checkpoint.pt"
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    with bars(console) as report:
+        history = train(config, report, checkpoint)
+    title = f"{objective} on {task}, {steps} steps, seed {seed}"
+    console.print(summary(title, history))
     record = {"config": asdict(config), **history.numbers(), "seconds": dict(history.seconds)}
     (output / "run.json").write_text(json.dumps(record, indent=1))
     if history.steps:

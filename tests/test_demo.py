@@ -3,6 +3,7 @@ verifier."""
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,21 @@ def test_a_resumed_run_goes_on_with_the_same_numbers():
     resumed = Trainer(TINY)
     resumed.load_state_dict(state)
     assert resumed.train_step() == expected
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    train(replace(TINY, steps=1), checkpoint=checkpoint)
+    phases = []
+    resumed = train(TINY, lambda phase, *_: phases.append(phase), checkpoint)
+    assert set(phases) == {"rollouts and updates"}
+    assert resumed.steps == train(TINY).steps
+
+
+def test_micro_batches_change_nothing_but_rounding():
+    whole, parts = train(TINY), train(replace(TINY, micro_batch=3, generation_batch=5, steps=1))
+    for name in ("grad_norm", "entropy", "clip_fraction"):
+        assert parts.steps[0][name] == pytest.approx(whole.steps[0][name], rel=1e-3, abs=1e-6)
 
 
 def test_neighbouring_seeds_give_different_problems():
