@@ -50,6 +50,7 @@ class TrainConfig:
     updates_per_batch: int = 8
     temperature: float = 1.0
     max_new_tokens: int = 6
+    warm_start_seed: int | None = None
     warm_start_steps: int = 500
     warm_start_slips: float = 0.4
     warm_start_batch: int = 128
@@ -59,12 +60,17 @@ class TrainConfig:
     micro_batch: int | None = None
     generation_batch: int | None = None
 
+    @property
+    def start_seed(self) -> int:
+        """The seed of the first weights and of the warm start: the run's own, unless runs share a warm start."""
+        return self.seed if self.warm_start_seed is None else self.warm_start_seed
+
 
 class Trainer:
     """A policy, its optimiser and the rollout-update loop."""
 
     def __init__(self, config: TrainConfig) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.start_seed)
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = load_policy(config.model, self.device)
@@ -103,7 +109,7 @@ class Trainer:
         steps = config.warm_start_steps
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.warm_start_learning_rate, max(steps, 2))
         for index in range(steps):
-            problems = self.task.problems(config.warm_start_batch, seed=config.seed * 1_000_003 + index)
+            problems = self.task.problems(config.warm_start_batch, seed=config.start_seed * 1_000_003 + index)
             careless = torch.rand(len(problems)) < config.warm_start_slips
             answers = [slip(p.answer) if wrong else p.answer for p, wrong in zip(problems, careless, strict=True)]
             batch = supervised_batch(self.tokenizer, problems, self.device, answers)
@@ -261,7 +267,8 @@ def warm_up(trainer: Trainer, report: Report = silent, checkpoint: Path | None =
     config = trainer.config
     if config.model is None:
         chosen = {f.name: getattr(config, f.name) for f in fields(config) if f.name.startswith("warm_start")}
-        made_by = {**chosen, "seed": config.seed, "task": config.task, "trainer": type(trainer).__name__}
+        task = {"task": config.task, **trainer.task.settings}
+        made_by = {**chosen, **task, "seed": config.start_seed, "trainer": type(trainer).__name__}
         found = torch.load(checkpoint) if checkpoint and checkpoint.exists() else None
         if found and found["made_by"] == made_by:
             trainer.model.load_state_dict(found["model"])
