@@ -25,9 +25,10 @@ struct RowState {
 
   ERC_HOST_DEVICE Real sum_exp() const { return 1 + sum_rest; }
 
-  // States of disjoint parts of a row. Order fixes rounding, nothing else. A part without any finite logit is the identity.
+  // States of disjoint parts of a row. Order fixes rounding, nothing else. A part without any finite logit is the identity;
+  // one whose row_max is NaN takes over.
   ERC_HOST_DEVICE void merge(RowState other, Real scale) {
-    if (other.row_max > row_max) {
+    if (other.row_max > row_max || other.row_max != other.row_max) {
       RowState self = *this;
       *this = other;
       other = self;
@@ -36,7 +37,8 @@ struct RowState {
     const Real shift = (other.row_max - row_max) * scale;
     const Real factor = std::exp(shift);
     sum_rest += factor * other.sum_exp();
-    weighted_sum += factor * (other.weighted_sum + other.sum_exp() * shift);
+    // A part at the lowest finite numbers weighs nothing, but its product with the shift may overflow.
+    weighted_sum += factor == 0 ? Real(0) : factor * (other.weighted_sum + other.sum_exp() * shift);
   }
 
   // A row that is all -inf, or holds NaN or +inf, has no distribution.
