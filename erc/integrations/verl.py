@@ -1,0 +1,158 @@
+"""Layer 4: verl's policy-loss registry, and its log-probs and entropies, by erc.
+
+    erc.integrations.verl.register()               # actor.policy_loss.loss_mode: erc_dapo, erc_gppo, ...
+    erc.integrations.verl.use_fused_statistics()   # log-probs and entropies from one read of the logits
+
+verl hands a registered loss neither entropies nor old entropies: run `ppo_loss` below in place of verl's own function
+of that name; it takes both from the batch. Supported: verl 0.9.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erc.integrations.versions import require
+from erc.objectives import Objective, RolloutCorrection, objective, objectives
+from erc.reference import objective_loss
+from erc.stats import token_stats
+
+require("verl", (0, 9), (0, 10))
+
+import verl.utils.torch_functional as verl_functional  # noqa: E402
+from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402
+
+OLD_ENTROPIES = "old_entropys"
+"""The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
+
+_entropies: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("erc_entropies", default=None)
+_VERL_WEIGHTS = RolloutCorrection("mask", low=1e-8, high=1e9)
+
+
+@contextmanager
+def entropies(entropy: Tensor, old_entropy: Tensor) -> Iterator[None]:
+    """Inside, a registered loss compares these, `[B, T]` each, in nats."""
+    token = _entropies.set((entropy, old_entropy))
+    try:
+        yield
+    finally:
+        _entropies.reset(token)
+
+
+def register() -> list[str]:
+    """Register every `erc-` preset with verl, `erc-dapo` as `erc_dapo`; returns the names.
+
+    The preset gives the rule and the gate (verl's `clip_ratio*` are not read), `loss_agg_mode` the reduction, and
+    `config.global_batch_info` the normaliser, as in verl's `agg_loss`. Rollout weights multiply the policy term.
+    """
+    names = [name for name in objectives() if name.startswith("erc-")]
+    for name in names:
+        register_policy_loss(name.replace("-", "_"))(policy_loss_function(objective(name)))
+    return [name.replace("-", "_") for name in names]
+
+
+def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """`objective` as a function with the signature of verl's policy losses, for `register_policy_loss`.
+
+    The function takes `[B, T]` tensors and returns a scalar loss, differentiable in `log_prob`, and verl's metrics. It
+    raises RuntimeError if the objective has a gate and no `entropies` are set.
+    """
+
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        carried = _entropies.get()
+        if carried is None and objective.entropy_ratio is not None:
+            raise RuntimeError(
+                f"the entropy-ratio gate needs old entropies: run erc.integrations.verl.ppo_loss with "
+                f"data[{OLD_ENTROPIES!r}] and calculate_entropy=True, or set erc.integrations.verl.entropies"
+            )
+        entropy, old_entropy = carried or (torch.zeros_like(log_prob), None)
+        batch_info = dict(getattr(config, "global_batch_info", None) or {})
+        out = objective_loss(
+            log_prob,
+            entropy.detach(),
+            old_logprob=old_log_prob.detach(),
+            advantages=advantages.detach(),
+            objective=replace(
+                objective,
+                reduction=loss_agg_mode,
+                max_length=batch_info.get("loss_scale_factor") or response_mask.shape[-1],
+                rollout_correction=None if rollout_is_weights is None else _VERL_WEIGHTS,
+            ),
+            mask=response_mask,
+            old_entropy=None if old_entropy is None else old_entropy.detach().to(log_prob.dtype),
+            rollout_logprob=None if rollout_is_weights is None else old_log_prob.detach() - rollout_is_weights.log(),
+            normalizer=_normalizer(loss_agg_mode, **batch_info),
+        )
+        metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
+        metrics |= {"actor/ppo_kl": "approx_kl", "actor/erc_fraction": "erc_fraction"}
+        metrics |= {"actor/entropy_ratio": "entropy_ratio"}
+        return out.loss, {name: out.metrics[ours].item() for name, ours in metrics.items()}
+
+    return policy_loss
+
+
+def _normalizer(
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    **_: Any,
+) -> Any:
+    """What verl's `agg_loss` divides by; None for the batch's own count."""
+    if loss_agg_mode == "token-sum":
+        return 1 / dp_size
+    count = batch_num_tokens if loss_agg_mode == "token-mean" else global_batch_size
+    if count is None and dp_size > 1:
+        raise ValueError(f"config.global_batch_info must give the global count of {loss_agg_mode} when dp_size > 1")
+    return None if count is None else count / dp_size
+
+
+def ppo_loss(config: Any, model_output: dict, data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
+    """verl's `ppo_loss` for a batch that carries old entropies under `OLD_ENTROPIES`; same arguments and results.
+
+    Raises:
+        ValueError: if the engine computed no entropy, or the batch has no old ones.
+    """
+    from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    if model_output.get("entropy") is None or OLD_ENTROPIES not in data.keys():  # noqa: SIM118
+        raise ValueError(f"model_output must hold entropy (calculate_entropy=True) and data must hold {OLD_ENTROPIES}")
+    old_entropy = data.select(OLD_ENTROPIES).to_padded_tensor()[OLD_ENTROPIES]
+    with entropies(no_padding_2_padding(model_output["entropy"], data), old_entropy):
+        return verl_ppo_loss(config, model_output, data, dp_group)
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """verl's function of that name: log-probs `[*]` in float32. The backward never writes over the logits."""
+    return token_stats(logits, labels).logprob
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """verl's function of that name: entropies `[*]` in nats and float32, differentiable."""
+    return token_stats(logits).entropy
+
+
+def use_fused_statistics() -> None:
+    """Replace verl's log-prob and entropy functions by ours, also where a module imported them by name already. Call it
+    once, before workers are built."""
+    for ours in (logprobs_from_logits, entropy_from_logits):
+        theirs = getattr(verl_functional, ours.__name__)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("verl.") and vars(module).get(ours.__name__) is theirs:
+                setattr(module, ours.__name__, ours)

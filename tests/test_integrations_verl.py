@@ -1,0 +1,158 @@
+"""Registered losses and fused statistics against verl's own functions."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import erc
+
+try:
+    import verl.trainer.ppo.core_algos as core_algos
+    import verl.utils.torch_functional as verl_functional
+except ImportError as error:
+    pytest.skip(f"needs verl: {error}", allow_module_level=True)
+
+from erc.integrations import verl as integration
+
+SHAPE = (3, 6)
+
+
+class ActorConfig(SimpleNamespace):
+    """What verl's losses read of its actor's config."""
+
+    def get(self, name, default=None):
+        return getattr(self, name, default)
+
+
+def make_batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    old = -2 + 0.5 * torch.randn(SHAPE, generator=generator)
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    mask[1, 4:] = False
+    return {
+        "old_log_prob": old,
+        "log_prob": old + 0.4 * torch.randn(SHAPE, generator=generator),
+        "advantages": torch.randn(SHAPE, generator=generator),
+        "response_mask": mask,
+    }
+
+
+def run(function, batch, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    log_prob = batch["log_prob"].clone().requires_grad_()
+    loss, _ = function(**(batch | {"log_prob": log_prob}), **options)
+    loss.backward()
+    return loss.detach(), log_prob.grad
+
+
+def config(**batch_info) -> ActorConfig:
+    # clip_ratio_c out of reach: the preset has no dual clip
+    return ActorConfig(
+        clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1e9, global_batch_info=batch_info
+    )
+
+
+INFOS = {
+    "local": {},
+    "global": {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 8, "loss_scale_factor": 9},
+}
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+)
+def test_dapo_without_a_gate_equals_vanilla(mode, info, weights):
+    batch = make_batch()
+    options = {"loss_agg_mode": mode, "config": config(**INFOS[info])}
+    if weights:
+        options["rollout_is_weights"] = 0.5 + torch.rand(SHAPE, generator=torch.Generator().manual_seed(9))
+        options["rollout_is_weights"][0, 0] = 0
+    ours = run(integration.policy_loss_function(erc.objective("dapo")), batch, **options)
+    theirs = run(core_algos.get_policy_loss_fn("vanilla"), batch, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert theirs[1].abs().max() > 1e-3
+    with pytest.raises(AssertionError):  # a wrong gradient would be seen
+        torch.testing.assert_close(1.01 * ours[1], theirs[1], rtol=1e-5, atol=1e-7)
+
+
+def test_registered_losses_gate_by_the_carried_entropies():
+    names = integration.register()
+    assert {"erc_dapo", "erc_gppo", "erc_ce_gppo"} <= set(names)
+    function, batch = core_algos.get_policy_loss_fn("erc_dapo"), make_batch()
+    old = torch.ones(SHAPE)
+    new = torch.tensor([1.0, 1.2, 0.8]).repeat(3, 2)
+    with pytest.raises(RuntimeError, match="old entropies"):
+        function(**batch, config=config())
+    with integration.entropies(new, old):
+        _, gradient = run(function, batch, config=config())
+        _, metrics = function(**batch, config=config())
+    _, ungated = run(integration.policy_loss_function(erc.objective("dapo")), batch, config=config())
+    torch.testing.assert_close(gradient, torch.where(new == 1, ungated, 0.0), rtol=1e-6, atol=1e-8)
+    kept = (new == 1) & batch["response_mask"]
+    assert gradient.abs().max() > 1e-3
+    assert metrics["actor/erc_fraction"] == pytest.approx(1 - kept.sum().item() / batch["response_mask"].sum().item())
+
+
+def test_fused_statistics_replace_verls_everywhere(monkeypatch):
+    import verl.workers.rollout.naive.naive_rollout as importer
+
+    originals = {name: getattr(verl_functional, name) for name in ("logprobs_from_logits", "entropy_from_logits")}
+    for name, original in originals.items():  # restored afterwards
+        monkeypatch.setattr(verl_functional, name, original)
+    monkeypatch.setattr(importer, "logprobs_from_logits", originals["logprobs_from_logits"])
+    logits = torch.randn(2, 5, 31, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    labels = torch.arange(10).view(2, 5)
+
+    def gradient() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logprob = verl_functional.logprobs_from_logits(logits, labels)
+        entropy = verl_functional.entropy_from_logits(logits)
+        (logprob.sin() + entropy.square()).sum().backward()
+        grad, logits.grad = logits.grad, None
+        return logprob.detach(), entropy.detach(), grad
+
+    theirs = gradient()
+    integration.use_fused_statistics()
+    assert importer.logprobs_from_logits is verl_functional.logprobs_from_logits is integration.logprobs_from_logits
+    torch.testing.assert_close(gradient(), theirs, rtol=1e-5, atol=1e-6)
+    assert theirs[2].abs().max() > 1e-2
+
+
+def test_twenty_steps_with_a_verifier_raise_the_reward():
+    """A one-token policy answers reasoning-gym sums; old entropies come from the rollout pass, two updates a batch."""
+    reasoning_gym = pytest.importorskip("reasoning_gym", reason="the verifier comes from reasoning-gym")
+    task = reasoning_gym.create_dataset(
+        "chain_sum", size=4, seed=1, min_terms=2, max_terms=2, min_digits=1, max_digits=1
+    )
+    integration.register()
+    function = core_algos.get_policy_loss_fn("erc_dapo")
+    generator = torch.Generator().manual_seed(0)
+    table = torch.zeros(4, 19, requires_grad=True)  # answers 0 to 18
+    optimizer = torch.optim.SGD([table], lr=20.0)
+    rewards, dropped = [], []
+    for _ in range(20):
+        rows = torch.arange(4).repeat_interleave(16)
+        with torch.no_grad():
+            answers = torch.multinomial(table[rows].softmax(-1), 1, generator=generator)
+            old_log_prob = integration.logprobs_from_logits(table[rows][:, None], answers)
+            old_entropy = integration.entropy_from_logits(table[rows][:, None])
+        scores = [task.score_answer(str(int(a)), task[int(i)]) for a, i in zip(answers, rows, strict=True)]
+        reward = torch.tensor(scores, dtype=torch.float32)
+        rewards.append(reward.mean().item())
+        advantages = erc.rlvr.group_advantages(reward, group_size=16, kind="dr-grpo")[:, None]
+        for _ in range(2):
+            entropy = integration.entropy_from_logits(table[rows][:, None])
+            log_prob = integration.logprobs_from_logits(table[rows][:, None], answers)
+            with integration.entropies(entropy, old_entropy):
+                loss, metrics = function(
+                    old_log_prob, log_prob, advantages, torch.ones(64, 1, dtype=torch.bool), config=config()
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            dropped.append(metrics["actor/erc_fraction"])
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+    assert dropped[0] == 0 and max(dropped) > 0
