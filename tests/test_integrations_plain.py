@@ -1,0 +1,91 @@
+"""The plain trainer: it trains, repeats, and under FSDP2 and torch.compile makes the steps of one eager process."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("transformers", reason="the small model comes from transformers")
+pytest.importorskip("reasoning_gym", reason="the verifier comes from reasoning-gym")
+from examples.model import character_tokenizer, small_decoder
+from examples.plain_trainer import old_statistics, shard, train, update
+from examples.rollout import Batch
+
+ADVANTAGES = torch.tensor([1.0, -0.5, 0.7, -1.0])
+
+
+def make_policy() -> tuple[torch.nn.Module, Batch]:
+    torch.manual_seed(0)
+    model = small_decoder(character_tokenizer(), width=32, layers=1)
+    tokens = torch.randint(4, 12, (4, 7), generator=torch.Generator().manual_seed(1))
+    labels = torch.cat([tokens[:, 1:], torch.full((4, 1), -100)], 1)
+    labels[2:, :3] = -100  # ranks hold different numbers of tokens
+    return model, Batch(tokens, torch.ones_like(tokens), labels)
+
+
+def two_updates(model, batch: Batch, advantages: torch.Tensor, policy=None) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    old = old_statistics(model if policy is None else policy, batch)
+    for _ in range(2):
+        update(model if policy is None else policy, optimizer, batch, old, advantages, "erc-dapo")
+    return [value.detach() for value in model.parameters()]
+
+
+def run_rank(rank: int, port: int, results: dict) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        model, batch = make_policy()
+        shard(model)
+        rows = torch.tensor([0, 1]) + 2 * rank
+        parameters = two_updates(model, batch.rows(rows), ADVANTAGES[rows])
+        results[rank] = [value.full_tensor() for value in parameters]
+    finally:
+        dist.destroy_process_group()
+
+
+def check_equal(parameters: list[torch.Tensor]) -> None:
+    model, batch = make_policy()
+    before = [value.detach().clone() for value in model.parameters()]
+    expected = two_updates(model, batch, ADVANTAGES)
+    for ours, theirs in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert max(float((a - b).abs().max()) for a, b in zip(expected, before, strict=True)) > 1e-3
+
+
+def test_fsdp2_on_two_processes_makes_the_updates_of_one():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_rank, args=(port, results), nprocs=2)
+        ranks = [results[rank] for rank in range(2)]
+    for parameters in ranks:
+        check_equal(parameters)
+
+
+def test_a_compiled_model_makes_the_updates_of_an_eager_one():
+    model, batch = make_policy()
+    check_equal(two_updates(model, batch, ADVANTAGES, torch.compile(model, backend="aot_eager")))
+
+
+def test_a_wrong_gradient_fails_the_comparison():
+    model, batch = make_policy()
+    with pytest.raises(AssertionError):
+        check_equal(two_updates(model, batch, -ADVANTAGES))
+
+
+def test_twenty_steps_gate_tokens_and_repeat():
+    log = train(20, "erc-dapo")
+    assert len(log) == 40 and all(entry["loss"] == entry["loss"] for entry in log)
+    assert log[0]["erc_fraction"] == 0, "the first update starts from the rollout policy"
+    assert max(entry["erc_fraction"] for entry in log) > 0
+    again = train(20, "erc-dapo")
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in log]
