@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-EXTRAS := triton,test,demo,lint
+EXTRAS := triton,test,demo,lint,trl
 SOURCES := $(wildcard erc triton_kernels tests benchmarks examples setup.py)
 
 ifeq ($(HAS_GPU),yes)
