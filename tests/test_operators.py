@@ -117,7 +117,7 @@ def test_a_temperature_in_a_tensor_and_a_changing_length_compile_nothing_new():
     for rows, temperature in ((3, 1.0), (5, 0.9), (8, 0.7), (13, 0.6)):
         check_against_eager(compiled, problem(rows), torch.tensor(temperature), "erc-dapo")
         counts.append(counter.frame_count)
-    assert counts[0] == 1 and counts[1] <= 2 and counts[2] == counts[3] == counts[1]
+    assert counts[0] <= counts[1] == counts[2] == counts[3] <= counts[0] + 1, counts
 
 
 def test_fake_tensors_have_the_real_shapes_and_dtypes():
