@@ -18,7 +18,8 @@ def launch(function, grid: int, device_tensor: Tensor, *args, L: Layout, **kwarg
         return
     on_device = torch.cuda.device(device_tensor.device) if device_tensor.is_cuda else nullcontext()
     with on_device:
-        options = tuning.compile_options(tuning.device_of(device_tensor).warp_size, L.SOFTCAP)
+        warp_size = tuning.device_of(device_tensor).warp_size
+        options = tuning.compile_options(warp_size, L.SOFTCAP, tl.float64 == L.REAL)
         function[(grid,)](*args, L=L, **kwargs, **options)
 
 

@@ -83,14 +83,15 @@ def tuning_of(device: Device, V: int) -> Tuning:
     return _TABLE[device.architecture, sizes[0]] if sizes else _FALLBACK
 
 
-def compile_options(warp_size: int, softcap: bool) -> dict[str, int | bool]:
+def compile_options(warp_size: int, softcap: bool, float64: bool) -> dict[str, int | bool]:
     """What a kernel is compiled with, besides its arguments.
 
     Contraction is off: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
-    NVIDIA's assembler holds 512 threads to 64 registers, which the softcap's tanh would exceed by a few spilled ones.
+    NVIDIA's assembler holds 512 threads to 64 registers, which the softcap's tanh, and float64, would exceed by a few
+    spilled ones.
     """
     options: dict[str, int | bool] = {"num_warps": max(1, LANES // warp_size), "enable_fp_fusion": False}
-    if softcap and warp_size == 32:
+    if (softcap or float64) and warp_size == 32:
         options["maxnreg"] = 128
     return options
 

@@ -83,7 +83,7 @@ ERC_DEVICE RowState<typename V::Real> row_state(const RowScale<typename V::Real>
 
 // One block a pair of rows.
 template <class V>
-__global__ void __launch_bounds__(kLanes, 2) paired_forward_kernel(PairedForward call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_kernel(PairedForward call, Partition partition) {
   using T = typename V::Element;
   using Real = typename V::Real;
   const int64_t row = blockIdx.x, n = call.rows.logits.num_rows;

@@ -95,7 +95,7 @@ struct ClusterShared {
 // Block row * segments + rank, one cluster a row. Five clusters of eight such blocks share eight multiprocessors at V = 151,936
 // in bfloat16: while one waits for its copy, the others compute.
 template <class V>
-__global__ void __launch_bounds__(kLanes, V::softcap ? 2 : 4) loss_cluster_kernel(PolicyLoss call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, kResident<V>) loss_cluster_kernel(PolicyLoss call, Partition partition) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename V::Element;
   using Real = typename V::Real;
@@ -145,10 +145,12 @@ __global__ void __launch_bounds__(kLanes, V::softcap ? 2 : 4) loss_cluster_kerne
 
 // ---- block ---------------------------------------------------------------------------------------------------------
 
-constexpr int kBlockGroups = 2;  // at most: groups of kLanes threads that share a row
+// At most: groups of kLanes threads that share a row. Element by element, two would leave too few registers for each.
+template <class V>
+constexpr int kBlockGroups = V::aligned ? 2 : 1;
 
 template <class V>
-__global__ void __launch_bounds__(kBlockGroups* kLanes, 1)
+__global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
     loss_block_kernel(PolicyLoss call, Partition partition) {
   using T = typename V::Element;
   using Real = typename V::Real;
@@ -249,7 +251,7 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
       grid = n < resident ? n : resident;
       grid = grid < blocks ? grid : blocks;
       // So few rows fit that a multiprocessor has one block or none: it needs more loads in flight.
-      if (resident < blocks && partition.segments >= kBlockGroups) groups = kBlockGroups;
+      if (resident < blocks && partition.segments > 1) groups = kBlockGroups<V>;
     }
     const int bytes = stats_shared_bytes<Real>(partition.segments, partition.segments) + int(sizeof(GradientPlan<Real>));
     return launch(loss_block_kernel<V>, {grid, groups * kLanes, 1, bytes, stream}, call, partition);

@@ -232,6 +232,10 @@ struct Variant {
   ERC_DEVICE static T minus_infinity() { return from_real(T{}, -stats_t<T>(INFINITY)); }
 };
 
+// Blocks of a statistics sweep that must fit on a multiprocessor: as many as the compiler manages without spilling.
+template <class V>
+constexpr int kResident = !V::aligned ? 1 : V::softcap ? 2 : std::is_same<typename V::Element, bfloat16>::value ? 4 : 3;
+
 // Calls body(Variant) with what fits the rows, which are all of one dtype. float64 has the one general form.
 template <class Body>
 inline cudaError_t dispatch(std::initializer_list<const Rows*> tensors, bool softcap, Body&& body) {

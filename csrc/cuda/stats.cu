@@ -48,7 +48,7 @@ ERC_DEVICE void write_row(const StatsForward& call, int64_t row, const Label& la
 
 // One block a row.
 template <class V>
-__global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 4 : 2)
+__global__ void __launch_bounds__(kLanes, kResident<V>)
     stats_row_kernel(StatsForward call, Partition partition) {
   using Real = typename V::Real;
   const int64_t row = blockIdx.x;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 4 : 2)
 
 // One block a segment: block row * segments + g leaves the state of segment g in the workspace, and of the row's label its value.
 template <class V>
-__global__ void __launch_bounds__(kLanes, V::aligned && !V::softcap ? 4 : 2)
+__global__ void __launch_bounds__(kLanes, kResident<V>)
     segment_kernel(RowInputs rows, Workspace<typename V::Real> workspace, Partition partition) {
   using Real = typename V::Real;
   const int64_t row = blockIdx.x / partition.segments;
