@@ -125,7 +125,7 @@ def objective_curves(histories: dict[tuple[str, float, int], dict[str, Any]], pa
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, dpi=85)
+    figure.savefig(path, dpi=65)
     plt.close(figure)
 
 
