@@ -6,8 +6,7 @@ is not. Cells are files under `--work`; the table, the figure and the summary go
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,15 @@ import typer
 from rich.console import Console
 
 import erc
-from examples.experiment import default_workers, environment, markdown_table, run_cells, spread, write_json
+from examples.experiment import (
+    check_preset,
+    default_workers,
+    markdown_table,
+    reinforce,
+    run_cells,
+    spread,
+    write_results,
+)
 from examples.progress import Report
 from examples.report import objective_curves
 from examples.train_rlvr import TrainConfig, Trainer, warm_up
@@ -69,12 +76,7 @@ class Cell:
         """The history of the run: from the seed's warm start to the held-out accuracy after the last step."""
         trainer = Trainer(config)
         warm_up(trainer, report, warm_file(config, self.work))
-        trainer.history.before = trainer.evaluate()
-        for step in range(config.steps):
-            row = trainer.train_step()
-            report("RL", step + 1, config.steps, f"reward {row['reward']:.2f}")
-        trainer.history.after = trainer.evaluate()
-        return trainer.history.numbers()
+        return reinforce(trainer, report)
 
 
 class WarmStart(Cell):
@@ -129,8 +131,7 @@ def main(
     output: Annotated[Path, typer.Option(help="table, figure and summary")] = Path("results"),
 ) -> None:
     """Run what is missing of the grid, then write `erc_stability.{md,json,png}`."""
-    if preset not in ("laptop", "paper"):
-        raise typer.BadParameter(f'preset must be "laptop" or "paper", got {preset!r}')
+    check_preset(preset)
     paper, console = preset == "paper", Console()
     base = replace(PAPER if paper else DEFAULT, model=model, task=task, warm_start_steps=warm_start_steps)
     base = replace(base, steps=steps or base.steps, prompts=prompts or base.prompts)
@@ -157,17 +158,13 @@ def main(
         for rate in rates
         for name in names
     ]
-    output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m examples.erc_stability", *sys.argv[1:]])
-    record = {"command": command, "environment": environment(), "config": asdict(base), "seeds": seeds}
-    write_json(output / "erc_stability.json", record | {"mean_and_deviation": summary})
     rows = [
         {"learning rate": f"{row['learning_rate']:g}", "objective": row["objective"]}
         | {label: "{:.3f} ± {:.3f}".format(*row[column]) for column, label in COLUMNS.items()}
         for row in summary
     ]
     table = markdown_table(rows)
-    (output / "erc_stability.md").write_text(f"`{command}`, {seeds} seeds, mean ± deviation\n\n{table}")
+    write_results(output, "erc_stability", base, seeds, {"mean_and_deviation": summary}, table)
     objective_curves(histories, output / "erc_stability.png")
     console.print(table, markup=False)
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
@@ -14,11 +15,12 @@ from queue import Empty
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from torch import Tensor
 
 from examples.progress import Report, bars, silent
-from examples.train_rlvr import TrainConfig
+from examples.train_rlvr import TrainConfig, Trainer
 
 _messages: Any = None
 
@@ -104,6 +106,33 @@ def _follow(futures: list[Future], messages: Any, report: Report) -> None:
             report("cells", sum(future.done() for future in futures), len(futures), "")
     for future in futures:
         future.result()
+
+
+def reinforce(trainer: Trainer, report: Report) -> dict[str, Any]:
+    """The history of a run of RL, with evaluations before and after."""
+    trainer.history.before = trainer.evaluate()
+    for step in range(trainer.config.steps):
+        row = trainer.train_step()
+        report("RL", step + 1, trainer.config.steps, f"reward {row['reward']:.2f}")
+    trainer.history.after = trainer.evaluate()
+    return trainer.history.numbers()
+
+
+def write_results(
+    output: Path, name: str, config: TrainConfig, seeds: int, results: dict[str, Any], table: str
+) -> None:
+    """`name.json` and `name.md` in `output`, with the command of this process."""
+    output.mkdir(parents=True, exist_ok=True)
+    command = " ".join([f"python -m examples.{name}", *sys.argv[1:]])
+    record = {"command": command, "environment": environment(), "config": asdict(config), "seeds": seeds}
+    write_json(output / f"{name}.json", record | results)
+    (output / f"{name}.md").write_text(f"`{command}`, {seeds} seeds, mean ± deviation\n\n{table}")
+
+
+def check_preset(preset: str) -> None:
+    """Raise `typer.BadParameter` for a preset that the experiments do not have."""
+    if preset not in ("laptop", "paper"):
+        raise typer.BadParameter(f'preset must be "laptop" or "paper", got {preset!r}')
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:

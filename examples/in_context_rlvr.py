@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 import random
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,16 @@ from rich.console import Console
 
 import erc
 from erc.rlvr import evidence_gain, with_demonstrations
-from examples.experiment import auc, default_workers, environment, markdown_table, run_cells, spread, write_json
+from examples.experiment import (
+    auc,
+    check_preset,
+    default_workers,
+    markdown_table,
+    reinforce,
+    run_cells,
+    spread,
+    write_results,
+)
 from examples.in_context_trainer import InContextConfig, InContextTrainer
 from examples.progress import Report
 from examples.report import in_context_curves
@@ -110,13 +118,7 @@ class Training(Stage):
 
     def __call__(self, config: InContextConfig, report: Report) -> dict[str, Any]:
         """The history, with bare held-out answers judged before and after."""
-        trainer = self.trainer(config, report)
-        trainer.history.before = trainer.evaluate()
-        for step in range(config.steps):
-            row = trainer.train_step()
-            report("RL", step + 1, config.steps, f"reward {row['reward']:.2f}")
-        trainer.history.after = trainer.evaluate()
-        return trainer.history.numbers()
+        return reinforce(self.trainer(config, report), report)
 
 
 def main(
@@ -135,8 +137,7 @@ def main(
     output: Annotated[Path, typer.Option(help="tables, figure and summary")] = Path("results"),
 ) -> None:
     """Run what is missing, then write `in_context_rlvr.{md,json,png}`."""
-    if preset not in ("laptop", "paper"):
-        raise typer.BadParameter(f'preset must be "laptop" or "paper", got {preset!r}')
+    check_preset(preset)
     console, workers = Console(), workers or default_workers(model)
     base = replace(PAPER if preset == "paper" else DEFAULT, model=model, warm_start_steps=warm_start_steps)
     base = replace(base, steps=steps or base.steps, prompts=prompts or base.prompts, eval_problems=eval_problems)
@@ -158,18 +159,14 @@ def main(
         }
         for method, found in runs.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m examples.in_context_rlvr", *sys.argv[1:]])
-    record = {"command": command, "environment": environment(), "config": asdict(base), "seeds": seeds}
     gain = {
         "auc": evidence["auc"],
         "same_question": evidence["same_question"],
         **{kind: spread(evidence[kind]) for kind in ("sound", "lucky")},
     }
     results = {"ability": ability, "evidence_gain": gain, "training": outcome}
-    write_json(output / "in_context_rlvr.json", record | results)
     text = tables(ability, gain, outcome)
-    (output / "in_context_rlvr.md").write_text(f"`{command}`, {seeds} seeds, mean ± deviation\n\n{text}")
+    write_results(output, "in_context_rlvr", base, seeds, results, text)
     in_context_curves(ability, evidence, runs, output / "in_context_rlvr.png")
     console.print(text, markup=False)
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import erc
 from erc.rlvr import DemonstrationPool, group_prompts
-from examples.progress import Report, silent
 from examples.rollout import Batch, Conversation, plain_prompts
 from examples.tasks import Problem, Task
 from examples.train_rlvr import TrainConfig, Trainer
@@ -83,25 +81,12 @@ class InContextTrainer(Trainer):
         chosen = [demo for problem, demo in made if judge(demo.answer, problem).sound != lucky]
         return DemonstrationPool(tuple(chosen[: self.config.pool_size]))
 
-    def warm_start(self, report: Report = silent) -> None:
-        """Supervised steps on documents, each of one author: who was sound so far will be so again."""
+    def warm_batch(self, index: int) -> Batch:
+        """Documents, each of one author: who was sound so far will be so again."""
         config = self.config
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.warm_start_learning_rate, weight_decay=0.0)
-        steps = config.warm_start_steps
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.warm_start_learning_rate, max(steps, 2))
-        for index in range(steps):
-            careless = config.warm_start_slips if index >= steps * config.warm_start_sound else 0.0
-            batch = self._documents(config.start_seed * 1_000_003 + index, careless)
-            stats = erc.token_stats(batch.logits(self.model), batch.labels)
-            loss = -stats.logprob.sum() / (batch.labels != -100).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            report("warm start", index + 1, steps, f"loss {loss.item():.3f}")
-
-    def _documents(self, seed: int, careless_share: float) -> Batch:
-        config, rng = self.config, random.Random(seed)
+        seed = config.start_seed * 1_000_003 + index
+        rng = random.Random(seed)
+        careless_share = config.warm_start_slips if index >= config.warm_start_steps * config.warm_start_sound else 0.0
         problems = self.task.problems(config.warm_start_batch * config.warm_start_examples, seed)
         rows = []
         for first in range(0, len(problems), config.warm_start_examples):

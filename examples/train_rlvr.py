@@ -85,7 +85,7 @@ class Trainer:
         self.step = 0
 
     def make_task(self) -> Task:
-        """The task family; other trainers override it, as they do `warm_start` and `prompts`."""
+        """The task family; other trainers override it, as they do `warm_batch` and `prompts`."""
         return Task(self.config.task, short=self.config.model is None)
 
     def prompts(self, problems: list[Problem]) -> list[Conversation]:
@@ -100,19 +100,13 @@ class Trainer:
         self.history.seconds[phase] += time.perf_counter() - start
 
     def warm_start(self, report: Report = silent) -> None:
-        """Supervised steps on answers of mixed quality, as found in the wild: a share of them contains a slip.
-
-        What the policy imitates, verified rewards then have to sort out.
-        """
+        """Supervised steps. What the policy imitates, verified rewards then have to sort out."""
         config = self.config
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.warm_start_learning_rate, weight_decay=0.0)
         steps = config.warm_start_steps
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.warm_start_learning_rate, max(steps, 2))
         for index in range(steps):
-            problems = self.task.problems(config.warm_start_batch, seed=config.start_seed * 1_000_003 + index)
-            careless = torch.rand(len(problems)) < config.warm_start_slips
-            answers = [slip(p.answer) if wrong else p.answer for p, wrong in zip(problems, careless, strict=True)]
-            batch = supervised_batch(self.tokenizer, problems, self.device, answers)
+            batch = self.warm_batch(index)
             stats = erc.token_stats(batch.logits(self.model), batch.labels)
             loss = -stats.logprob.sum() / (batch.labels != -100).sum()
             optimizer.zero_grad()
@@ -120,6 +114,14 @@ class Trainer:
             optimizer.step()
             schedule.step()
             report("warm start", index + 1, steps, f"loss {loss.item():.3f}")
+
+    def warm_batch(self, index: int) -> Batch:
+        """Answers of mixed quality, as found in the wild: a share of them contains a slip."""
+        config = self.config
+        problems = self.task.problems(config.warm_start_batch, seed=config.start_seed * 1_000_003 + index)
+        careless = torch.rand(len(problems)) < config.warm_start_slips
+        answers = [slip(p.answer) if wrong else p.answer for p, wrong in zip(problems, careless, strict=True)]
+        return supervised_batch(self.tokenizer, problems, self.device, answers)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import erc
+from tests.processes import on_ranks
 
 transformers = pytest.importorskip("transformers", reason="the small model comes from transformers")
 
@@ -58,38 +55,26 @@ def step(model: torch.nn.Module, head: torch.nn.Parameter, shard: erc.VocabShard
     return out.loss.item()
 
 
-def run_rank(rank: int, port: int, results: dict) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
-        model = make_model()
-        start, stop = (0, SPLIT) if rank == 0 else (SPLIT, VOCAB)
-        head = torch.nn.Parameter(model.lm_head.weight.detach()[start:stop].clone())
-        mesh = dist.init_device_mesh("cpu", (RANKS,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model.model, mesh=mesh)
-        loss = step(model, head, erc.VocabShard(None, start, VOCAB))
-        parameters = {
-            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
-            for name, value in model.model.named_parameters()
-        }
-        with pytest.raises(TypeError, match=r"weight is a DTensor: pass weight\.to_local\(\)"):
-            erc.linear_token_stats(torch.zeros(1, 16), model.model.embed_tokens.weight)
-        results[rank] = loss, parameters, head.detach()
-    finally:
-        dist.destroy_process_group()
+def run_rank(rank: int) -> tuple[float, dict, torch.Tensor]:
+    model = make_model()
+    start, stop = (0, SPLIT) if rank == 0 else (SPLIT, VOCAB)
+    head = torch.nn.Parameter(model.lm_head.weight.detach()[start:stop].clone())
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.model, mesh=mesh)
+    loss = step(model, head, erc.VocabShard(None, start, VOCAB))
+    parameters = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        for name, value in model.model.named_parameters()
+    }
+    with pytest.raises(TypeError, match=r"weight is a DTensor: pass weight\.to_local\(\)"):
+        erc.linear_token_stats(torch.zeros(1, 16), model.model.embed_tokens.weight)
+    return loss, parameters, head.detach()
 
 
 def test_fsdp2_step_with_a_sharded_head_equals_the_single_process_step():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_rank, args=(port, results), nprocs=RANKS)
-        ranks = [results[rank] for rank in range(RANKS)]
+    ranks = on_ranks(RANKS, run_rank)
     model = make_model()
     before = {name: value.detach().clone() for name, value in model.model.named_parameters()}
     head_before = model.lm_head.weight.detach().clone()

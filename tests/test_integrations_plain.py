@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytest.importorskip("transformers", reason="the small model comes from transformers")
 pytest.importorskip("reasoning_gym", reason="the verifier comes from reasoning-gym")
 from examples.model import character_tokenizer, small_decoder
 from examples.plain_trainer import old_statistics, shard, train, update
 from examples.rollout import Batch
+from tests.processes import on_ranks
 
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.7, -1.0])
 
@@ -36,18 +32,12 @@ def two_updates(model, batch: Batch, advantages: torch.Tensor, policy=None) -> l
     return [value.detach() for value in model.parameters()]
 
 
-def run_rank(rank: int, port: int, results: dict) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        model, batch = make_policy()
-        shard(model)
-        rows = torch.tensor([0, 1]) + 2 * rank
-        parameters = two_updates(model, batch.rows(rows), ADVANTAGES[rows])
-        results[rank] = [value.full_tensor() for value in parameters]
-    finally:
-        dist.destroy_process_group()
+def run_rank(rank: int) -> list[torch.Tensor]:
+    model, batch = make_policy()
+    shard(model)
+    rows = torch.tensor([0, 1]) + 2 * rank
+    parameters = two_updates(model, batch.rows(rows), ADVANTAGES[rows])
+    return [value.full_tensor() for value in parameters]
 
 
 def check_equal(parameters: list[torch.Tensor]) -> None:
@@ -60,13 +50,7 @@ def check_equal(parameters: list[torch.Tensor]) -> None:
 
 
 def test_fsdp2_on_two_processes_makes_the_updates_of_one():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_rank, args=(port, results), nprocs=2)
-        ranks = [results[rank] for rank in range(2)]
+    ranks = on_ranks(2, run_rank)
     for parameters in ranks:
         check_equal(parameters)
 

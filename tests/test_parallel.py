@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import erc
+from tests import processes
 
 ROWS, WIDTH, VOCAB = 9, 6, 67
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def _run_rank(rank: int, world: int, port: int, results: dict) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        bodies = {"dense loss": PolicyLossBody(world, linear=False), "linear loss": PolicyLossBody(world, linear=True)}
-        if world == 3:
-            bodies["statistics"] = StatsBody()
-        if world == 2:
-            bodies |= {kind: MismatchBody(kind) for kind in MISMATCHES}
-        results[rank] = {name: body(rank) for name, body in bodies.items()}
-    finally:
-        dist.destroy_process_group()
+def _bodies(rank: int, world: int) -> dict[str, Any]:
+    bodies = {"dense loss": PolicyLossBody(world, linear=False), "linear loss": PolicyLossBody(world, linear=True)}
+    if world == 3:
+        bodies["statistics"] = StatsBody()
+    if world == 2:
+        bodies |= {kind: MismatchBody(kind) for kind in MISMATCHES}
+    return {name: body(rank) for name, body in bodies.items()}
 
 
 @cache
 def on_ranks(world: int) -> list[dict[str, Any]]:
     """What every body of `world` processes returns on each rank. They start once: that takes the time."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_run_rank, args=(world, _free_port(), results), nprocs=world)
-        return [results[rank] for rank in range(world)]
+    return processes.on_ranks(world, _bodies, world)
 
 
 def problem(dtype=torch.float32):

@@ -17,16 +17,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from erc.integrations.transformers import head_inputs
 from erc.integrations.versions import require
-from erc.objectives import KLPenalty, Objective, RolloutCorrection, objective
+from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
+from erc.objectives import KLPenalty, Objective, objective
 from erc.results import PolicyLoss
 
 require("trl", (1, 16), (2, 0))
 
 LOSS_TYPES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum-norm": "dr_grpo"}
 """TRL's name of the loss whose normaliser a reduction takes."""
-
-_TRL_RATIO = RolloutCorrection("mask", low=1e-8, high=1e9)
-"""Lets a ratio that TRL has truncated or masked already pass as it is, with an exact 0 for a masked one."""
 
 _BELONGS_TO_THE_OBJECTIVE = {
     "epsilon": (0.2,),
@@ -127,9 +125,7 @@ class ERCTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         objective = self._objective_of(inputs, accumulation)
-        old_logprob, rollout_logprob = inputs.get("old_per_token_logps"), None
-        if objective.rollout_correction is not None:
-            rollout_logprob = old_logprob - inputs["importance_sampling_ratio"].log()
+        old_logprob, weight = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
         with self.accelerator.autocast():
             out = model(
                 input_ids=torch.cat([inputs["prompt_ids"], completion], 1),
@@ -142,7 +138,7 @@ class ERCTrainer(GRPOTrainer):
                     "objective": objective,
                     "mask": mask,
                     "ref_logprob": inputs.get("ref_per_token_logps"),
-                    "rollout_logprob": rollout_logprob,
+                    "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
                     "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
                     "temperature": self.temperature,
                 },
@@ -161,7 +157,7 @@ class ERCTrainer(GRPOTrainer):
             kl=kl,
             entropy_coef=self.entropy_coef / accumulation,
             max_length=self.max_completion_length,
-            rollout_correction=_TRL_RATIO if corrected else None,
+            rollout_correction=GIVEN_WEIGHTS if corrected else None,
         )
 
     def _normalizer(self, inputs: dict[str, Any], sequences: int, accumulation: float, mode: str) -> Tensor | float:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from erc.integrations.versions import require
-from erc.objectives import Objective, RolloutCorrection, objective, objectives
+from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
+from erc.objectives import Objective, objective, objectives
 from erc.reference import objective_loss
 from erc.stats import token_stats
 
@@ -33,7 +34,6 @@ OLD_ENTROPIES = "old_entropys"
 """The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
 
 _entropies: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("erc_entropies", default=None)
-_VERL_WEIGHTS = RolloutCorrection("mask", low=1e-8, high=1e9)
 
 
 @contextmanager
@@ -81,6 +81,7 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
                 f"data[{OLD_ENTROPIES!r}] and calculate_entropy=True, or set erc.integrations.verl.entropies"
             )
         entropy, old_entropy = carried or (torch.zeros_like(log_prob), None)
+        weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
         out = objective_loss(
             log_prob,
@@ -91,11 +92,13 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
                 objective,
                 reduction=loss_agg_mode,
                 max_length=batch_info.get("loss_scale_factor") or response_mask.shape[-1],
-                rollout_correction=None if rollout_is_weights is None else _VERL_WEIGHTS,
+                rollout_correction=None if weights is None else GIVEN_WEIGHTS,
             ),
             mask=response_mask,
             old_entropy=None if old_entropy is None else old_entropy.detach().to(log_prob.dtype),
-            rollout_logprob=None if rollout_is_weights is None else old_log_prob.detach() - rollout_is_weights.log(),
+            rollout_logprob=None
+            if rollout_is_weights is None
+            else rollout_logprob(old_log_prob.detach(), rollout_is_weights),
             normalizer=_normalizer(loss_agg_mode, **batch_info),
         )
         metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
