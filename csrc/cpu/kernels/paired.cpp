@@ -51,7 +51,7 @@ static PairedSums paired_segment(const RowScale<stats_t<T>>& scale, const Scaled
                                  const Side<T>& q, const T* new_row, const T* old_row, int64_t n) {
   using Real = stats_t<T>;
   using V = vector_of<T>;
-  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  constexpr int kVectors = kLanes / width_of<T>;
   const Real rate = Real(scale.scale);
   V new_old[kVectors] = {}, old_new[kVectors] = {}, variation[kVectors] = {}, sign[kVectors] = {};
   T old_padded[kLanes];
@@ -61,8 +61,11 @@ static PairedSums paired_segment(const RowScale<stats_t<T>>& scale, const Scaled
       for (int j = 0; j < kLanes; ++j) old_padded[j] = i + j < n ? old_row[i + j] : minus_infinity<T>();
       old_block = old_padded;
     }
+    V block_new[kVectors], block_old[kVectors];
+    load_block_v<kSoftcap>(scale, block, block_new);
+    load_block_v<kSoftcap>(scale, old_block, block_old);
     for (int j = 0; j < kVectors; ++j) {
-      const V v_new = load_v<kSoftcap>(scale, block + j * kWide), v_old = load_v<kSoftcap>(scale, old_block + j * kWide);
+      const V v_new = block_new[j], v_old = block_old[j];
       const V d_new = exp.clamp(v_new - p.row_max), d_old = exp.clamp(v_old - q.row_max);
       const V prob_new = exp(d_new) * p.inverse_sum, prob_old = exp(d_old) * q.inverse_sum;
       const V difference = prob_new - prob_old;
@@ -79,7 +82,7 @@ static PairedSums paired_segment(const RowScale<stats_t<T>>& scale, const Scaled
       sign[j] = sign[j] + select(difference > 0, prob_new, select(difference < 0, -prob_new, V{}));
     }
   });
-  return {add_lanes(new_old), add_lanes(old_new), add_lanes(variation), add_lanes(sign)};
+  return {add_lanes<T>(new_old), add_lanes<T>(old_new), add_lanes<T>(variation), add_lanes<T>(sign)};
 }
 
 template <bool kSoftcap, class T>
@@ -130,7 +133,7 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
                             int64_t vocab_size, T* grad) {
   using Real = stats_t<T>;
   using V = vector_of<T>;
-  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  constexpr int kVectors = kLanes / width_of<T>;
   const ScaledExp<Real> exp(scale.scale);
   const double entropy_grad = g[0] * ratio_slope + g[1];
   const double mean = state.weighted_sum / state.sum_exp();
@@ -146,8 +149,11 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
       old_block = old_padded;
     }
     T* out = whole ? grad + i : out_padded;
+    V block_new[kVectors], block_old[kVectors], gradient[kVectors];
+    load_block_v<kSoftcap>(scale, block, block_new);
+    load_block_v<kSoftcap>(scale, old_block, block_old);
     for (int j = 0; j < kVectors; ++j) {
-      const V v_new = load_v<kSoftcap>(scale, block + j * kWide), v_old = load_v<kSoftcap>(scale, old_block + j * kWide);
+      const V v_new = block_new[j], v_old = block_old[j];
       const V d_new = exp.clamp(v_new - p.row_max), d_old = exp.clamp(v_old - q.row_max);
       const V prob_new = exp(d_new) * p.inverse_sum, prob_old = exp(d_old) * q.inverse_sum;
       const V difference = prob_new - prob_old;
@@ -156,11 +162,14 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
       const V kl_term = kl_grad == 0 ? V{} : select(prob_new == 0, V{}, kl_grad * log_ratio);
       V x = prob_new * (constant + slope * d_new + kl_term + sign_term) + reverse_grad * difference;
       x = select(v_new == -INFINITY, V{}, x * chain);
-      if constexpr (kSoftcap) {
-        x = x * softcap_slope<Real>(scale, load(block + j * kWide));
-      }
-      store(out + j * kWide, x);
+      gradient[j] = x;
     }
+    if constexpr (kSoftcap) {
+      V z[kVectors];
+      load_block(block, z);
+      for (int j = 0; j < kVectors; ++j) gradient[j] = gradient[j] * softcap_slope<Real>(scale, z[j]);
+    }
+    store_block<false>(out, gradient);
     if (!whole) std::memcpy(grad + i, out_padded, (vocab_size - i) * sizeof(T));
   });
 }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 // GCC 12's AVX-512 headers trip its own warning when their intrinsics are inlined.
@@ -68,6 +69,23 @@ ERC_INLINE To bit_cast(const From& from) {
 ERC_INLINE f32v broadcast(float x) { return x - f32v{}; }
 ERC_INLINE f32v select(i32v mask, f32v yes, f32v no) { return mask ? yes : no; }
 ERC_INLINE double select(bool mask, double yes, double no) { return mask ? yes : no; }
+
+// Whether a comparison holds in any lane.
+ERC_INLINE bool any(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  for (int i = 0; i < kWidth; ++i) {
+    if (mask[i]) return true;
+  }
+  return false;
+#endif
+}
+ERC_INLINE bool any(bool mask) { return mask; }
 
 // max(a, b); b where either is NaN. A NaN that a maximum swallows poisons the sum of exponentials.
 ERC_INLINE f32v vmax(f32v a, f32v b) {
@@ -154,9 +172,9 @@ ERC_INLINE void store_one(float16* p, float x) { p->bits = float_to_half(x); }
 // Rounded once, to nearest even. Finite values only: rows that hold NaN never come here.
 ERC_INLINE f32v encode(const float*, f32v v) { return v; }
 ERC_INLINE double encode(const double*, double v) { return v; }
-ERC_INLINE u16v encode(const bfloat16*, f32v v) {
+ERC_INLINE u32v rounded_to_bfloat16(f32v v) {  // in the upper half
   const u32v bits = (u32v)v;
-  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16v);
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
 ERC_INLINE u16v encode(const float16*, f32v v) {
 #if defined(__AVX512F__)
@@ -168,12 +186,6 @@ ERC_INLINE u16v encode(const float16*, f32v v) {
   for (int i = 0; i < kWidth; ++i) h[i] = float_to_half(v[i]);
   return h;
 #endif
-}
-
-template <class T, class V>
-ERC_INLINE void store(T* p, V v) {
-  const auto encoded = encode(p, v);
-  std::memcpy(p, &encoded, sizeof encoded);
 }
 
 // A store that bypasses the caches: a gradient row is not read again soon, and a normal store would first read the line.
@@ -190,10 +202,54 @@ ERC_INLINE void stream_bits(void* p, Bits v) {
 #endif
   std::memcpy(p, &v, sizeof v);
 }
-template <class T, class V>
-ERC_INLINE void stream(T* p, V v) {
-  stream_bits(p, encode(p, v));
+
+template <bool kStream, class Bits>
+ERC_INLINE void store_bits(void* p, Bits v) {
+  if constexpr (kStream) {
+    stream_bits(p, v);
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
 }
+
+// ---- blocks of kLanes elements -------------------------------------------------------------------------------------
+
+// Two bfloat16 that share a 32-bit word go to two vectors, the even elements to one and the odd ones to the next: a shift and
+// a mask instead of widening and narrowing. element_of says which element of the block lane `position` holds.
+template <class T>
+constexpr int element_of(int position) {
+  if constexpr (!std::is_same_v<T, bfloat16>) return position;
+  const int vector = position / kWidth, lane = position % kWidth;
+  return (vector & ~1) * kWidth + 2 * lane + (vector & 1);
+}
+
+template <class T, class V, int kCount>
+ERC_INLINE void load_block(const T* p, V (&block)[kCount]) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    for (int j = 0; j < kCount; j += 2) {
+      u32v words;
+      std::memcpy(&words, p + j * kWidth, sizeof words);
+      block[j] = (f32v)(words << 16);
+      block[j + 1] = (f32v)(words & 0xffff0000u);
+    }
+  } else {
+    for (int j = 0; j < kCount; ++j) block[j] = load(p + j * (kLanes / kCount));
+  }
+}
+
+// Rounded once, to nearest even. p and the blocks before it are aligned to vectors where kStream.
+template <bool kStream, class T, class V, int kCount>
+ERC_INLINE void store_block(T* p, const V (&block)[kCount]) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    for (int j = 0; j < kCount; j += 2) {
+      const u32v even = rounded_to_bfloat16(block[j]) >> 16, odd = rounded_to_bfloat16(block[j + 1]) & 0xffff0000u;
+      store_bits<kStream>(p + j * kWidth, even | odd);
+    }
+  } else {
+    for (int j = 0; j < kCount; ++j) store_bits<kStream>(p + j * (kLanes / kCount), encode(p, block[j]));
+  }
+}
+
 ERC_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

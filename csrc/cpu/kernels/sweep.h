@@ -56,6 +56,15 @@ ERC_INLINE vector_of<T> load_v(const RowScale<stats_t<T>>& scale, const T* p) {
   return z;
 }
 
+// The block's v, in the order of element_of.
+template <bool kSoftcap, class T, class V, int kCount>
+ERC_INLINE void load_block_v(const RowScale<stats_t<T>>& scale, const T* p, V (&v)[kCount]) {
+  load_block(p, v);
+  if constexpr (kSoftcap) {
+    for (V& z : v) z = softcapped<stats_t<T>>(scale, z);
+  }
+}
+
 template <bool kSoftcap, class T>
 inline stats_t<T> load_v_one(const RowScale<stats_t<T>>& scale, const T* p) {
   T padded[width_of<T>] = {};
@@ -84,24 +93,43 @@ ERC_INLINE void for_each_block(const T* p, int64_t n, Visit&& visit) {
   visit(padded, whole);
 }
 
-// What a sweep over a segment leaves: its maximum, and the sums of exp((v - center) * scale) and exp(..) * (v - center).
+// What a sweep over a segment leaves, lane by lane: its maximum, and the sums of exp((v - center) * scale) and of
+// exp(..) * (v - center). The sums mean nothing where the maximum exceeds the center.
 template <class Real>
 struct SegmentSums {
-  Real max;
-  double sum_exp, weighted_sum;  // weighted_sum in units of v; meaningless where max > center
+  static constexpr int kVectors = kLanes / VectorOf<Real>::width;
+  using V = typename VectorOf<Real>::type;
+  V max[kVectors], sum_exp[kVectors], weighted_sum[kVectors];
 };
 
-template <class V, int kCount>
-inline double add_lanes(const V (&lanes)[kCount]) {
-  double total = 0;
-  for (const V& lane : lanes) {
-    if constexpr (sizeof(V) == sizeof(double)) {
-      total += lane;
-    } else {
-      for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) total += lane[i];
-    }
+// Sums of a row's segments in float64, still lane by lane: adding across lanes takes longer than a segment's last blocks, so
+// it waits for the end of the row.
+struct LaneTotals {
+  double lanes[kLanes] = {};
+
+  template <class V, int kCount>
+  ERC_INLINE void add(const V (&segment)[kCount], double factor) {
+    using Real = std::conditional_t<sizeof(segment) == sizeof(lanes), double, float>;
+    Real values[kLanes];
+    static_assert(sizeof values == sizeof segment, "");
+    std::memcpy(values, segment, sizeof values);
+    for (int i = 0; i < kLanes; ++i) lanes[i] += factor * double(values[i]);
   }
-  return total;
+  // In the order of the elements, which is the same for every instruction set.
+  template <class T>
+  double total() const {
+    double by_element[kLanes], sum = 0;
+    for (int i = 0; i < kLanes; ++i) by_element[element_of<T>(i)] = lanes[i];
+    for (double lane : by_element) sum += lane;
+    return sum;
+  }
+};
+
+template <class T, class V, int kCount>
+inline double add_lanes(const V (&lanes)[kCount]) {
+  LaneTotals totals;
+  totals.add(lanes, 1);
+  return totals.total<T>();
 }
 
 template <class V, int kCount>
@@ -120,11 +148,13 @@ inline auto max_lanes(const V (&lanes)[kCount]) {
 template <bool kSoftcap, class T>
 inline stats_t<T> segment_max(const RowScale<stats_t<T>>& scale, const T* p, int64_t n) {
   using V = vector_of<T>;
-  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  constexpr int kVectors = kLanes / width_of<T>;
   V lanes[kVectors];
   for (V& lane : lanes) lane = V{} - stats_t<T>(INFINITY);
   for_each_block(p, n, [&](const T* block, int64_t) {
-    for (int j = 0; j < kVectors; ++j) lanes[j] = vmax(load_v<kSoftcap>(scale, block + j * kWide), lanes[j]);
+    V v[kVectors];
+    load_block_v<kSoftcap>(scale, block, v);
+    for (int j = 0; j < kVectors; ++j) lanes[j] = vmax(v[j], lanes[j]);
   });
   return max_lanes(lanes);
 }
@@ -133,32 +163,50 @@ template <bool kSoftcap, class T>
 inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp,
                                             stats_t<T> center, const T* p, int64_t n) {
   using V = vector_of<T>;
-  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  constexpr int kVectors = kLanes / width_of<T>;
+  // Plain arrays, copied at the end: the sweep keeps them in registers.
   V sum[kVectors] = {}, weighted[kVectors] = {}, max[kVectors];
   for (V& lane : max) lane = V{} - stats_t<T>(INFINITY);
   for_each_block(p, n, [&, scale, exp](const T* block, int64_t) {
+    V v[kVectors];
+    load_block_v<kSoftcap>(scale, block, v);
     for (int j = 0; j < kVectors; ++j) {
-      const V v = load_v<kSoftcap>(scale, block + j * kWide);
-      max[j] = vmax(v, max[j]);
-      const V d = exp.clamp(v - center);
+      max[j] = vmax(v[j], max[j]);
+      const V d = exp.clamp(v[j] - center);
       const V e = exp(d);
       sum[j] = sum[j] + e;
       weighted[j] = e * d + weighted[j];
     }
   });
-  return {max_lanes(max), add_lanes(sum), add_lanes(weighted)};
+  SegmentSums<stats_t<T>> sums;
+  std::memcpy(sums.max, max, sizeof max);
+  std::memcpy(sums.sum_exp, sum, sizeof sum);
+  std::memcpy(sums.weighted_sum, weighted, sizeof weighted);
+  return sums;
+}
+
+// Whether any lane exceeds the center. NaN does not: it is in the sums.
+template <class Real>
+ERC_INLINE bool exceeds(const SegmentSums<Real>& sums, Real center) {
+  auto best = sums.max[0];
+  for (int j = 1; j < SegmentSums<Real>::kVectors; ++j) best = vmax(sums.max[j], best);
+  return any(best > center);
 }
 
 // The segment's sum without one of its maxima: 1 + R has lost what a peaked row's entropy is made of.
 template <bool kSoftcap, class T>
 inline double segment_sum_rest(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> center,
                                const T* p, int64_t n) {
+  using V = vector_of<T>;
   T copy[kSegment];
   std::memcpy(copy, p, n * sizeof(T));
   int64_t argmax = 0;
+  for (bool found = false; !found && argmax + kLanes <= n; argmax += found ? 0 : kLanes) {
+    for (int j = 0; j < kLanes; j += width_of<T>) found |= any(load_v<kSoftcap>(scale, p + argmax + j) == V{} + center);
+  }
   while (argmax < n - 1 && !(load_v_one<kSoftcap>(scale, p + argmax) == center)) ++argmax;
   copy[argmax] = minus_infinity<T>();
-  return segment_sums<kSoftcap>(scale, exp, center, copy, n).sum_exp;
+  return add_lanes<T>(segment_sums<kSoftcap>(scale, exp, center, copy, n).sum_exp);
 }
 
 template <class T>
@@ -170,6 +218,15 @@ inline bool holds_nan(const T* p, int64_t n) {
   return false;
 }
 
+// Moves the center of both sums by shift <= 0, in units of x.
+inline void recentre(LaneTotals& total, LaneTotals& weighted, double shift) {
+  const double factor = std::exp(shift);
+  for (int i = 0; i < kLanes; ++i) {
+    weighted.lanes[i] = factor * (weighted.lanes[i] + total.lanes[i] * shift);
+    total.lanes[i] *= factor;
+  }
+}
+
 // The state of a row, or of a shard's part of it. NaN and +inf make the sums NaN; a row without any finite logit is empty.
 //
 // Every segment is centred at the largest logit so far, which it rarely exceeds; where it does, it is swept again from cache.
@@ -178,9 +235,15 @@ inline RowState<double> row_state(const RowScale<stats_t<T>>& scale, const T* ro
   using Real = stats_t<T>;
   const ScaledExp<Real> exp(scale.scale);
   RowState<double> state;
-  double total = 0, weighted = 0, winner_sum = 0;  // sums over all segments so far, and over the one with the maximum
+  // Sums over all segments so far but the winner, which holds the maximum and is added without it at the end.
+  LaneTotals total, weighted;
+  SegmentSums<Real> winner_sums;
   const T* winner = nullptr;
   int64_t winner_size = 0;
+  const auto add = [&](const SegmentSums<Real>& sums) {
+    total.add(sums.sum_exp, 1);
+    weighted.add(sums.weighted_sum, scale.scale);
+  };
   for (int64_t start = 0; start < vocab_size; start += kSegment) {
     const int64_t n = vocab_size - start < kSegment ? vocab_size - start : kSegment;
     const T* p = row + start;
@@ -190,24 +253,23 @@ inline RowState<double> row_state(const RowScale<stats_t<T>>& scale, const T* ro
       continue;
     }
     SegmentSums<Real> sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
-    if (winner == nullptr || sums.max > center) {
-      if (winner != nullptr) {
-        center = sums.max;
-        sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
-        const double shift = (state.row_max - double(center)) * scale.scale, factor = std::exp(shift);
-        weighted = factor * (weighted + total * shift);
-        total *= factor;
-      }
-      state.row_max = double(center);
-      winner = p, winner_size = n, winner_sum = sums.sum_exp;
+    if (winner != nullptr && !exceeds(sums, center)) {
+      add(sums);
+      continue;
     }
-    total += sums.sum_exp;
-    weighted += sums.weighted_sum * scale.scale;
+    if (winner != nullptr) {
+      center = max_lanes(sums.max);
+      sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
+      add(winner_sums);
+      recentre(total, weighted, (state.row_max - double(center)) * scale.scale);
+    }
+    state.row_max = double(center);
+    winner = p, winner_size = n, winner_sums = sums;
   }
   if (winner == nullptr) return state;
-  // total - winner_sum is what the other segments hold, up to rounding of float64.
-  state.sum_rest = total - winner_sum;
-  state.weighted_sum = weighted;
+  weighted.add(winner_sums.weighted_sum, scale.scale);
+  state.sum_rest = total.total<T>();
+  state.weighted_sum = weighted.total<T>();
   if (state.is_valid()) {
     state.sum_rest += segment_sum_rest<kSoftcap>(scale, exp, Real(state.row_max), winner, winner_size);
   }
@@ -235,27 +297,29 @@ template <bool kSoftcap, bool kStream, class T>
 inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_max, stats_t<T> constant, stats_t<T> slope,
                             const T* row, int64_t vocab_size, T* grad) {
   using V = vector_of<T>;
-  constexpr int kWide = width_of<T>, kVectors = kLanes / kWide;
+  constexpr int kVectors = kLanes / width_of<T>;
   const ScaledExp<stats_t<T>> exp(scale.scale);
   // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
-  for_each_block(row, vocab_size, [=](const T* block, int64_t i) {
-    T padded[kLanes];
-    const bool whole = i + kLanes <= vocab_size;
-    T* out = whole ? grad + i : padded;
+  const auto gradient = [=](const T* block, V (&g)[kVectors]) {
+    V v[kVectors];
+    load_block_v<kSoftcap>(scale, block, v);
     for (int j = 0; j < kVectors; ++j) {
-      const V v = load_v<kSoftcap>(scale, block + j * kWide);
-      const V d = exp.clamp(v - row_max);
-      V g = exp(d) * (slope * d + constant);
-      if constexpr (kSoftcap) {
-        g = g * softcap_slope<stats_t<T>>(scale, load(block + j * kWide));
-      }
-      if (kStream && whole) {
-        stream(out + j * kWide, g);
-      } else {
-        store(out + j * kWide, g);
-      }
+      const V d = exp.clamp(v[j] - row_max);
+      g[j] = exp(d) * (slope * d + constant);
     }
-    if (!whole) std::memcpy(grad + i, padded, (vocab_size - i) * sizeof(T));
+    if constexpr (kSoftcap) {
+      V z[kVectors];
+      load_block(block, z);
+      for (int j = 0; j < kVectors; ++j) g[j] = g[j] * softcap_slope<stats_t<T>>(scale, z[j]);
+    }
+  };
+  for_each_block(row, vocab_size, [=](const T* block, int64_t i) {
+    V g[kVectors];
+    gradient(block, g);
+    if (i + kLanes <= vocab_size) return store_block<kStream>(grad + i, g);
+    T padded[kLanes];
+    store_block<false>(padded, g);
+    std::memcpy(grad + i, padded, (vocab_size - i) * sizeof(T));
   });
   if (kStream) stream_fence();
 }
