@@ -139,10 +139,10 @@ def cast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     return Head(flat, weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
 
 
-def chunk_rows(weight: Tensor, dtype: torch.dtype, memory_budget: int | None) -> int:
+def chunk_rows(columns: int, dtype: torch.dtype, memory_budget: int | None) -> int:
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
-    row_bytes = max(1, weight.shape[0]) * dtype.itemsize
+    row_bytes = max(1, columns) * dtype.itemsize
     return max(1, (memory_budget or DEFAULT_MEMORY_BUDGET) // row_bytes)
 
 

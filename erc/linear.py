@@ -90,6 +90,7 @@ def linear_policy_loss(
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward=False)
+            facts["memory_budget"] = memory_budget or 0
         leading, dtype = tuple(like.shape[:-1]), like.dtype
         arguments = TokenArguments(
             old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
@@ -108,7 +109,7 @@ def linear_policy_loss(
         operators(name),
         fused_arguments(objective, batch, labels, scaling, ignore_index, grad_scale),
         active_rows(labels, ignore_index, num_active),
-        chunk_rows(weight, dtype, memory_budget),
+        chunk_rows(len(weight), dtype, memory_budget),
         dtype,
         needs,
     )

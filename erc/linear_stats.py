@@ -56,6 +56,7 @@ def linear_token_stats(
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward=False)
+            facts["memory_budget"] = memory_budget or 0
         leading = tuple(like.shape[:-1])
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         if labels is not None:
@@ -85,6 +86,7 @@ def linear_row_stats(
     if vocab_shard is not None:
         weight, bias = vocab_shard.local_rows(weight), None if bias is None else vocab_shard.local_rows(bias)
     dtype = gemm_dtype(hidden)
+    columns = len(weight) if vocab_shard is None else vocab_shard.even_share()
     call = _StatsCall(
         operators(backend),
         labels,
@@ -92,7 +94,7 @@ def linear_row_stats(
         params_tensor(scaling),
         ignore_index,
         active_rows(labels, ignore_index, num_active),
-        chunk_rows(weight, dtype, memory_budget),
+        chunk_rows(columns, dtype, memory_budget),
         dtype,
         needs_grad(hidden, weight, bias),
         vocab_shard,
@@ -135,12 +137,18 @@ class _LinearStats(torch.autograd.Function):
             state = torch.zeros(4, count, dtype=stats_dtype(call.dtype), device=hidden.device)
             size = max(1, min(call.chunk_rows, count))
             buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            gathered = []
             for index in chunks(call.index, count, size):
                 logits = head.logits(head.hidden[index], buffer)
                 arguments = call.arguments(index, call.labels, call.ignore_index)
-                state[:, index] = call.operators.partial_stats(logits, *arguments, call.start)
-            if call.vocab_shard is not None:
-                state = merge_states(call.vocab_shard.gather(state), call.params, call.temperature)
+                part = call.operators.partial_stats(logits, *arguments, call.start)
+                if call.vocab_shard is None:
+                    state[:, index] = part
+                else:
+                    gathered.append((index, call.vocab_shard.gather(part)))
+            for index, parts in gathered:
+                temperature = None if call.temperature is None else call.temperature[index]
+                state[:, index] = merge_states(parts.wait(), call.params, temperature)
             ignored = None if call.labels is None else call.labels == call.ignore_index
             logprob, entropy, logsumexp = state_statistics(state, call.params, call.temperature, ignored)
         ctx.save_for_backward(hidden, weight, bias, state)
@@ -162,10 +170,13 @@ class _LinearStats(torch.autograd.Function):
             labels, ignore_index = call.vocab_shard.local_labels(labels, ignore_index, len(weight)), LOCAL_IGNORE_INDEX
         with torch.autocast(hidden.device.type, enabled=False):
             head = cast_head(hidden, weight, bias, call.dtype)
-            gradients = HeadGradients(head, call.needs)
+            needs_hidden, needs_weight, needs_bias = call.needs
+            shard = call.vocab_shard if needs_hidden else None
+            gradients = HeadGradients(head, (needs_hidden and shard is None, needs_weight, needs_bias))
             count = len(head.hidden)
             size = max(1, min(call.chunk_rows, count))
             buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            reduced = []
             for index in chunks(call.index, count, size):
                 rows = head.hidden[index]
                 logits = head.logits(rows, buffer)
@@ -173,9 +184,13 @@ class _LinearStats(torch.autograd.Function):
                 saved = state[:3, index].contiguous()
                 arguments = call.arguments(index, labels, ignore_index)
                 call.operators.stats_backward_(logits, *arguments, saved, *chunk_grads)
+                if shard is not None:
+                    reduced.append((index, shard.reduce(logits[0] @ head.weight)))
                 gradients.add(head, index, rows, logits[0])
-        if call.vocab_shard is not None and gradients.hidden is not None:
-            gradients.hidden = call.vocab_shard.reduce(gradients.hidden)
+            if shard is not None:
+                gradients.hidden = torch.zeros_like(head.hidden, dtype=torch.promote_types(call.dtype, torch.float32))
+            for index, total in reduced:
+                gradients.hidden[index] = total.wait()
         results = [
             None if grad is None else grad.to(target.dtype).view(target.shape)
             for grad, target in zip(

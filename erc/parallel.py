@@ -1,9 +1,9 @@
 """Layer 2: vocabulary-parallel statistics over torch.distributed.
 
 Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's
-value); one all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward
-needs no
-communication: each rank owns its columns of the gradient of the one replicated loss.
+value); an all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward
+needs no communication: each rank owns its columns of the gradient of the one replicated loss. The linear forms send
+each chunk of rows while the next one is computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,29 @@ from erc.ops import ABSENT_LABEL, ParamIndex
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
+
+
+class GatheredStates(NamedTuple):
+    """An all-gather under way."""
+
+    parts: list[Tensor]
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """`[ranks, 4, n]`."""
+        self.work.wait()
+        return torch.stack(self.parts)
+
+
+class ReducedRows(NamedTuple):
+    """An all-reduce under way."""
+
+    total: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.total
 
 
 @dataclass(frozen=True)
@@ -61,29 +84,33 @@ class VocabShard:
         local = torch.where(here, local, ABSENT_LABEL)
         return torch.where(labels == ignore_index, LOCAL_IGNORE_INDEX, local)
 
-    def gather(self, state: Tensor) -> Tensor:
-        """`[4, N]` of every rank as `[ranks, 4, N]`: the one collective of the forward."""
-        parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, state.contiguous(), group=self.group)
-        return torch.stack(parts)
+    def even_share(self) -> int:
+        """The columns of an even share. Chunks are sized by it: ranks must have as many chunks, however uneven they are."""
+        return -(-self.vocab_size // dist.get_world_size(self.group))
 
-    def reduce(self, grad_hidden: Tensor) -> Tensor:
-        """The sum over ranks of each rank's part of the gradient of `hidden`, in float32."""
-        total = grad_hidden.to(torch.promote_types(grad_hidden.dtype, torch.float32))
-        dist.all_reduce(total, group=self.group)
-        return total
+    def gather(self, state: Tensor) -> GatheredStates:
+        """Start collecting `[4, n]` of every rank: four numbers a row are all that the forward sends."""
+        state = state.contiguous()
+        parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
+        return GatheredStates(parts, dist.all_gather(parts, state, group=self.group, async_op=True))
+
+    def reduce(self, part: Tensor) -> ReducedRows:
+        """Start summing every rank's part of the gradient of some rows of `hidden`, in float32."""
+        total = part.to(torch.promote_types(part.dtype, torch.float32))
+        return ReducedRows(total, dist.all_reduce(total, group=self.group, async_op=True))
 
     @contextmanager
     def agreement(self, validate: bool, device: torch.device) -> Iterator[dict[str, int]]:
         """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed.
 
-        The body enters its number of `rows` and of local `columns`.
+        The body enters its number of `rows` and of local `columns`, and a linear form its `memory_budget`, on which the
+        number of collectives depends.
 
         Raises:
-            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows differ, or shards do not
-                tile the vocabulary.
+            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows or budgets differ, or
+                shards do not tile the vocabulary.
         """
-        facts = {"rows": 0, "columns": 0}
+        facts = {"rows": 0, "columns": 0, "memory_budget": 0}
         try:
             yield facts
         except (ValueError, TypeError, IndexError):
@@ -109,7 +136,7 @@ class VocabShard:
         failed = [rank for rank, facts in enumerate(ranks) if facts["failed"]]
         if failed:
             return f"the arguments of rank(s) {failed} did not pass their checks"
-        for name in ("rows", "vocab_size"):
+        for name in ("rows", "vocab_size", "memory_budget"):
             values = [facts[name] for facts in ranks]
             if len(set(values)) > 1:
                 return f"{name} must be the same on every rank, got {values}"
@@ -220,7 +247,7 @@ class _ShardedStats(torch.autograd.Function):
         backend_operators: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         state = backend_operators.partial_stats(rows, labels, temperature, params, ignore_index, shard.start)
-        state = merge_states(shard.gather(state), params, temperature)
+        state = merge_states(shard.gather(state).wait(), params, temperature)
         ignored = None if labels is None else labels == ignore_index
         local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
         ctx.save_for_backward(rows, local, temperature, params, state[:3].contiguous())

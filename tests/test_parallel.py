@@ -111,7 +111,15 @@ class StatsBody:
         shard = erc.VocabShard(None, BOUNDARIES[3][rank], VOCAB)
         local = held_columns(weight, rank, 3)
         stats = erc.token_stats(hidden @ local.t(), labels, vocab_shard=shard, temperature=0.8, ignore_index=0)
-        linear = erc.linear_token_stats(hidden, local, labels, vocab_shard=shard, temperature=0.8, ignore_index=0)
+        linear = erc.linear_token_stats(
+            hidden,
+            local,
+            labels,
+            vocab_shard=shard,
+            temperature=torch.full((ROWS,), 0.8),
+            ignore_index=0,
+            memory_budget=200,
+        )
         return [stat.tolist() for stat in (*stats, *linear)]
 
 
@@ -136,9 +144,12 @@ class MismatchBody:
             vocab += self.kind == "vocab_size"
             labels = torch.full((rows,), 99 if self.kind == "failed" else 0)
         labels = labels[:rows]
-        logits = torch.zeros(rows, 10)
+        shard = erc.VocabShard(None, start, vocab)
         try:
-            erc.token_stats(logits, labels, vocab_shard=erc.VocabShard(None, start, vocab), validate=True)
+            if self.kind == "memory_budget":
+                hidden, weight = torch.zeros(rows, 3), torch.zeros(10, 3)
+                erc.linear_token_stats(hidden, weight, vocab_shard=shard, validate=True, memory_budget=40 + rank)
+            erc.token_stats(torch.zeros(rows, 10), labels, vocab_shard=shard, validate=True)
         except (ValueError, IndexError) as error:
             return str(error)
         return "no error"
@@ -149,6 +160,7 @@ MISMATCHES = {
     "overlap": "overlap between shards",
     "rows": "rows must be the same",
     "vocab_size": "vocab_size must be the same",
+    "memory_budget": "memory_budget must be the same",
     "failed": "rank(s) [1] did not pass",
 }
 
