@@ -85,7 +85,7 @@ class VocabShard:
         return torch.where(labels == ignore_index, LOCAL_IGNORE_INDEX, local)
 
     def even_share(self) -> int:
-        """The columns of an even share. Chunks are sized by it: ranks must have as many chunks, however uneven they are."""
+        """The columns of an even share: chunks sized by it are as many on every rank, however uneven the shards."""
         return -(-self.vocab_size // dist.get_world_size(self.group))
 
     def gather(self, state: Tensor) -> GatheredStates:
