@@ -2,6 +2,8 @@
 
 from erc import reference, rlvr
 from erc.backends import backends, use_backend
+from erc.batch_rules import ClipCov, KLCov
+from erc.entropy_control import AdaptiveEntropyCoef
 from erc.explain import explain
 from erc.linear import linear_policy_loss
 from erc.linear_stats import linear_token_stats
@@ -15,10 +17,25 @@ from erc.objectives import (
     objectives,
 )
 from erc.parallel import VocabShard
-from erc.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, GSPO, SAPO, NoClip, PPOClip, Reinforce
+from erc.ratio_rules import (
+    CEGPPO,
+    CISPO,
+    DPPO,
+    DRO,
+    GPPO,
+    SAPO,
+    NoClip,
+    PPOClip,
+    RatioInputs,
+    RatioRule,
+    RatioTerms,
+    Reinforce,
+)
 from erc.reference import objective_loss
 from erc.results import EntropyRatio, PolicyLoss, TokenStats
+from erc.sequence_rules import GMPO, GSPO, VESPO
 from erc.stats import entropy_ratio, token_stats
+from erc.token_filters import HighEntropyMask, OffPolicySequenceMask
 
 __version__ = "0.1.0"
 
@@ -27,16 +44,26 @@ __all__ = [
     "CISPO",
     "DPPO",
     "DRO",
+    "GMPO",
     "GPPO",
     "GSPO",
     "SAPO",
+    "VESPO",
+    "AdaptiveEntropyCoef",
+    "ClipCov",
     "EntropyRatio",
     "EntropyRatioClip",
+    "HighEntropyMask",
+    "KLCov",
     "KLPenalty",
     "NoClip",
     "Objective",
+    "OffPolicySequenceMask",
     "PPOClip",
     "PolicyLoss",
+    "RatioInputs",
+    "RatioRule",
+    "RatioTerms",
     "Reinforce",
     "RolloutCorrection",
     "TokenStats",

@@ -157,8 +157,11 @@ class TokenArguments:
     ref_logprob: Tensor | None = None
     rollout_logprob: Tensor | None = None
     nll_mask: Tensor | None = None
+    old_divergence: Tensor | None = None
+    ref_kl: Tensor | None = None
     cu_seqlens: Tensor | None = None
     normalizer: float | Tensor | None = None
+    generator: torch.Generator | None = None
 
 
 def _float_rows(name: str, tensor: Tensor | None, leading, device, dtype, *, exact: bool = False) -> Tensor | None:
@@ -260,14 +263,19 @@ def token_batch(
     mask = _mask(arguments.mask, active, leading, device, dtype)
     rows = {
         name: _float_rows(name, getattr(arguments, name), leading, device, dtype, exact=name == "old_entropy")
-        for name in ("old_logprob", "old_entropy", "ref_logprob", "rollout_logprob", "nll_mask")
+        for name in ("old_logprob", "old_entropy", "ref_logprob", "rollout_logprob", "nll_mask", "old_divergence")
     }
+    ref_kl = _ref_kl(objective, arguments.ref_kl, leading, device, dtype)
     gate, correction = objective.entropy_ratio, objective.rollout_correction
     if gate is not None and rows["old_entropy"] is None:
         raise ValueError(
             "old_entropy must be given for an objective with an entropy-ratio gate: the rollout policy's entropies"
         )
-    if objective.kl is not None and rows["ref_logprob"] is None:
+    if objective.ratio.needs_divergence and rows["old_divergence"] is None:
+        raise ValueError(
+            f"old_divergence must be given for {objective.ratio}: total_variation or kl_old_new of erc.entropy_ratio"
+        )
+    if objective.kl is not None and objective.kl.kind != "full" and rows["ref_logprob"] is None:
         raise ValueError(
             "ref_logprob must be given for an objective with a KL penalty: the reference policy's log-probs"
         )
@@ -305,7 +313,27 @@ def token_batch(
         entropy_weight=entropy_weight,
         logprob_weight=-objective.nll_coef * weight * rows["nll_mask"] if objective.nll_coef else None,
         sequences=sequences,
+        old_divergence=rows["old_divergence"],
+        ref_kl=ref_kl,
+        generator=_generator(arguments.generator),
     )
+
+
+def _ref_kl(objective: Objective, ref_kl: Tensor | None, leading, device, dtype) -> Tensor | None:
+    if objective.kl is None or objective.kl.kind != "full":
+        return None
+    if ref_kl is None:
+        raise ValueError('ref_kl must be given for KLPenalty("full"): erc.entropy_ratio(logits, ref_logits).kl_new_old')
+    ref_kl = row_tensor("ref_kl", ref_kl, leading, device)
+    if not ref_kl.dtype.is_floating_point:
+        raise TypeError(f"ref_kl must be floating point, got {ref_kl.dtype}")
+    return ref_kl.reshape(-1).to(dtype)
+
+
+def _generator(generator: torch.Generator | None) -> torch.Generator | None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    return generator
 
 
 def _normalizer(normalizer: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> float | Tensor | None:

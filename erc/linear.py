@@ -40,8 +40,11 @@ def linear_policy_loss(
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     nll_mask: Tensor | None = None,
+    old_divergence: Tensor | None = None,
+    ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
     grad_scale: float | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -93,7 +96,18 @@ def linear_policy_loss(
             facts["memory_budget"] = memory_budget or 0
         leading, dtype = tuple(like.shape[:-1]), like.dtype
         arguments = TokenArguments(
-            old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
+            old_logprob,
+            advantages,
+            mask,
+            old_entropy,
+            ref_logprob,
+            rollout_logprob,
+            nll_mask,
+            old_divergence,
+            ref_kl,
+            cu_seqlens,
+            normalizer,
+            generator,
         )
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         labels, batch = labelled_batch(objective, arguments, like, labels, ignore_index)

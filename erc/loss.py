@@ -41,8 +41,11 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     nll_mask: Tensor | None = None,
+    old_divergence: Tensor | None = None,
+    ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
     grad_scale: float | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -68,9 +71,14 @@ def policy_loss(
         old_entropy: `[*]` float32 or float64 entropies of the rollout policy; required by an entropy-ratio gate.
         ref_logprob: `[*]`; required by a KL penalty. rollout_logprob: `[*]`; required by a rollout correction.
         nll_mask: `[*]`; required by `nll_coef`.
+        old_divergence: `[*]` nats or total variation to the rollout policy's whole distribution; required by
+            `DPPO("full-tv")` and `DPPO("full-kl")`.
+        ref_kl: `[*]` exact KL(policy || reference) with its graph, `erc.entropy_ratio(logits, ref_logits).kl_new_old`;
+            required by `KLPenalty("full")`. It is added to the loss of whatever path runs.
         cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
         normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and
             gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
+        generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
         grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused
             gradient is rounded before it is scaled.
         temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs
@@ -101,7 +109,18 @@ def policy_loss(
     0.0
     """
     arguments = TokenArguments(
-        old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
+        old_logprob,
+        advantages,
+        mask,
+        old_entropy,
+        ref_logprob,
+        rollout_logprob,
+        nll_mask,
+        old_divergence,
+        ref_kl,
+        cu_seqlens,
+        normalizer,
+        generator,
     )
     with agreement(vocab_shard, validate, logits) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
@@ -153,7 +172,7 @@ def choose_path(
     if backend == "torch":
         return Path("reference", "plain PyTorch: several tensors as large as the logits")
     if not objective.fused:
-        return Path("two-phase", f"{type(objective.ratio).__name__} needs all tokens of a sequence before any gradient")
+        return Path("two-phase", objective.two_phase_reason)
     if dtype == torch.float16 and needs_grad and grad_scale is None:
         return Path("two-phase", "a fused float16 gradient would be rounded before the loss scale: pass grad_scale")
     return Path("fused", "one read of the logits and one write of the gradient, for forward and backward together")
@@ -210,7 +229,7 @@ def fused_arguments(
         advantages=batch.advantages,
         old_logprob=batch.old_logprob,
         old_entropy=batch.old_entropy if objective.entropy_ratio else None,
-        ref_logprob=batch.ref_logprob if objective.kl else None,
+        ref_logprob=batch.ref_logprob if objective.kl and objective.kl.kernel_id else None,
         policy_weight=batch.policy_weight,
         entropy_weight=scaled(batch.entropy_weight),
         logprob_weight=scaled(batch.logprob_weight),

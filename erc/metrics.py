@@ -19,6 +19,7 @@ _FLAGGED = {
     "erc_fraction": TokenFlag.ERC_DROPPED,
     "erc_fraction_low": TokenFlag.ERC_LOW,
     "erc_fraction_high": TokenFlag.ERC_HIGH,
+    "filtered_fraction": TokenFlag.FILTERED,
 }
 
 
@@ -54,6 +55,9 @@ def policy_metrics(
     metrics["ratio_max"] = torch.where(active, difference, -inf).max().exp() if len(difference) else missing
     metrics["approx_kl"] = mean(torch.expm1(difference) - difference)
     if objective.kl is not None:
-        metrics["kl"] = mean(objective.kl.estimate(logprob, old_logprob, batch.ref_logprob))
+        exact = objective.kl.kind == "full"
+        metrics["kl"] = mean(
+            batch.ref_kl.detach() if exact else objective.kl.estimate(logprob, old_logprob, batch.ref_logprob)
+        )
     metrics["tokens"] = tokens
     return metrics

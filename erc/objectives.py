@@ -7,8 +7,8 @@ names.
     >>> erc.objective("dapo", kl=erc.KLPenalty("k3", 0.001)).kl.coef
     0.001
 
-Order of composition: ratio rule -> dual clip -> rollout correction -> entropy-ratio gate -> plus KL and entropy terms
-(never gated) -> reduction.
+Order of composition: ratio rule -> dual clip -> rollout correction -> high-entropy mask and off-policy sequence mask ->
+entropy-ratio gate -> plus KL and entropy terms (never gated) -> reduction.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erc.batch_rules import ClipCov, KLCov
 from erc.ratio_rules import (
     CEGPPO,
     CISPO,
     DPPO,
     DRO,
     GPPO,
-    GSPO,
     MAX_LOG_RATIO,
     SAPO,
     NoClip,
@@ -37,6 +37,8 @@ from erc.ratio_rules import (
     log_difference,
 )
 from erc.reductions import REDUCTIONS, needs_sequences
+from erc.sequence_rules import GMPO, GSPO, VESPO
+from erc.token_filters import HighEntropyMask, OffPolicySequenceMask
 
 
 def _require(condition: bool, name: str, expected: str, value: Any) -> None:
@@ -86,17 +88,19 @@ class EntropyRatioClip:
         return ~keep, ~keep & (rho <= 1 - self.beta_low), ~keep & (rho >= 1 + self.beta_high)
 
 
-KL_KINDS = ("k1", "k2", "k3", "abs", "k3+")
+KL_KINDS = ("k1", "k2", "k3", "abs", "k3+", "full")
 
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """`coef` times an estimate of KL(policy || reference) from the sampled token (Schulman 2020, "Approximating KL").
+    """`coef` times KL(policy || reference): estimated from the sampled token (Schulman 2020, "Approximating KL"), or
+    exact.
 
     `k1 = lp - lp_ref`; `k2 = k1^2 / 2`; `k3 = expm1(x) - x` with `x = clamp(lp_ref - lp, -20, 20)`; `abs = |k1|`;
     `k3+` has the value of k3 and the gradient of k2. `clamp` limits the value of k3 from above (verl: 10).
     `importance_weighted` multiplies the estimate by the importance ratio, gradient through both (TRL's bias
-    correction).
+    correction). `full` is the exact divergence over the vocabulary with its gradient: pass
+    `ref_kl=erc.entropy_ratio(logits, ref_logits).kl_new_old` to the loss; it has no other option.
     """
 
     kind: str = "k3"
@@ -108,10 +112,16 @@ class KLPenalty:
         _require(self.kind in KL_KINDS, "kind", f"one of {KL_KINDS}", self.kind)
         _require(_is_number(self.coef) and self.coef >= 0, "coef", "a number >= 0", self.coef)
         _require(self.clamp is None or self.clamp > 0, "clamp", "None or a number > 0", self.clamp)
+        if self.kind == "full":
+            _require(self.clamp is None, "clamp", 'None for kind "full"', self.clamp)
+            _require(not self.importance_weighted, "importance_weighted", 'False for kind "full"', True)
 
     @property
     def kernel_id(self) -> int:
-        """The estimator's number in the kernels (csrc/common/params.h)."""
+        """The estimator's number in the kernels (csrc/common/params.h); 0 for the exact one, which is added to their
+        loss."""
+        if self.kind == "full":
+            return 0
         return 1 + KL_KINDS.index(self.kind) + (16 if self.importance_weighted else 0)
 
     def estimate(self, logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor) -> Tensor:
@@ -179,6 +189,8 @@ class Objective:
         reduction: how tokens become one number; see `erc.reductions.token_weights`.
         max_length: the constant of "seq-mean-token-sum-norm"; None takes T of `[B, T]` rows.
         rollout_correction: weights for rollouts that another engine sampled, or None.
+        high_entropy: restricts the policy term to high-entropy tokens, or None.
+        off_policy_mask: drops sequences that the policy has left, or None.
         nll_coef: the loss gains `-nll_coef * logprob` on the rows of `nll_mask`, in the loss's own reduction (ERC's
             public recipe adds 0.1 on rows with reward 1).
     """
@@ -191,6 +203,8 @@ class Objective:
     reduction: str = "token-mean"
     max_length: int | None = None
     rollout_correction: RolloutCorrection | None = None
+    high_entropy: HighEntropyMask | None = None
+    off_policy_mask: OffPolicySequenceMask | None = None
     nll_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -199,6 +213,8 @@ class Objective:
             ("entropy_ratio", EntropyRatioClip),
             ("kl", KLPenalty),
             ("rollout_correction", RolloutCorrection),
+            ("high_entropy", HighEntropyMask),
+            ("off_policy_mask", OffPolicySequenceMask),
         ):
             value = getattr(self, name)
             if not (isinstance(value, kind) or (value is None and name != "ratio")):
@@ -222,9 +238,20 @@ class Objective:
         )
 
     @property
+    def two_phase_reason(self) -> str | None:
+        """Why the gradient of a token needs more than that token, or None: then one pass over the logits suffices."""
+        if self.ratio.kernel_id is None:
+            return f"{type(self.ratio).__name__} {self.ratio.two_phase_reason}"
+        if self.high_entropy is not None:
+            return "HighEntropyMask needs the entropies of the whole batch before any gradient"
+        if self.off_policy_mask is not None:
+            return "OffPolicySequenceMask needs all tokens of a sequence before any gradient"
+        return None
+
+    @property
     def fused(self) -> bool:
-        """Whether the gradient of one token needs nothing but that token, so that one pass over the logits suffices."""
-        return self.ratio.kernel_id is not None
+        """Whether one pass over the logits suffices."""
+        return self.two_phase_reason is None
 
     @property
     def needs_sequences(self) -> bool:
@@ -233,6 +260,7 @@ class Objective:
         return (
             needs_sequences(self.reduction)
             or self.ratio.needs_sequences
+            or self.off_policy_mask is not None
             or (correction is not None and correction.level == "sequence")
         )
 
@@ -253,9 +281,16 @@ _PRESETS: dict[str, Objective] = {
     "ce-gppo": Objective(CEGPPO()),
     "cispo": Objective(CISPO()),
     "gspo": Objective(GSPO(), reduction="seq-mean-token-mean"),
+    "luspo": Objective(GSPO(), reduction="seq-mean-token-sum"),
+    "gmpo": Objective(GMPO(), reduction="seq-mean-token-mean"),
+    "vespo": Objective(VESPO()),
     "sapo": Objective(SAPO(), reduction="seq-mean-token-mean"),
     "dppo-tv": Objective(DPPO("tv")),
     "dppo-kl": Objective(DPPO("kl")),
+    "dppo-full-tv": Objective(DPPO("full-tv")),
+    "dppo-full-kl": Objective(DPPO("full-kl")),
+    "clip-cov": Objective(ClipCov()),
+    "kl-cov": Objective(KLCov()),
     "reinforce": Objective(Reinforce()),
     "dro": Objective(DRO()),
     "no-clip": Objective(NoClip()),

@@ -46,13 +46,15 @@ NUM_PARAMS = 12
 
 
 class TokenFlag(IntEnum):
-    """Bits of the `flags` output of `policy_loss`: what happened to a token."""
+    """Bits of the `flags` output of `policy_loss`: what happened to a token. The last one is of filters that run
+    two-phase; no kernel sets it."""
 
     CLIP_LOW = 1
     CLIP_HIGH = 2
     ERC_LOW = 4
     ERC_HIGH = 8
     ERC_DROPPED = 16
+    FILTERED = 32
 
 
 PAIRED_OUTPUTS = ("ratio", "entropy", "old_entropy", "kl_new_old", "kl_old_new", "total_variation")

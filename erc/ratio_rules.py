@@ -5,8 +5,9 @@ tested against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` 
 takes the unclipped branch, so every comparison is strict; `A = 0` is never clipped. The derivative outside the clamp
 is 0.
 
-A token-level rule also names its kernel (`kernel_id`, `kernel_params`), which runs it in the fused one-pass path; a
-sequence-level rule needs all tokens of a sequence first and runs two-phase.
+A token-level rule also names its kernel (`kernel_id`, `kernel_params`), which runs it in the fused one-pass path.
+Rules that need a whole sequence (`erc.sequence_rules`) or the whole batch (`erc.batch_rules`) run two-phase, and so
+does a rule of your own: docs/custom_rules.md.
 """
 
 from __future__ import annotations
@@ -32,14 +33,20 @@ class RatioTerms(NamedTuple):
 
 
 class RatioInputs(NamedTuple):
-    """What a rule sees: `logprob` carries the graph, the others are constants; all `[N]`. `mask` is the token's
-    weight."""
+    """What a rule sees, all `[N]`: `logprob` and `entropy` carry the graph, the others are constants.
+
+    `mask` is the token's weight, 0 where it is not to be read; `sequences` is None for rows without sequence structure;
+    `old_divergence` is the caller's, None if not given; `generator` is what random choices draw from.
+    """
 
     logprob: Tensor
+    entropy: Tensor
     old_logprob: Tensor
     advantage: Tensor
     mask: Tensor
-    sequences: Sequences | None
+    sequences: Sequences | None = None
+    old_divergence: Tensor | None = None
+    generator: torch.Generator | None = None
 
 
 def log_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -57,25 +64,25 @@ def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
     return torch.where(coefficient == 0, 0.0, coefficient * logprob)
 
 
-def _nowhere(like: Tensor) -> Tensor:
+def nowhere(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool)
 
 
-def _check(name: str, value: float | None, condition: bool, expected: str) -> None:
+def check_value(name: str, value: float | None, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def _check_widths(rule: RatioRule, *names: str) -> None:
+def check_widths(rule: RatioRule, *names: str) -> None:
     for name in names:
         value = getattr(rule, name)
-        _check(name, value, isinstance(value, (int, float)) and 0 <= value < inf, "a finite number >= 0")
+        check_value(name, value, isinstance(value, (int, float)) and 0 <= value < inf, "a finite number >= 0")
 
 
-def _check_optional_bound(rule: RatioRule, *names: str) -> None:
+def check_optional_bound(rule: RatioRule, *names: str) -> None:
     for name in names:
         value = getattr(rule, name)
-        _check(name, value, value is None or 1 < value < inf, "None or a number > 1")
+        check_value(name, value, value is None or 1 < value < inf, "None or a number > 1")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,12 @@ class RatioRule:
     kernel_id: ClassVar[int | None] = None
     """The rule's number in the kernels (csrc/common/params.h), None for a rule that runs two-phase."""
 
+    two_phase_reason: ClassVar[str | None] = "is not in the kernels"
+    """Why a rule without `kernel_id` runs two-phase, as the end of a sentence."""
+
     needs_sequences: ClassVar[bool] = False
+    needs_divergence: ClassVar[bool] = False
+    """Whether the caller must pass `old_divergence`."""
 
     def kernel_params(self) -> tuple[float, ...]:
         """Up to four numbers for the kernel, in the order that params.h gives."""
@@ -95,7 +107,7 @@ class RatioRule:
         raise NotImplementedError
 
 
-def _clip_sides(r: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def clip_sides(r: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     return (advantage < 0) & (r < 1 - low), (advantage > 0) & (r > 1 + high)
 
 
@@ -115,9 +127,9 @@ class PPOClip(RatioRule):
     kernel_id: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        _check_widths(self, "eps_low", "eps_high")
-        _check_optional_bound(self, "dual_clip", "delta")
-        _check("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
+        check_widths(self, "eps_low", "eps_high")
+        check_optional_bound(self, "dual_clip", "delta")
+        check_value("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.dual_clip or inf, self.delta or inf
@@ -125,7 +137,7 @@ class PPOClip(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         advantage = inputs.advantage
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
-        low, high = _clip_sides(r, advantage, self.eps_low, self.eps_high)
+        low, high = clip_sides(r, advantage, self.eps_low, self.eps_high)
         cap = min(self.dual_clip or inf, self.delta or inf)
         capped = (advantage < 0) & (r > cap)
         loss = torch.where(low, -(1 - self.eps_low) * advantage, -r * advantage)
@@ -146,8 +158,8 @@ class GPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
-        _check_widths(self, "eps_low", "eps_high")
-        _check_optional_bound(self, "dual_clip")
+        check_widths(self, "eps_low", "eps_high")
+        check_optional_bound(self, "dual_clip")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.dual_clip or inf
@@ -168,7 +180,7 @@ class CEGPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
-        _check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
+        check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.beta1, self.beta2
@@ -182,7 +194,7 @@ def _gradient_preserving(
 ) -> RatioTerms:
     advantage = inputs.advantage
     r = importance_ratio(inputs.logprob, inputs.old_logprob)
-    low, high = _clip_sides(r, advantage, eps_low, eps_high)
+    low, high = clip_sides(r, advantage, eps_low, eps_high)
     one = r / r.detach()  # value 1, the gradient of the log-prob
     loss = torch.where(low, -beta_low * (1 - eps_low) * one * advantage, -r * advantage)
     loss = torch.where(high, -beta_high * (1 + eps_high) * one * advantage, loss)
@@ -202,9 +214,9 @@ class CISPO(RatioRule):
     kernel_id: ClassVar[int | None] = 3
 
     def __post_init__(self) -> None:
-        _check_widths(self, "ratio_max")
+        check_widths(self, "ratio_max")
         low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= self.ratio_max
-        _check("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
+        check_value("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.ratio_min or 0.0, self.ratio_max
@@ -229,7 +241,7 @@ class SAPO(RatioRule):
     def __post_init__(self) -> None:
         for name in ("tau_pos", "tau_neg"):
             value = getattr(self, name)
-            _check(name, value, 0 < value < inf, "a finite number > 0")
+            check_value(name, value, 0 < value < inf, "a finite number > 0")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.tau_pos, self.tau_neg
@@ -237,9 +249,12 @@ class SAPO(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         advantage = inputs.advantage
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
-        tau = torch.where(advantage > 0, self.tau_pos, self.tau_neg).to(r)
+        tau = torch.where(advantage > 0, torch.full_like(r, self.tau_pos), self.tau_neg)  # in r's dtype, not float32
         loss = -advantage * (4 / tau) * torch.sigmoid(tau * (r - 1))
-        return RatioTerms(loss, _nowhere(r), _nowhere(r))
+        return RatioTerms(loss, nowhere(r), nowhere(r))
+
+
+_DPPO_KERNELS = {"tv": 5, "kl": 6, "full-tv": None, "full-kl": None}
 
 
 @dataclass(frozen=True)
@@ -249,24 +264,32 @@ class DPPO(RatioRule):
     `divergence="tv"`: blocked where A > 0 and p - p_old > high, or A < 0 and p - p_old < -low (0.15).
     `divergence="kl"`: blocked where the KL(old||new) of (token, any other) exceeds the bound (0.05) and the update
     moves further away. A blocked token has value and gradient 0.
+    `divergence="full-tv"` and `"full-kl"`: the same bounds on the exact divergence over the whole vocabulary, which the
+    caller passes as `old_divergence` (`total_variation` or `kl_old_new` of `erc.entropy_ratio`); blocked where it
+    exceeds the bound and the update moves the token's probability further away. These run two-phase.
     """
 
     divergence: str = "tv"
     low: float | None = None
     high: float | None = None
     ratio_max: float = 20.0
+    two_phase_reason: ClassVar[str | None] = "compares the whole vocabulary, which the kernels do not"
 
     def __post_init__(self) -> None:
-        _check("divergence", self.divergence, self.divergence in ("tv", "kl"), '"tv" or "kl"')
-        bound = 0.15 if self.divergence == "tv" else 0.05
+        check_value("divergence", self.divergence, self.divergence in _DPPO_KERNELS, f"one of {tuple(_DPPO_KERNELS)}")
+        bound = 0.15 if self.divergence.endswith("tv") else 0.05
         for name in ("low", "high"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, bound)
-        _check_widths(self, "low", "high", "ratio_max")
+        check_widths(self, "low", "high", "ratio_max")
 
     @property
-    def kernel_id(self) -> int:  # type: ignore[override]
-        return 5 if self.divergence == "tv" else 6
+    def kernel_id(self) -> int | None:  # type: ignore[override]
+        return _DPPO_KERNELS[self.divergence]
+
+    @property
+    def needs_divergence(self) -> bool:  # type: ignore[override]
+        return self.divergence.startswith("full-")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.low, self.high, self.ratio_max
@@ -278,8 +301,8 @@ class DPPO(RatioRule):
         if self.divergence == "tv":
             above, below = moved > self.high, moved < -self.low
         else:
-            kl = binary_kl(old_logprob, logprob)
-            above, below = (moved > 0) & (kl > self.high), (moved < 0) & (kl > self.low)
+            distance = inputs.old_divergence if self.needs_divergence else binary_kl(old_logprob, logprob)
+            above, below = (moved > 0) & (distance > self.high), (moved < 0) & (distance > self.low)
         high, low = (advantage > 0) & above, (advantage < 0) & below
         coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
         return RatioTerms(scaled_logprob(coefficient, inputs.logprob), low, high)
@@ -301,7 +324,7 @@ class Reinforce(RatioRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         loss = scaled_logprob(-inputs.advantage, inputs.logprob)
-        return RatioTerms(loss, _nowhere(loss), _nowhere(loss))
+        return RatioTerms(loss, nowhere(loss), nowhere(loss))
 
 
 @dataclass(frozen=True)
@@ -312,7 +335,7 @@ class DRO(RatioRule):
     kernel_id: ClassVar[int | None] = 8
 
     def __post_init__(self) -> None:
-        _check_widths(self, "beta")
+        check_widths(self, "beta")
 
     def kernel_params(self) -> tuple[float, ...]:
         return (self.beta,)
@@ -320,7 +343,7 @@ class DRO(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         difference = log_difference(inputs.logprob, inputs.old_logprob)
         loss = scaled_logprob(-inputs.advantage, inputs.logprob) + self.beta / 2 * difference.square()
-        return RatioTerms(loss, _nowhere(loss), _nowhere(loss))
+        return RatioTerms(loss, nowhere(loss), nowhere(loss))
 
 
 @dataclass(frozen=True)
@@ -331,27 +354,4 @@ class NoClip(RatioRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
-        return RatioTerms(-r * inputs.advantage, _nowhere(r), _nowhere(r))
-
-
-@dataclass(frozen=True)
-class GSPO(RatioRule):
-    """`max(-A s, -A clamp(s, 1-eps_low, 1+eps_high))` with the sequence's geometric-mean ratio
-    `s = exp(min(lp - sg(lp) + sg(mean_t d), 10))` (arXiv 2507.18071). Needs sequences; runs two-phase."""
-
-    eps_low: float = 3e-4
-    eps_high: float = 4e-4
-    needs_sequences: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_widths(self, "eps_low", "eps_high")
-
-    def terms(self, inputs: RatioInputs) -> RatioTerms:
-        difference = log_difference(inputs.logprob, inputs.old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        mean = inputs.sequences.mean(difference.detach(), inputs.mask)
-        own = log_difference(inputs.logprob, inputs.logprob.detach())
-        s = (own + inputs.sequences.expand(mean)).clamp(max=10.0).exp()
-        advantage = inputs.advantage
-        low, high = _clip_sides(s, advantage, self.eps_low, self.eps_high)
-        loss = torch.where(low, -(1 - self.eps_low) * advantage, -s * advantage)
-        return RatioTerms(torch.where(high, -(1 + self.eps_high) * advantage, loss), low, high)
+        return RatioTerms(-r * inputs.advantage, nowhere(r), nowhere(r))

@@ -168,8 +168,11 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     nll_mask: Tensor | None = None,
+    old_divergence: Tensor | None = None,
+    ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -180,7 +183,18 @@ def policy_loss(
     objective = resolve_objective(objective)
     leading = tuple(logits.shape[:-1])
     arguments = TokenArguments(
-        old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
+        old_logprob,
+        advantages,
+        mask,
+        old_entropy,
+        ref_logprob,
+        rollout_logprob,
+        nll_mask,
+        old_divergence,
+        ref_kl,
+        cu_seqlens,
+        normalizer,
+        generator,
     )
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index)
@@ -200,8 +214,11 @@ def objective_loss(
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     nll_mask: Tensor | None = None,
+    old_divergence: Tensor | None = None,
+    ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> PolicyLoss:
     """The policy loss from log-probs and entropies that a trainer holds already: no vocabulary work.
 
@@ -225,7 +242,18 @@ def objective_loss(
     if tuple(entropy.shape) != leading or entropy.device != logprob.device:
         raise ValueError(f"entropy must have the shape and device of logprob, {leading}, got {tuple(entropy.shape)}")
     arguments = TokenArguments(
-        old_logprob, advantages, mask, old_entropy, ref_logprob, rollout_logprob, nll_mask, cu_seqlens, normalizer
+        old_logprob,
+        advantages,
+        mask,
+        old_entropy,
+        ref_logprob,
+        rollout_logprob,
+        nll_mask,
+        old_divergence,
+        ref_kl,
+        cu_seqlens,
+        normalizer,
+        generator,
     )
     batch = token_batch(objective, arguments, leading, logprob.device, logprob.dtype)
     return policy_loss_result(objective, batch, logprob.reshape(-1), entropy.reshape(-1), leading)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from erc.metrics import policy_metrics
 from erc.objectives import Objective
-from erc.token_loss import TokenBatch, TokenLosses, token_losses
+from erc.token_loss import TokenBatch, TokenLosses, exact_kl_terms, token_losses
 
 
 class TokenStats(NamedTuple):
@@ -65,9 +65,16 @@ def collect(
 ) -> PolicyLoss:
     """Per-token results `[N]` as a `PolicyLoss` of rows `[*]`."""
     logprob, entropy = logprob.detach(), entropy.detach()
+    loss, token_loss, exact_kl = losses.loss, losses.token_loss, exact_kl_terms(objective, batch)
+    if objective.reduction != "none":
+        loss = loss.sum()
+    if exact_kl is not None:
+        weighted = batch.weight * exact_kl
+        loss = loss + (weighted if objective.reduction == "none" else weighted.sum())
+        token_loss = token_loss + exact_kl.detach()
     return PolicyLoss(
-        loss=losses.loss.view(leading) if objective.reduction == "none" else losses.loss.sum(),
-        per_token_loss=losses.token_loss.view(leading),
+        loss=loss.view(leading) if objective.reduction == "none" else loss,
+        per_token_loss=token_loss.view(leading),
         logprob=logprob.view(leading),
         entropy=entropy.view(leading),
         metrics=policy_metrics(objective, batch, logprob, entropy, losses.flags),

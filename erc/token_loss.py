@@ -19,8 +19,8 @@ from erc.sequences import Sequences
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Everything known of `N` tokens before their logits are read. Every tensor is `[N]`, constant, in the statistics
-    dtype.
+    """Everything known of `N` tokens before their logits are read. Every tensor is `[N]`, in the statistics dtype, and
+    constant, but for `ref_kl`, which brings its graph.
 
     `mask` is the weight of a token in the reduction and 0 where it is not to be read; `weight` is what the reduction
     makes of it. `policy_weight`, `entropy_weight` and `logprob_weight` are None where the objective has no such term.
@@ -36,6 +36,9 @@ class TokenBatch:
     entropy_weight: Tensor | None
     logprob_weight: Tensor | None
     sequences: Sequences | None
+    old_divergence: Tensor | None = None
+    ref_kl: Tensor | None = None
+    generator: torch.Generator | None = None
 
 
 class TokenLosses(NamedTuple):
@@ -58,11 +61,19 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
     entropy = torch.where(active, entropy, 0.0)
     old_logprob = logprob.detach() if batch.old_logprob is None else torch.where(active, batch.old_logprob, 0.0)
 
-    inputs = RatioInputs(logprob, old_logprob, torch.where(active, batch.advantages, 0.0), batch.mask, batch.sequences)
+    advantage = torch.where(active, batch.advantages, 0.0)
+    inputs = RatioInputs(
+        logprob, entropy, old_logprob, advantage, batch.mask, batch.sequences, batch.old_divergence, batch.generator
+    )
     policy, clip_low, clip_high = objective.ratio.terms(inputs)
     if batch.policy_weight is not None:
         policy = policy * torch.where(active, batch.policy_weight, 0.0)
     flags = clip_low * TokenFlag.CLIP_LOW + clip_high * TokenFlag.CLIP_HIGH
+
+    filtered = _filtered(objective, inputs)
+    if filtered is not None:
+        policy = torch.where(filtered, 0.0, policy)
+        flags = flags + filtered * TokenFlag.FILTERED
 
     gate = objective.entropy_ratio
     if gate is not None:
@@ -71,7 +82,7 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
         flags = flags + dropped * TokenFlag.ERC_DROPPED + below * TokenFlag.ERC_LOW + above * TokenFlag.ERC_HIGH
 
     token_loss = policy
-    if objective.kl is not None:
+    if objective.kl is not None and objective.kl.kind != "full":
         ref_logprob = torch.where(active, batch.ref_logprob, 0.0)
         token_loss = token_loss + objective.kl.coef * objective.kl.estimate(logprob, old_logprob, ref_logprob)
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
@@ -86,3 +97,25 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
         loss = loss + torch.where(weight == 0, 0.0, weight * logprob)
     flags = torch.where(active, flags, 0).to(torch.int32)
     return TokenLosses(torch.where(active, loss, 0.0), token_loss.detach(), flags)
+
+
+def _filtered(objective: Objective, inputs: RatioInputs) -> Tensor | None:
+    """Which tokens the objective's filters take out of the policy term, or None without any filter."""
+    dropped = []
+    if objective.high_entropy is not None:
+        dropped.append(objective.high_entropy.dropped(inputs.entropy.detach(), inputs.mask != 0))
+    if objective.off_policy_mask is not None:
+        dropped.append(
+            objective.off_policy_mask.dropped(
+                inputs.logprob, inputs.old_logprob, inputs.advantage, inputs.mask, inputs.sequences
+            )
+        )
+    return torch.stack(dropped).any(0) if dropped else None
+
+
+def exact_kl_terms(objective: Objective, batch: TokenBatch) -> Tensor | None:
+    """`coef * ref_kl` of each token, with its graph, or None where the penalty is an estimate: it needs nothing of the
+    sampled token, so it is added to what any path computes."""
+    if objective.kl is None or objective.kl.kind != "full":
+        return None
+    return torch.where(batch.mask != 0, objective.kl.coef * batch.ref_kl, 0.0)

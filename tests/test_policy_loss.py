@@ -31,6 +31,7 @@ def make_problem(dtype=torch.float32, seed=0):
         "old_logprob": (exact.logprob + 0.3 * torch.randn(B, T, generator=generator)).float(),
         "old_entropy": (exact.entropy * (1 + 0.1 * torch.randn(B, T, generator=generator))).float(),
         "ref_logprob": (exact.logprob + 0.3 * torch.randn(B, T, generator=generator)).float(),
+        "old_divergence": 0.2 * torch.rand(B, T, generator=generator),
         "advantages": torch.randn(B, generator=generator),
         "mask": (torch.rand(B, T, generator=generator) < 0.8).float() * (0.5 + torch.rand(B, T, generator=generator)),
     }
@@ -38,6 +39,7 @@ def make_problem(dtype=torch.float32, seed=0):
 
 
 def run(logits, labels, arguments, function=erc.policy_loss, upstream=None, **settings):
+    torch.manual_seed(0)  # of the choice that Clip-Cov draws
     logits = logits.detach().clone().requires_grad_()
     out = function(logits, labels, **arguments, **settings)
     out.loss.backward(upstream)
