@@ -34,7 +34,7 @@ setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backend
 demo: setup ## train a small language model with the fused erc-dapo loss (minutes), then show its curves
 	$(PY) -m examples.train_rlvr $(DEMO_ARGS)
 
-test: setup ## every test that this machine can run
+test: setup $(VENV)/.peers ## every test that this machine can run
 	$(PY) -m pytest tests -q $(PYTEST_ARGS)
 
 lint: setup ## ruff, without changing anything
@@ -62,7 +62,7 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 clean: ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
 	find $(wildcard erc triton_kernels tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed
+	rm -f $(VENV)/.installed $(VENV)/.peers
 
 # ---- how the environment is made -------------------------------------------------------------------------------------
 
@@ -82,4 +82,11 @@ build: $(VENV)/.torch
 
 $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch | build
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $@
+
+# Code of others that tests compare with. verl pins a transformers older than TRL's, and needs little of what it pins to
+# have its losses imported: so it comes without its dependencies, and those few by the extra. Tests skip what is missing.
+$(VENV)/.peers: $(VENV)/.installed
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl-losses]" && \
+	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
 	touch $@

@@ -3,6 +3,7 @@
 from erc import reference, rlvr
 from erc.backends import backends, use_backend
 from erc.batch_rules import ClipCov, KLCov
+from erc.diagnose import Diagnosis, diagnose
 from erc.entropy_control import AdaptiveEntropyCoef
 from erc.explain import explain
 from erc.linear import linear_policy_loss
@@ -51,6 +52,7 @@ __all__ = [
     "VESPO",
     "AdaptiveEntropyCoef",
     "ClipCov",
+    "Diagnosis",
     "EntropyRatio",
     "EntropyRatioClip",
     "HighEntropyMask",
@@ -69,6 +71,7 @@ __all__ = [
     "TokenStats",
     "VocabShard",
     "backends",
+    "diagnose",
     "entropy_ratio",
     "explain",
     "linear_policy_loss",
