@@ -1,0 +1,78 @@
+"""Per-token loss and gradient of every ratio rule against the importance ratio: the figure of docs/objectives.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import torch
+import typer
+from torch import Tensor
+
+import erc
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SAME_RULE = ("grpo", "dr-grpo", "luspo")
+"""Presets whose rule another one shows already; they differ in the reduction."""
+OLD_LOGPROB = -1.0
+COLOURS = {1.0: "tab:blue", -1.0: "tab:red"}
+
+
+def curve(objective: erc.Objective, ratios: Tensor, advantage: float) -> tuple[Tensor, Tensor]:
+    """Loss and d loss / d logprob of one-token sequences at each of `ratios`, for one advantage."""
+    logprob = (OLD_LOGPROB + ratios.log())[:, None].requires_grad_()
+    out = erc.objective_loss(
+        logprob,
+        torch.ones_like(logprob),
+        objective=objective,
+        old_logprob=torch.full_like(logprob, OLD_LOGPROB).detach(),
+        advantages=torch.full_like(ratios, advantage),
+        old_divergence=(ratios - 1).abs()[:, None] * torch.tensor(OLD_LOGPROB).exp(),
+    )
+    out.loss.sum().backward()
+    return out.loss.detach().squeeze(-1), logprob.grad.squeeze(-1)
+
+
+def presets() -> list[str]:
+    """What is plotted: every rule once."""
+    return [name for name in erc.objectives() if not name.startswith("erc-") and name not in SAME_RULE]
+
+
+def draw(path: Path, points: int = 401, columns: int = 5) -> None:
+    names = presets()
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.5 * rows), sharex=True, layout="constrained")
+    ratios = torch.linspace(0.25, 2.2, points, dtype=torch.float64)
+    for axis, name in zip(axes.flat, names, strict=False):
+        objective = erc.objective(name, reduction="none")
+        for advantage, colour in COLOURS.items():
+            loss, gradient = curve(objective, ratios, advantage)
+            axis.plot(ratios, loss, color=colour, label=f"loss, A = {advantage:+.0f}")
+            axis.plot(ratios, gradient, color=colour, linestyle="--", label=f"gradient, A = {advantage:+.0f}")
+        axis.axvline(1.0, color="grey", linewidth=0.5)
+        axis.set_title(name, fontsize=10)
+        axis.set_ylim(-3.2, 3.2)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower right", fontsize=9)
+    figure.supxlabel("importance ratio of the token")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="where the figure goes")] = Path("docs/images/objectives.png"),
+    points: Annotated[int, typer.Option(min=3)] = 401,
+) -> None:
+    """Draw the figure."""
+    draw(output, points)
+    typer.echo(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

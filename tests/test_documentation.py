@@ -1,0 +1,51 @@
+"""The documents say what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import erc
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", [name for name in erc.objectives() if not name.startswith("erc-")])
+def test_every_preset_is_explained(name):
+    for document in ("docs/objectives.md", "README.md"):
+        assert f"`{name}`" in (ROOT / document).read_text(), document
+
+
+def test_the_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("typer")
+    from examples import objective_plots
+
+    path = tmp_path / "objectives.png"
+    objective_plots.draw(path, points=9)
+    assert path.stat().st_size > 20_000
+
+
+def test_the_curves_of_ppo():
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("typer")
+    import torch
+
+    from examples import objective_plots
+
+    ratios = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    loss, gradient = objective_plots.curve(erc.objective("ppo", reduction="none"), ratios, 1.0)
+    torch.testing.assert_close(loss, torch.tensor([-0.5, -1.0, -1.2], dtype=torch.float64))
+    torch.testing.assert_close(gradient, torch.tensor([-0.5, -1.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "document", sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / document).parent / target).exists(), target
