@@ -58,6 +58,7 @@ def _run(name: str, plan: list[suite.Entry], selection: suite.Selection, output:
 @app.command()
 def run(
     quick: Annotated[bool, typer.Option("--quick", help="the CPU targets, under 5 minutes on 2 cores")] = False,
+    linear: Annotated[bool, typer.Option("--linear", help="only the loss from hidden states, over N and D")] = False,
     operators: Names = "",
     backends: Names = "",
     dtypes: Names = "",
@@ -81,8 +82,10 @@ def run(
         vocab=vocab,
         seconds=seconds,
     )
-    plan = suite.quick_plan() if quick else suite.full_plan()
-    _run("cpu-quick" if quick else "cpu", plan, selection, output, accuracy)
+    name, plan = "cpu", suite.full_plan
+    if quick or linear:
+        name, plan = ("cpu-quick", suite.quick_plan) if quick else ("cpu-linear", suite.linear_plan)
+    _run(name, plan(), selection, output, accuracy)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers.base import Runner, Unsupported
+from benchmarks.variants import all_variants
 from benchmarks.workloads import Case, Inputs
 
 # A fixed threshold sends every large block straight to the system and back, so that none hides in the heap.
@@ -66,8 +67,6 @@ def _peak_of(runner: Runner, device: str) -> int:
 
 
 def _measure(case: Case, names: list[str]) -> dict[str, int]:
-    from benchmarks.suite import all_variants
-
     inputs = Inputs(case)
     found = {}
     for variant in all_variants():

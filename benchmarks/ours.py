@@ -76,8 +76,6 @@ def _entropy_ratio(backend: str, inputs: Inputs) -> Runner:
 
 
 def _linear(backend: str, inputs: Inputs) -> Runner:
-    if not hasattr(erc, "linear_policy_loss"):
-        raise Unsupported("this erc has no linear_policy_loss")
     arguments = _loss_arguments(inputs, backend)
     rows = (inputs.sequences, inputs.case.rows // inputs.sequences)
     labels = inputs.labels.view(rows)
@@ -85,6 +83,19 @@ def _linear(backend: str, inputs: Inputs) -> Runner:
     def call() -> None:
         hidden, weight = inputs.head()
         erc.linear_policy_loss(hidden.view(*rows, -1), weight, labels, **arguments).loss.backward()
+
+    return Runner(call)
+
+
+def _linear_stored(backend: str, inputs: Inputs) -> Runner:
+    arguments = _loss_arguments(inputs, backend)
+    rows = (inputs.sequences, inputs.case.rows // inputs.sequences)
+    labels = inputs.labels.view(rows)
+
+    def call() -> None:
+        hidden, weight = inputs.head()
+        logits = (hidden @ weight.t()).view(*rows, -1)
+        erc.policy_loss(logits, labels, inplace_backward=True, **arguments).loss.backward()
 
     return Runner(call)
 
@@ -110,6 +121,8 @@ def variants(backends: tuple[str, ...] = BACKENDS) -> list[Variant]:
         if backend != "torch":
             in_place = {"policy-loss": partial(_policy_loss_in_place, backend)}
             chosen.append(Variant(f"erc {backend}, in place", in_place, **known))
+            stored = {"linear": partial(_linear_stored, backend)}
+            chosen.append(Variant(f"erc {backend}, logits stored", stored, **known))
     return chosen
 
 

@@ -11,14 +11,16 @@ import torch
 from benchmarks import ours
 from benchmarks.accuracy import measure_accuracy
 from benchmarks.memory import peaks
-from benchmarks.peers import PEERS, Unsupported, Variant
+from benchmarks.peers import Unsupported, torch_linear
 from benchmarks.results import Measurement, Results, Skip, new_results
 from benchmarks.timing import Budget, interleave
+from benchmarks.variants import all_variants
 from benchmarks.workloads import TEMPERATURE, VOCABULARIES, Case, Inputs, entropy_quantiles
 
 QWEN = VOCABULARIES["Qwen"]
 OBJECTIVES = ("erc-dapo", "erc-gppo", "dapo")
 PLAIN = ("eager PyTorch",)
+TORCH_LINEAR = torch_linear.PEER.name
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,6 @@ class Selection:
         return list(chosen.values())
 
 
-def all_variants(backends: tuple[str, ...] = ours.BACKENDS, peers: bool = True) -> list[Variant]:
-    """Everything that can be measured, erc first, the plain reads and copies last."""
-    return [
-        *ours.variants(backends),
-        *ours.rule_variants(backends),
-        *(PEERS if peers else ()),
-        *ours.BASELINES,
-    ]
-
-
 def quick_plan(device: str = "cpu") -> list[Entry]:
     """The targets of the CPU backend, under 5 minutes on 2 cores."""
     rows = 256 if device == "cpu" else 4096
@@ -93,6 +85,25 @@ def quick_plan(device: str = "cpu") -> list[Entry]:
     return plan
 
 
+def linear_plan(device: str = "cpu") -> list[Entry]:
+    """The loss from hidden states: time and memory over N and D. Only what does not store the logits runs at the
+    largest N, where float32 logits alone are 2.4 GB."""
+    chunked = (*(f"erc {name}" for name in ("cpu", "triton", "cuda")), "TRL", "Liger", ours.PRODUCTS)
+    dtypes, scale = (("float32",), 1) if device == "cpu" else (("bfloat16",), 4)
+    plan = []
+    for dtype in dtypes:
+        for count in (256, 1024, 4096):
+            for hidden in (512, 1024):
+                budget = Budget(seconds=20, min_rounds=2 if count == 4096 else 3, max_rounds=5, max_repeats=1)
+                for objective in ("erc-dapo", "dapo"):
+                    case = Case("linear", dtype, count * scale, QWEN, objective, hidden * scale, device=device)
+                    variants = chunked if count == 4096 else None
+                    if objective == "dapo":  # for the peers that give no entropy
+                        variants = ("erc cpu", "erc triton", "erc cuda", "Liger", "cut-cross-entropy", TORCH_LINEAR)
+                    plan.append(Entry(case, budget, variants, memory=True))
+    return plan
+
+
 def full_plan(device: str = "cpu") -> list[Entry]:
     """Every operator on the vocabularies of real models in three dtypes, and sweeps over N and V."""
     rows = 256 if device == "cpu" else 4096
@@ -110,9 +121,8 @@ def full_plan(device: str = "cpu") -> list[Entry]:
             ]
     for dtype in ("float32", "bfloat16"):
         plan.append(Entry(Case("entropy-ratio", dtype, rows // 2, QWEN, device=device), budget))
-        for objective in ("dapo", "erc-dapo"):
-            case = Case("linear", dtype, rows, QWEN, objective, hidden, device=device)
-            plan.append(Entry(case, budget, memory=True))
+        case = Case("linear", dtype, rows, QWEN, "erc-dapo", hidden, device=device)
+        plan.append(Entry(case, budget, memory=True))
         for operator, objective in (("stats", ""), ("policy-loss", "erc-dapo")):
             for count in (rows // 16, rows // 4, rows * 4):
                 plan.append(
@@ -120,7 +130,7 @@ def full_plan(device: str = "cpu") -> list[Entry]:
                 )
             for vocab in (1024, 4096, 16_384, 65_536):
                 plan.append(Entry(Case(operator, dtype, rows, vocab, objective, device=device), short))
-    return plan
+    return plan + linear_plan(device)
 
 
 def run(

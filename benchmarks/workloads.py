@@ -99,6 +99,8 @@ class Inputs:
         sampled = torch.rand(rows, generator=self.generator).to(self.device) < 0.9
         self.labels = torch.where(sampled, top, other)
         self.logprob, self.entropy = exact_statistics(logits, self.labels)
+        if case.hidden:
+            del logits, self.logits_master  # gigabytes that no variant of a linear case reads
         self.old_logprob = (self.logprob + 0.1 * self._randn(rows)).clamp(max=0.0)
         self.old_entropy = self.entropy * (1 + 0.04 * self._randn(rows))
         self.sequence_advantages = self._randn(self.sequences)

@@ -40,7 +40,10 @@ class HeadGradients:
         needs_hidden, needs_weight, needs_bias = needs
         accumulator = torch.promote_types(head.weight.dtype, torch.float32)
         self.hidden = torch.zeros_like(head.hidden) if needs_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=accumulator) if needs_weight else None
+        self.weight = torch.empty_like(head.weight, dtype=accumulator) if needs_weight else None
+        self._weight_is_set = (
+            False  # the first product writes it: zeros would cost a pass over [V, D], and adding another
+        )
         self.bias = torch.zeros_like(head.bias, dtype=accumulator) if needs_bias else None
 
     def add(self, head: Head, index: Tensor | slice, rows: Tensor, grad_logits: Tensor) -> None:
@@ -48,12 +51,25 @@ class HeadGradients:
         if self.hidden is not None:
             self.hidden[index] = grad_logits @ head.weight
         if self.weight is not None:
-            if self.weight.dtype == grad_logits.dtype:
-                torch.addmm(self.weight, grad_logits.t(), rows, out=self.weight)
-            else:
-                self.weight.add_(grad_logits.t() @ rows)
+            self._add_weight(grad_logits.t(), rows)
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+
+    def _add_weight(self, grad_logits: Tensor, rows: Tensor) -> None:
+        same, first, self._weight_is_set = self.weight.dtype == grad_logits.dtype, not self._weight_is_set, True
+        if same and first:
+            torch.mm(grad_logits, rows, out=self.weight)
+        elif same:
+            torch.addmm(self.weight, grad_logits, rows, out=self.weight)
+        elif first:
+            self.weight.copy_(grad_logits @ rows)
+        else:
+            self.weight.add_(grad_logits @ rows)
+
+    def finish(self) -> None:
+        """After the last chunk: without any, the gradient of the weight is 0."""
+        if self.weight is not None and not self._weight_is_set:
+            self.weight.zero_()
 
     def scaled(
         self, factor: Tensor, like: tuple[Tensor, Tensor, Tensor | None], backend_operators: Any

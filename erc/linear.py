@@ -167,6 +167,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                     results = call.operators.policy_loss(logits, *arguments, False)
                 for output, result in zip(outputs, results, strict=False):
                     output[index] = result
+            gradients.finish()
         if any(call.needs):
             outputs[0] = outputs[0].sum()
         ctx.gradients, ctx.operators = gradients, call.operators

@@ -187,6 +187,7 @@ class _LinearStats(torch.autograd.Function):
                 if shard is not None:
                     reduced.append((index, shard.reduce(logits[0] @ head.weight)))
                 gradients.add(head, index, rows, logits[0])
+            gradients.finish()
             if shard is not None:
                 gradients.hidden = torch.zeros_like(head.hidden, dtype=torch.promote_types(call.dtype, torch.float32))
             for index, total in reduced:

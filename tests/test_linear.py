@@ -282,3 +282,14 @@ def test_peak_memory_does_not_grow_with_rows_times_vocabulary():
     """)
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert grown < 64 * 2**20, f"the peak rose by {grown / 2**20:.0f} MiB"
+
+
+def test_without_an_active_row_every_gradient_is_zero():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    labels, advantages = torch.full((3,), -100), torch.ones(3)
+    for objective in ("dapo", "gspo"):
+        out = erc.linear_policy_loss(
+            hidden[None], weight, labels[None], old_logprob=None, advantages=advantages[None], objective=objective
+        )
+        for gradient in torch.autograd.grad(out.loss, (hidden, weight)):
+            assert (gradient == 0).all()
