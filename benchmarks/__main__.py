@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 try:
     import typer
     from rich.console import Console
+    from rich.table import Table
 except ImportError as missing:
     sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
 
 from benchmarks import ours, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
 from benchmarks.compare import change_table, changes, regressions
+from benchmarks.machine_code.report import machine_code_table
 from benchmarks.plots import save_plots
 from benchmarks.readme import rewrite
 from benchmarks.report import accuracy_table, full_report
@@ -51,8 +54,14 @@ def _run(name: str, plan: list[suite.Entry], selection: suite.Selection, output:
     path = output or _ROOT / "build" / "benchmarks" / f"{name}.json"
     results.save(path)
     figures = save_plots(results, path)
-    _console.print(full_report(results))
+    _console.print(full_report(results), *_machine_code(path))
     _console.print(f"wrote {path}, {path.with_suffix('.csv').name}" + "".join(f", {figure.name}" for figure in figures))
+
+
+def _machine_code(path: Path) -> list[Table]:
+    """The machine-code report that lies beside a results file, made by `machine-code --json`."""
+    figures = path.with_name("machine_code.json")
+    return [machine_code_table(json.loads(figures.read_text()))] if figures.exists() else []
 
 
 @app.command()
@@ -140,7 +149,7 @@ def report(results: Path) -> None:
     """Print the tables of a results file, and draw its plots again."""
     loaded = Results.load(results)
     save_plots(loaded, results)
-    _console.print(full_report(loaded))
+    _console.print(full_report(loaded), *_machine_code(results))
 
 
 @app.command()

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
-from benchmarks.machine_code.report import CompiledKernel, LoopCost, Measurement, measure, triton_kernels
+from benchmarks.machine_code import cuda_variants
+from benchmarks.machine_code.report import CompiledKernel, machine_code_table, measure, triton_kernels
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,51 +48,17 @@ def cubin_argument(text: str) -> CompiledKernel:
     return CompiledKernel(name, arch, Path(path), function or None, (count, count), source="cubin")
 
 
-def _cell(cost: LoopCost | None) -> str:
-    if cost is None:
-        return "-"
-    widths = "/".join(str(bits) for bits in (*cost.load_bits, *cost.store_bits))
-    return f"{cost.instructions:.2f} ({widths} bit)"
-
-
-def print_table(measurements: Sequence[Measurement]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Main loops by element; the share of peak bandwidth that the instruction mix leaves reachable")
-    table.add_column("kernel")
-    for column in (
-        "arch",
-        "statistics",
-        "gradient",
-        "total",
-        "MUFU",
-        "barriers",
-        "regs",
-        "smem",
-        "spills",
-        "reachable",
-    ):
-        table.add_column(column, justify="right")
-    for m in measurements:
-        loops = [loop for loop in (m.statistics, m.gradient) if loop]
-        synchronising = sum(loop.barriers + loop.shuffles for loop in loops)
-        reachable = ", ".join(
-            f"{gpu} {r.share:.0%} ({r.resource} at {r.headroom:.2f}x)" for gpu, r in m.reachable.items()
-        )
-        table.add_row(
-            f"{m.source}: {m.name}", m.arch, _cell(m.statistics), _cell(m.gradient), f"{m.instructions():.2f}",
-            f"{m.mufu():.3f}", str(synchronising), str(m.registers), str(m.shared_bytes), "yes" if m.spills else "no",
-            reachable,
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, disassemble, report. Returns 1 if a kernel spills."""
     options = parser().parse_args(arguments)
     archs = options.arch or ARCHS
     kernels = triton_kernels(archs, _DTYPES[options.dtype])
+    if options.dtype == "bfloat16" and cuda_variants.nvcc():
+        kernels += cuda_variants.cuda_kernels(archs)
+    else:
+        print(
+            "the CUDA kernels are left out: " + ("they are measured in bfloat16" if cuda_variants.nvcc() else "no nvcc")
+        )
     kernels += [cubin_argument(text) for text in options.cubin]
     if options.peers:
         from benchmarks.machine_code.peers import peer_kernels
@@ -103,5 +71,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and str(options.json) == "-":
         print(figures)
     else:
-        print_table(measurements)
+        Console(width=None if sys.stdout.isatty() else 200).print(machine_code_table(json.loads(figures)))
     return int(any(m.spills and m.source != "peer" for m in measurements))

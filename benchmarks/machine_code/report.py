@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from benchmarks.machine_code.roofline import GPUS, Reachable
 from benchmarks.machine_code.sass import Kernel, Loop, disassemble
@@ -65,8 +66,8 @@ class LoopCost:
             mufu=pipes["mufu"] / elements,
             read_bytes=loop.bytes_of("LDG") / elements,
             write_bytes=loop.bytes_of("STG") / elements,
-            load_bits=loop.widths("LDG"),
-            store_bits=loop.widths("STG"),
+            load_bits=loop.widths("LDG") or loop.widths("LDS"),
+            store_bits=loop.widths("STG") or loop.widths("STS"),
             barriers=loop.barriers(),
             shuffles=loop.shuffles(),
         )
@@ -98,7 +99,7 @@ class Measurement:
 
 def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> LoopCost | None:
     """The main loop is the one with the fewest instructions an element: guarded and masked twins have more."""
-    costs = [LoopCost.of(loop, elements or loop.bytes_of("LDG") / itemsize) for loop in loops]
+    costs = [LoopCost.of(loop, elements or loop.reads() / itemsize) for loop in loops]
     return min(costs, key=lambda cost: cost.instructions, default=None)
 
 
@@ -148,3 +149,48 @@ def triton_kernels(archs: Iterable[str], dtype: torch.dtype = torch.bfloat16) ->
         for variant in main_variants(dtype)
         for arch in archs
     ]
+
+
+def _cell(cost: dict | None) -> str:
+    if cost is None:
+        return "-"
+    widths = "/".join(str(bits) for bits in (*cost["load_bits"], *cost["store_bits"]))
+    return f"{cost['instructions']:.2f} ({widths} bit)"
+
+
+def machine_code_table(measurements: Iterable[dict]) -> Table:
+    """`Measurement.json` of every kernel, as they are or read back from a file."""
+    table = Table(title="Main loops by element; the share of peak bandwidth that the instruction mix leaves reachable")
+    table.add_column("kernel")
+    for column in (
+        "arch",
+        "statistics",
+        "gradient",
+        "total",
+        "MUFU",
+        "barriers",
+        "regs",
+        "smem",
+        "spills",
+        "reachable",
+    ):
+        table.add_column(column, justify="right")
+    for m in measurements:
+        loops = [loop for loop in (m["statistics"], m["gradient"]) if loop]
+        reachable = ", ".join(
+            f"{gpu} {r['share']:.0%} ({r['resource']} at {r['headroom']:.2f}x)" for gpu, r in m["reachable"].items()
+        )
+        table.add_row(
+            f"{m['source']}: {m['name']}",
+            m["arch"],
+            _cell(m["statistics"]),
+            _cell(m["gradient"]),
+            f"{m['instructions']:.2f}",
+            f"{m['mufu']:.3f}",
+            str(sum(loop["barriers"] + loop["shuffles"] for loop in loops)),
+            str(m["registers"]),
+            str(m["shared_bytes"]),
+            "yes" if m["spills"] else "no",
+            reachable,
+        )
+    return table

@@ -75,6 +75,14 @@ class Loop:
         """The widths in bits of its loads (`LDG`) or stores (`STG`), each once."""
         return tuple(sorted({8 * i.width() for i in self.instructions if i.name == name}))
 
+    def reads(self) -> int:
+        """Bytes of logits that a thread loads: from global memory, else in full vectors from shared memory."""
+        return self.bytes_of("LDG") or sum(i.width() for i in self.instructions if i.name == "LDS" and i.width() == 16)
+
+    def writes(self) -> int:
+        """Bytes of a gradient that a thread stores: to global memory, else in full vectors for a bulk copy."""
+        return self.bytes_of("STG") or sum(i.width() for i in self.instructions if i.name == "STS" and i.width() == 16)
+
     def pipes(self) -> Counter[str]:
         return Counter(i.pipe() for i in self.instructions)
 
@@ -105,12 +113,13 @@ class Kernel:
         return bool(self.stack_bytes or self.local_bytes) or any(i.name in {"LDL", "STL"} for i in self.instructions)
 
     def load_loops(self) -> list[Loop]:
-        """Innermost loops that read global memory and write none: sweeps for statistics."""
-        return [loop for loop in self.loops if loop.count("LDG") and not loop.count("STG") and loop.count("MUFU")]
+        """Innermost loops that read logits, from global memory or where a bulk copy put them, and write none: sweeps
+        for statistics."""
+        return [loop for loop in self.loops if loop.reads() and not loop.writes() and loop.count("MUFU")]
 
     def gradient_loops(self) -> list[Loop]:
         """Innermost loops that read, take an exponential and write: gradient sweeps."""
-        return [loop for loop in self.loops if loop.count("LDG") and loop.count("STG") and loop.count("MUFU")]
+        return [loop for loop in self.loops if loop.reads() and loop.writes() and loop.count("MUFU")]
 
 
 def tool(name: str) -> str:

@@ -1,0 +1,101 @@
+"""The CUDA kernels of csrc/cuda, compiled by nvcc to cubins: no GPU and no PyTorch takes part.
+
+One cubin a source file and architecture, kept under build/ by a hash of everything that it was compiled from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.machine_code.report import CompiledKernel
+from benchmarks.machine_code.sass import disassemble
+
+_ROOT = Path(__file__).parents[2]
+_CSRC = _ROOT / "csrc"
+_CACHE = _ROOT / "build" / "machine_code"
+SOURCES = ("stats", "policy_loss", "paired", "partial", "scale")
+_FLAGS = ("-std=c++17", "-O3", "-lineinfo")  # as setup.py
+
+# bfloat16, without softcap, aligned rows: the variant that a training step runs, by its template arguments.
+_TRAINING = "8bfloat16ELb0ELb1E"
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """A kernel by its function's name in a source file, and the architectures that launch it."""
+
+    name: str
+    source: str
+    function: str
+    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+
+
+MAIN = (
+    CudaKernel("stats", "stats", "stats_row_kernel"),
+    CudaKernel("stats of a segment", "stats", "segment_kernel"),
+    CudaKernel("stats gradient", "stats", "stats_gradient_kernel"),
+    CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", ("sm_90", "sm_100")),
+    CudaKernel("loss, block", "policy_loss", "loss_block_kernel"),
+    CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel"),
+)
+
+
+def nvcc() -> str | None:
+    """The compiler, or None where there is none."""
+    return shutil.which("nvcc")
+
+
+def _digest(driver: str) -> str:
+    version = subprocess.run([driver, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(" ".join((version, *_FLAGS)).encode())
+    for path in sorted([*_CSRC.glob("cuda/*.cu*"), *_CSRC.glob("cuda/*.h"), *_CSRC.glob("common/*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cubin(source: str, arch: str) -> Path:
+    """csrc/cuda/`source`.cu for one architecture.
+
+    Raises:
+        FileNotFoundError: without nvcc.
+        subprocess.CalledProcessError: if it does not compile.
+    """
+    driver = nvcc()
+    if driver is None:
+        raise FileNotFoundError("nvcc is not on the PATH")
+    path = _CACHE / f"{source}-{arch}-{_digest(driver)}.cubin"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".partial")
+        command = [driver, *_FLAGS, "-cubin", f"-arch={arch}", f"-I{_CSRC}", str(_CSRC / "cuda" / f"{source}.cu")]
+        subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
+        fresh.replace(path)
+    return path
+
+
+def cubins(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]:
+    """Cubins of (source, architecture) pairs, two compilers at a time."""
+    pairs = sorted(set(pairs))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(pairs, pool.map(lambda pair: cubin(*pair), pairs), strict=True))
+
+
+def cuda_kernels(archs: Iterable[str], kernels: Iterable[CudaKernel] = MAIN) -> list[CompiledKernel]:
+    """The kernels of a training step, for the report."""
+    wanted = [(kernel, arch) for kernel in kernels for arch in archs if arch in kernel.archs]
+    compiled = cubins((kernel.source, arch) for kernel, arch in wanted)
+    names: dict[Path, list[str]] = {}
+    chosen = []
+    for kernel, arch in wanted:
+        path = compiled[kernel.source, arch]
+        if path not in names:
+            names[path] = [found.name for found in disassemble(path.read_bytes())]
+        (function,) = (name for name in names[path] if kernel.function in name and _TRAINING in name)
+        chosen.append(CompiledKernel(kernel.name, arch, path, function, source="cuda"))
+    return chosen

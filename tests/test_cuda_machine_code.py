@@ -1,0 +1,81 @@
+"""The machine code of csrc/cuda, by nvcc and without a GPU: no spills, and no more instructions than the targets allow.
+
+A fresh machine compiles two files for three architectures, a few minutes of processor time; the cubins are kept by a
+hash of their sources.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="its package carries the disassembler")
+pytest.importorskip("rich", reason="needs rich")
+from benchmarks.machine_code import cuda_variants
+from benchmarks.machine_code.report import Measurement, measure
+from benchmarks.machine_code.sass import disassemble
+
+pytestmark = [
+    pytest.mark.skipif(cuda_variants.nvcc() is None, reason="needs nvcc"),
+    pytest.mark.timeout(900),
+]
+ARCHS = ("sm_80", "sm_90", "sm_100")
+FILES = ("stats", "policy_loss")
+
+# Instructions an element of bfloat16 logits: in the main loop of the statistics, and in both sweeps of the fused loss. On
+# sm_100 two float32 operations share an instruction.
+STATISTICS = {"sm_80": 6.5, "sm_90": 6.3, "sm_100": 5.0}
+LOSS = {"sm_80": 13.0, "sm_90": 13.0, "sm_100": 10.0}
+MUFU = 1.04
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, str], Measurement]:
+    return {(m.name, m.arch): m for m in map(measure, cuda_variants.cuda_kernels(ARCHS))}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("file", FILES)
+def test_no_kernel_spills(file, arch, measured):
+    kernels = disassemble(cuda_variants.cubin(file, arch).read_bytes())
+    assert len(kernels) > 10, "every dtype and feature is a kernel"
+    assert [kernel.name for kernel in kernels if kernel.spills()] == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["stats", "stats of a segment"])
+def test_statistics_take_few_instructions(name, arch, measured):
+    loop = measured[name, arch].statistics
+    assert 3 < loop.instructions <= STATISTICS[arch]
+    assert 1 <= loop.mufu <= MUFU
+    assert loop.load_bits == (128,) and loop.barriers == 0 and loop.shuffles == 0
+
+
+FUSED = [("loss, block", "sm_80"), ("loss, cluster", "sm_90"), ("loss, cluster", "sm_100")]
+
+
+@pytest.mark.parametrize(("name", "arch"), FUSED)
+def test_the_fused_loss_takes_few_instructions(name, arch, measured):
+    found = measured[name, arch]
+    assert 6 < found.instructions() <= LOSS[arch]
+    assert 2 <= found.mufu() <= 2 * MUFU
+    for loop in (found.statistics, found.gradient):
+        assert loop.load_bits == (128,) and loop.barriers == 0 and loop.shuffles == 0
+    assert found.gradient.store_bits == (128,)
+
+
+@pytest.mark.parametrize(("name", "arch"), [("stats", "sm_80"), ("stats", "sm_90"), ("stats", "sm_100"), *FUSED])
+def test_the_instructions_leave_the_memory_s_speed_reachable(name, arch, measured):
+    found = measured[name, arch]
+    assert found.reachable
+    for gpu, reachable in found.reachable.items():
+        assert reachable.share >= 0.95, f"{gpu}: {reachable}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_allow_two_resident_blocks(arch, measured):
+    """65,536 registers a multiprocessor; blocks of 256 threads, of 512 where one block holds two groups."""
+    for (name, of), found in measured.items():
+        if of == arch:
+            assert found.registers <= 128, f"{name}: {found.registers}"
+            if name.startswith("stats") and name != "stats gradient":
+                assert found.registers <= 64, f"{name}: {found.registers}, for four blocks"
