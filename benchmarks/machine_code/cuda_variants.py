@@ -24,6 +24,7 @@ _FLAGS = ("-std=c++17", "-O3", "-lineinfo")  # as setup.py
 
 # bfloat16, without softcap, aligned rows: the variant that a training step runs, by its template arguments.
 _TRAINING = "8bfloat16ELb0ELb1E"
+_ELEMENTS = 32  # of a thread in one pass of a main loop: four 16-byte loads
 
 
 @dataclass(frozen=True)
@@ -97,5 +98,5 @@ def cuda_kernels(archs: Iterable[str], kernels: Iterable[CudaKernel] = MAIN) -> 
         if path not in names:
             names[path] = [found.name for found in disassemble(path.read_bytes())]
         (function,) = (name for name in names[path] if kernel.function in name and _TRAINING in name)
-        chosen.append(CompiledKernel(kernel.name, arch, path, function, source="cuda"))
+        chosen.append(CompiledKernel(kernel.name, arch, path, function, (_ELEMENTS, _ELEMENTS), source="cuda"))
     return chosen

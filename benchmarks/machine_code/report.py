@@ -98,8 +98,15 @@ class Measurement:
 
 
 def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> LoopCost | None:
-    """The main loop is the one with the fewest instructions an element: guarded and masked twins have more."""
-    costs = [LoopCost.of(loop, elements or loop.reads() / itemsize) for loop in loops]
+    """The main loop is the one with the fewest instructions an element: guarded and masked twins have more.
+
+    Given `elements`, a loop must take as many exponentials: others are tails and merges.
+    """
+    costs = [
+        LoopCost.of(loop, elements or loop.reads() / itemsize)
+        for loop in loops
+        if elements is None or loop.count("MUFU") >= elements
+    ]
     return min(costs, key=lambda cost: cost.instructions, default=None)
 
 
