@@ -88,18 +88,20 @@ def quick_plan(device: str = "cpu") -> list[Entry]:
 def linear_plan(device: str = "cpu") -> list[Entry]:
     """The loss from hidden states: time and memory over N and D. Only what does not store the logits runs at the
     largest N, where float32 logits alone are 2.4 GB."""
-    chunked = (*(f"erc {name}" for name in ("cpu", "triton", "cuda")), "TRL", "Liger", ours.PRODUCTS)
+    ours_only = tuple(f"erc {name}" for name in ("cpu", "triton", "cuda"))
+    chunked = (*ours_only, "TRL")
+    everyone = (*chunked, *(f"{name}, logits stored" for name in ours_only), *PLAIN, "torch.compile", ours.PRODUCTS)
     dtypes, scale = (("float32",), 1) if device == "cpu" else (("bfloat16",), 4)
     plan = []
     for dtype in dtypes:
         for count in (256, 1024, 4096):
             for hidden in (512, 1024):
-                budget = Budget(seconds=20, min_rounds=2 if count == 4096 else 3, max_rounds=5, max_repeats=1)
+                budget = Budget(seconds=10, min_rounds=2 if count == 4096 else 3, max_rounds=5, max_repeats=1)
                 for objective in ("erc-dapo", "dapo"):
                     case = Case("linear", dtype, count * scale, QWEN, objective, hidden * scale, device=device)
-                    variants = chunked if count == 4096 else None
+                    variants = chunked if count == 4096 else everyone
                     if objective == "dapo":  # for the peers that give no entropy
-                        variants = ("erc cpu", "erc triton", "erc cuda", "Liger", "cut-cross-entropy", TORCH_LINEAR)
+                        variants = (*ours_only, "Liger", "cut-cross-entropy", TORCH_LINEAR)
                     plan.append(Entry(case, budget, variants, memory=True))
     return plan
 
