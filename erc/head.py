@@ -87,9 +87,13 @@ class HeadGradients:
 
 
 def chunks(index: Tensor | None, count: int, size: int) -> Iterator[Tensor | slice]:
-    """Chunks of the active rows: of `index` where rows were compacted, else of all `count` rows."""
+    """Chunks of the active rows: of `index` where rows were compacted, else of all `count` rows.
+
+    At most `size` rows each, and alike: products of a small remainder run slowly.
+    """
     total = count if index is None else len(index)
-    for start in range(0, total, size):
+    size = -(-total // max(1, -(-total // size)))
+    for start in range(0, total, max(1, size)):
         stop = min(start + size, total)
         yield slice(start, stop) if index is None else index[start:stop]
 
