@@ -21,8 +21,8 @@ pytestmark = [
 ARCHS = ("sm_80", "sm_90", "sm_100")
 FILES = ("stats", "policy_loss")
 
-# Instructions an element of bfloat16 logits: in the main loop of the statistics, and in both sweeps of the fused loss. On
-# sm_100 two float32 operations share an instruction.
+# Instructions an element of bfloat16 logits: in the main loop of the statistics, and in both sweeps of the fused loss.
+# On sm_100 two float32 operations share an instruction.
 STATISTICS = {"sm_80": 6.5, "sm_90": 6.3, "sm_100": 5.0}
 LOSS = {"sm_80": 13.0, "sm_90": 13.0, "sm_100": 10.0}
 MUFU = 1.04
