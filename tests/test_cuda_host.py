@@ -342,6 +342,28 @@ def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison,
             assert torch.equal(bits(a), bits(b))
 
 
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
+    """At Qwen's vocabulary in bfloat16: threads of a block, blocks of a cluster, bytes of shared memory."""
+    cuda_variants = pytest.importorskip("benchmarks.machine_code.cuda_variants", reason="the report needs triton")
+    assumed = {kernel.name: (kernel.threads, kernel.cluster, kernel.shared) for kernel in cuda_variants.MAIN}
+    logits, labels = random_logits(1, 2, 151_936, dtype=torch.bfloat16), random_labels(2, V=151_936)
+    seen = {}
+    for clusters, multiprocessors in MACHINES.values():
+        host.configure(clusters=clusters, multiprocessors=multiprocessors, l2_bytes=40 << 20)
+        *_, saved = host.ops.stats_forward(logits, labels, None, params(), IGNORE)
+        host.ops.stats_backward(logits, labels, None, params(), IGNORE, saved, torch.ones(2), None, None)
+        loss_call(host, logits, labels)
+        seen[clusters, multiprocessors] = [shape[1:] for shape in host.launches()]
+    stats, gradient = assumed["stats"], assumed["stats gradient"]
+    assert seen[True, 1] == [stats, gradient, assumed["loss, cluster"]]
+    assert seen[False, 1] == [stats, gradient, assumed["loss, block"]]
+    segment, merge = assumed["stats of a segment"], (32, 1, 0)
+    assert seen[False, 132] == [segment, merge, gradient, segment, assumed["loss gradient of shared rows"]]
+
+
 # ---- the fused loss --------------------------------------------------------------------------------------------------
 
 RULES = {
@@ -532,6 +554,7 @@ def test_scaling_rows(V, dtype, machine):
         ("divergent_barrier", "divergent barrier"),
         ("missing_thread", "missing threads"),
         ("shuffle_without_a_lane", "missing threads"),
+        ("vote_without_a_lane", "missing threads"),
         ("partial_mask", "fewer than 32 lanes"),
         ("copy_without_wait", "nobody waited"),
         ("misaligned_load", "not aligned"),
@@ -553,6 +576,13 @@ def test_the_harness_shows_races_and_uninitialised_memory(host):
             outs.setdefault(kernel, []).append(out)
     assert torch.equal(*outs["sound"])
     assert not torch.equal(*outs["missing_barrier"]) and not torch.equal(*outs["uninitialised_shared"])
+
+
+def test_votes_and_atomics(host):
+    host.configure(order=7)
+    out = torch.zeros(64)
+    assert host.fault("votes_and_atomics", out) == ""
+    assert out[:4].tolist() == [16 * 2, 1, sum(range(32)), 19]
 
 
 @pytest.mark.sanitize

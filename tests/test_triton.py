@@ -441,6 +441,63 @@ def test_several_rows_a_program(small_programs, monkeypatch):
         assert torch.equal(a, b)
 
 
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+GPUS = {  # multiprocessors, warp size, cache between the sweeps: data sheets (for the MI300X, its Infinity Cache)
+    "sm_80": (108, 32, 40 * MIB),
+    "sm_90": (132, 32, 50 * MIB),
+    "sm_100": (148, 32, 126 * MIB),
+    "gfx942": (304, 64, 256 * MIB),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("V", [32_768, 131_072, 151_936, 262_144])
+@pytest.mark.parametrize("architecture", GPUS)
+def test_the_table_keeps_the_rows_in_flight_in_the_cache(architecture, V):
+    """A program holds half its row on average."""
+    device = tuning.Device(architecture, *GPUS[architecture])
+    assert any(name == architecture and kib >= V / 512 for name, kib in tuning._TABLE), "no line, only the fallback"
+    programs = tuning.programs_for_loss(device, 2 * V, rows=100_000)
+    assert device.multiprocessors * 0.8 < programs
+    assert programs * V <= tuning.CACHE_SHARE * device.cache_bytes
+    assert tuning.programs_for_loss(device, 4 * V, rows=100_000) <= programs, "float32 rows are twice as large"
+
+
+@needs_kernels
+def test_machines_and_rows_beyond_the_table_fall_back_on_the_cache_s_size():
+    for architecture in ("sm_75", "sm_90"):
+        device = tuning.Device(architecture, 100, 32, 50 * MIB)
+        for kib in (1024, 4096):
+            programs = tuning.programs_for_loss(device, kib * 1024, rows=100_000)
+            assert programs >= 1 and programs * kib * 1024 / 2 <= max(0.6 * 50 * MIB, kib * 512)
+    assert tuning.programs_for_loss(tuning.Device("sm_75", 100, 32, 50 * MIB), 1024, rows=100_000) == 200
+    assert tuning.programs_for_loss(tuning.Device("sm_75", 100, 32, 50 * MIB), 1024, rows=7) == 7
+
+
+@needs_kernels
+def test_autotuning_finds_the_fastest_line_and_leaves_no_trace(small_programs, monkeypatch):
+    from erc.triton_kernels import autotune
+
+    monkeypatch.setattr(tuning, "_INTERPRETER", None)  # so that the line counts, as on a GPU
+    device = tuning.Device("sm_90", *GPUS["sm_90"])
+    monkeypatch.setattr(tuning, "device_of", lambda _: device)
+    seen = []
+
+    def seconds(call):
+        line = tuning.tuning_of(device, 2 * 67)
+        seen.append(line)
+        *_, gradient = call()
+        assert gradient.numel() > 0 and gradient.isfinite().all()
+        return abs(line.loss_programs - 1.5) + abs(line.split_below - 0.25)
+
+    before = tuning.tuning_of(device, 2 * 67)
+    assert autotune.best_tuning(67, 2, 1, seconds, device=DEVICE) == tuning.Tuning(1.5, 0.25)
+    assert len(set(seen)) == len(autotune.PROGRAMS) + len(autotune.SPLITS) - 1  # one line is in both
+    assert tuning.tuning_of(device, 2 * 67) == before
+
+
 # ---- the fused loss --------------------------------------------------------------------------------------------------
 
 RULES = {

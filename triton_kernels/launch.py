@@ -53,7 +53,7 @@ def shared_lanes(
     """Lanes of every row, swept by one program a segment; None where there are rows enough to keep the machine busy."""
     columns = segment_columns(layout)
     segments = triton.cdiv(rows.V, columns)
-    if not tuning.shares_rows(tuning.device_of(rows.data), rows.V, rows.count, segments):
+    if not tuning.shares_rows(tuning.device_of(rows.data), rows.row_bytes(), rows.count, segments):
         return None
     dtype = torch.float64 if tl.float64 == layout.REAL else torch.float32
     lanes = torch.empty((rows.count, segments, 3, layout.LANES), dtype=dtype, device=rows.data.device)

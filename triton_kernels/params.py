@@ -64,6 +64,9 @@ class Rows(NamedTuple):
     def address(self) -> tuple[int, int, int]:
         return self.inner, self.stride_outer, self.stride_inner
 
+    def row_bytes(self) -> int:
+        return self.V * self.data.element_size()
+
     def aligned(self) -> bool:
         """Whether every row starts and ends at a multiple of 128 bits."""
         unit = 16 // self.data.element_size()

@@ -135,7 +135,7 @@ def _policy_loss(
         saved, grad_logprob = per_row(3), per_row()
         grad_entropy = None if entropy_weight is None else per_row()
     out = None if shared_gradient or target is None else target
-    programs = tuning.programs_for_loss(device, source.V, source.count)
+    programs = tuning.programs_for_loss(device, source.row_bytes(), source.count)
     launch(
         policy_loss_kernel, programs, source.data, source.data, None if out is None else out.data, labels, temperature,
         lanes, weight, advantages, old_logprob, old_entropy, ref_logprob, policy_weight, entropy_weight, logprob_weight,

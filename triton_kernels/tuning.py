@@ -8,6 +8,8 @@ programs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,70 +19,89 @@ LANES = 512  # a program's threads: 16 warps of NVIDIA, 8 of AMD
 LOADS = 2  # 128-bit loads a lane takes between two rescales
 TILES = 4  # of LANES * VEC * LOADS columns: a segment, 32,768 columns of 16-bit logits
 
-L2_SHARE = 0.6
-"""Rows in flight may take this share of the L2 cache; beyond it the gradient sweep reads DRAM again."""
+CACHE_SHARE = 0.6
+"""Rows in flight may take this share of the cache; beyond it the gradient sweep reads DRAM again."""
 
 
 class Tuning(NamedTuple):
     """`loss_programs`: programs of the fused loss per multiprocessor; `split_below`: rows per multiprocessor under
-    which a row
-    is cut over several programs."""
+    which a row is cut over several programs."""
 
-    loss_programs: int
+    loss_programs: float
     split_below: float
 
 
-# Derived from cache sizes, not measured on these machines: a program of the fused loss holds half its row in the L2
-# cache on average, because its second sweep evicts what it has read. Replace a line by `python -m benchmarks autotune`
-# on the machine.
+# Derived from cache sizes, not measured on these machines: two programs of 64 registers a thread fit on a
+# multiprocessor, and one holds half its row in the cache on average, because its second sweep evicts what it has read.
+# `python -m erc.triton_kernels.autotune` prints measured lines for the machine it runs on.
 _TABLE = {
-    # (architecture, vocabulary up to): Tuning
-    ("sm_80", 32_768): Tuning(4, 0.5),
-    ("sm_80", 131_072): Tuning(2, 0.5),
-    ("sm_80", 155_648): Tuning(1, 0.5),
-    ("sm_80", 262_144): Tuning(1, 0.5),
-    ("sm_90", 32_768): Tuning(4, 0.5),
-    ("sm_90", 131_072): Tuning(2, 0.5),
-    ("sm_90", 155_648): Tuning(2, 0.5),
-    ("sm_90", 262_144): Tuning(1, 0.5),
-    ("sm_100", 32_768): Tuning(4, 0.5),
-    ("sm_100", 131_072): Tuning(4, 0.5),
-    ("sm_100", 155_648): Tuning(4, 0.5),
-    ("sm_100", 262_144): Tuning(2, 0.5),
-    ("gfx942", 32_768): Tuning(4, 0.5),
-    ("gfx942", 131_072): Tuning(4, 0.5),
-    ("gfx942", 155_648): Tuning(4, 0.5),
-    ("gfx942", 262_144): Tuning(2, 0.5),
+    # (architecture, largest row in KiB, which is V of 16-bit logits / 512): Tuning
+    ("sm_80", 64): Tuning(2, 0.5),
+    ("sm_80", 256): Tuning(1, 0.5),
+    ("sm_80", 304): Tuning(1, 0.5),
+    ("sm_80", 512): Tuning(0.85, 0.5),
+    ("sm_90", 64): Tuning(2, 0.5),
+    ("sm_90", 256): Tuning(1, 0.5),
+    ("sm_90", 304): Tuning(1, 0.5),
+    ("sm_90", 512): Tuning(0.9, 0.5),
+    ("sm_100", 64): Tuning(2, 0.5),
+    ("sm_100", 256): Tuning(2, 0.5),
+    ("sm_100", 304): Tuning(2, 0.5),
+    ("sm_100", 512): Tuning(1.9, 0.5),
+    ("gfx942", 64): Tuning(4, 0.5),
+    ("gfx942", 256): Tuning(4, 0.5),
+    ("gfx942", 304): Tuning(3, 0.5),
+    ("gfx942", 512): Tuning(2, 0.5),
 }
-_FALLBACK = Tuning(2, 0.5)
+_LARGEST_FALLBACK = 2
+_forced: list[Tuning] = []
 
 
 class Device(NamedTuple):
     architecture: str
     multiprocessors: int
     warp_size: int
+    cache_bytes: int
 
 
 # The interpreter runs programs one after another, so a row is never worth sharing.
-_INTERPRETER = Device("interpreter", 1, 32)
+_INTERPRETER = Device("interpreter", 1, 32, 1 << 20)
 
 
 @lru_cache
 def _gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
+    name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip:
-        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count, properties.warp_size)
-    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, 32)
+        name = properties.gcnArchName.split(":")[0]
+    warp_size = properties.warp_size if torch.version.hip else 32
+    return Device(name, properties.multi_processor_count, warp_size, properties.L2_cache_size)
 
 
 def device_of(tensor: torch.Tensor) -> Device:
     return _gpu(tensor.get_device()) if tensor.is_cuda else _INTERPRETER
 
 
-def tuning_of(device: Device, V: int) -> Tuning:
-    """The table's line for the smallest listed vocabulary that holds V; the fallback for other machines and sizes."""
-    sizes = sorted(size for architecture, size in _TABLE if architecture == device.architecture and size >= V)
-    return _TABLE[device.architecture, sizes[0]] if sizes else _FALLBACK
+def tuning_of(device: Device, row_bytes: int) -> Tuning:
+    """The table's line for the smallest listed row that holds `row_bytes`. Other machines, and larger rows, have as
+    many programs as keep their rows in the cache."""
+    if _forced:
+        return _forced[-1]
+    sizes = sorted(kib for name, kib in _TABLE if name == device.architecture and kib * 1024 >= row_bytes)
+    if sizes:
+        return _TABLE[device.architecture, sizes[0]]
+    fitting = CACHE_SHARE * device.cache_bytes / (max(row_bytes, 1) / 2) / device.multiprocessors
+    return Tuning(min(fitting, _LARGEST_FALLBACK), 0.5)
+
+
+@contextmanager
+def override(line: Tuning) -> Iterator[None]:
+    """Every launch inside uses `line`, so that it can be measured."""
+    _forced.append(line)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def compile_options(warp_size: int, softcap: bool, float64: bool) -> dict[str, int | bool]:
@@ -96,15 +117,15 @@ def compile_options(warp_size: int, softcap: bool, float64: bool) -> dict[str, i
     return options
 
 
-def programs_for_loss(device: Device, V: int, rows: int) -> int:
+def programs_for_loss(device: Device, row_bytes: int, rows: int) -> int:
     """Programs of the fused loss; each works through every `programs`-th row."""
     if device is _INTERPRETER:
         return rows
-    return min(rows, device.multiprocessors * tuning_of(device, V).loss_programs)
+    return min(rows, max(1, int(device.multiprocessors * tuning_of(device, row_bytes).loss_programs)))
 
 
-def shares_rows(device: Device, V: int, rows: int, segments: int) -> bool:
+def shares_rows(device: Device, row_bytes: int, rows: int, segments: int) -> bool:
     """Whether several programs should work on one row, so that few rows still fill the machine."""
-    return (
-        segments > 1 and device is not _INTERPRETER and rows < device.multiprocessors * tuning_of(device, V).split_below
-    )
+    if segments == 1 or device is _INTERPRETER:
+        return False
+    return rows < device.multiprocessors * tuning_of(device, row_bytes).split_below

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import triton
 from rich.console import Console
 
-from benchmarks.machine_code import cuda_variants
+from benchmarks.machine_code import cuda_variants, peers
 from benchmarks.machine_code.report import CompiledKernel, machine_code_table, measure, triton_kernels
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -33,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
         "main-loop iteration and may be empty (read off the loads)",
     )  # fmt: skip
     options.add_argument(
-        "--peers", type=Path, metavar="FOLDER", help="a folder with unpacked wheels of trl and liger-kernel"
-    )
+        "--peers", type=Path, metavar="FOLDER",
+        help="a folder with unpacked wheels of trl and liger-kernel (default: where they are installed)",
+    )  # fmt: skip
     return options
 
 
@@ -48,6 +51,12 @@ def cubin_argument(text: str) -> CompiledKernel:
     return CompiledKernel(name, arch, Path(path), function or None, (count, count), source="cubin")
 
 
+def toolchain(folder: Path | None) -> dict[str, str]:
+    """The versions of what made and of what is measured; absent ones are left out."""
+    nvcc = cuda_variants.nvcc() and re.search(r"release \S+ (V\S+)", cuda_variants.version(cuda_variants.nvcc()))
+    return {"triton": triton.__version__, **({"nvcc": nvcc[1]} if nvcc else {}), **peers.versions(folder)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, disassemble, report. Returns 1 if a kernel spills."""
     options = parser().parse_args(arguments)
@@ -56,16 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dtype == "bfloat16" and cuda_variants.nvcc():
         kernels += cuda_variants.cuda_kernels(archs)
     else:
-        print(
-            "the CUDA kernels are left out: " + ("they are measured in bfloat16" if cuda_variants.nvcc() else "no nvcc")
-        )
+        print("left out: csrc/cuda: " + ("measured in bfloat16 only" if cuda_variants.nvcc() else "no nvcc"))
     kernels += [cubin_argument(text) for text in options.cubin]
-    if options.peers:
-        from benchmarks.machine_code.peers import peer_kernels
-
-        kernels += peer_kernels(options.peers, archs)
+    for name, reason in peers.missing(options.peers).items():
+        print(f"left out: {name}: {reason}")
+    kernels += peers.peer_kernels(archs, options.peers)
     measurements = [measure(kernel) for kernel in kernels]
-    figures = json.dumps([m.json() for m in measurements], indent=2)
+    report = {"toolchain": toolchain(options.peers), "kernels": [m.json() for m in measurements]}
+    figures = json.dumps(report, indent=1)
     if options.json and str(options.json) != "-":
         options.json.write_text(figures + "\n")
     if options.json and str(options.json) == "-":

@@ -29,21 +29,25 @@ _ELEMENTS = 32  # of a thread in one pass of a main loop: four 16-byte loads
 
 @dataclass(frozen=True)
 class CudaKernel:
-    """A kernel by its function's name in a source file, and the architectures that launch it."""
+    """A kernel by its function's name in a source file, its bytes of dynamic shared memory at V = 151,936 in bfloat16,
+    and the architectures that launch it. A test on the host holds block, cluster and bytes to what the launchers do."""
 
     name: str
     source: str
     function: str
+    shared: int
     archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    threads: int = 256
+    cluster: int = 1
 
 
 MAIN = (
-    CudaKernel("stats", "stats", "stats_row_kernel"),
-    CudaKernel("stats of a segment", "stats", "segment_kernel"),
-    CudaKernel("stats gradient", "stats", "stats_gradient_kernel"),
-    CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", ("sm_90", "sm_100")),
-    CudaKernel("loss, block", "policy_loss", "loss_block_kernel"),
-    CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel"),
+    CudaKernel("stats", "stats", "stats_row_kernel", 24_704),
+    CudaKernel("stats of a segment", "stats", "segment_kernel", 3_088),
+    CudaKernel("stats gradient", "stats", "stats_gradient_kernel", 24),
+    CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", 41_296, ("sm_90", "sm_100"), cluster=8),
+    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 24_728),
+    CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel", 24),
 )
 
 
@@ -52,9 +56,12 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def version(driver: str) -> str:
+    return subprocess.run([driver, "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def _digest(driver: str) -> str:
-    version = subprocess.run([driver, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(" ".join((version, *_FLAGS)).encode())
+    digest = hashlib.sha256(" ".join((version(driver), *_FLAGS)).encode())
     for path in sorted([*_CSRC.glob("cuda/*.cu*"), *_CSRC.glob("cuda/*.h"), *_CSRC.glob("common/*.h")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -98,5 +105,8 @@ def cuda_kernels(archs: Iterable[str], kernels: Iterable[CudaKernel] = MAIN) -> 
         if path not in names:
             names[path] = [found.name for found in disassemble(path.read_bytes())]
         (function,) = (name for name in names[path] if kernel.function in name and _TRAINING in name)
-        chosen.append(CompiledKernel(kernel.name, arch, path, function, (_ELEMENTS, _ELEMENTS), source="cuda"))
+        launch = {"threads": kernel.threads, "dynamic_shared": kernel.shared, "cluster": kernel.cluster}
+        chosen.append(
+            CompiledKernel(kernel.name, arch, path, function, (_ELEMENTS, _ELEMENTS), source="cuda", **launch)
+        )
     return chosen

@@ -1,8 +1,8 @@
-"""The peers' Triton kernels, compiled ahead of time from unpacked wheels; nothing of them is installed or copied.
+"""The peers' Triton kernels, compiled ahead of time from where they are installed; nothing of them is copied.
 
-Prepare a folder with `pip download --no-deps trl liger-kernel` and unpack both wheels into it. A kernel's file is
-loaded by its path, so none of a peer's dependencies is needed. The feature flags are those of a plain GRPO step without
-a KL term, the vocabulary Qwen's 151,936, launch shapes those of the peer's own launcher.
+A kernel's file is found without importing its package and loaded by its path, so none of a peer's dependencies is
+needed: `pip install --no-deps liger-kernel` is enough, or a folder of unpacked wheels. The feature flags are those of a
+plain GRPO step without a KL term, the vocabulary Qwen's 151,936, launch shapes those of the peer's own launcher.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code.report import CompiledKernel
+from benchmarks.machine_code.report import CompiledKernel, from_triton
 from benchmarks.machine_code.triton_variants import TARGETS
 
 VOCABULARY = 151_936
@@ -37,8 +39,8 @@ class PeerKernel:
     options: Mapping[str, int]
     elements: int | None = None
 
-    def compile(self, folder: Path, arch: str) -> CompiledKernel:
-        function = getattr(_load(folder / self.file), self.function)
+    def compile(self, folder: Path | None, arch: str) -> CompiledKernel:
+        function = getattr(_load(_file(self, folder)), self.function)
         signature, constants, divisible = {}, {}, {}
         for position, name in enumerate(function.arg_names):
             if name in self.constants:
@@ -48,10 +50,11 @@ class PeerKernel:
             # What Triton's launcher finds out about addresses and strides of such logits.
             divisible[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(function, signature, constants, divisible)
-        cubin = triton.compile(source, target=TARGETS[arch], options=dict(self.options)).asm["cubin"]
-        return CompiledKernel(self.name, arch, cubin, elements=(None, self.elements), source="peer")
+        compiled = triton.compile(source, target=TARGETS[arch], options=dict(self.options))
+        return from_triton(self.name, arch, compiled, elements=(None, self.elements), source="peer")
 
 
+@cache
 def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("peer_" + path.stem, path)
     if spec is None or spec.loader is None:
@@ -98,13 +101,48 @@ PEERS = (
 )  # fmt: skip
 
 
-def peer_kernels(folder: Path, archs: Iterable[str]) -> list[CompiledKernel]:
-    """Those peers whose files are in `folder`.
+_DISTRIBUTIONS = {"trl": "trl", "liger_kernel": "liger-kernel"}
+
+
+def _file(peer: PeerKernel, folder: Path | None) -> Path:
+    """Where the kernel's file should be: in `folder`, else where the package is installed.
 
     Raises:
-        FileNotFoundError: if none is.
+        ModuleNotFoundError: if it is not installed.
     """
-    found = [peer for peer in PEERS if (folder / peer.file).exists()]
-    if not found:
-        raise FileNotFoundError(f"--peers: none of {sorted({peer.file for peer in PEERS})} in {folder}")
-    return [peer.compile(folder, arch) for peer in found for arch in archs]
+    if folder is not None:
+        return folder / peer.file
+    package, _, rest = peer.file.partition("/")
+    spec = importlib.util.find_spec(package)  # of a top-level package, which is not imported for it
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{_DISTRIBUTIONS[package]} is not installed")
+    return Path(next(iter(spec.submodule_search_locations))) / rest
+
+
+def why_not(peer: PeerKernel, folder: Path | None = None) -> str | None:
+    """Why a peer's kernel cannot be measured, None where it can."""
+    try:
+        path = _file(peer, folder)
+    except ModuleNotFoundError as error:
+        return str(error)
+    if not path.exists():
+        return f"no {path}"
+    return None if hasattr(_load(path), peer.function) else f"no {peer.function} in {path}"
+
+
+def missing(folder: Path | None = None) -> dict[str, str]:
+    """The kernels that cannot be measured, each with the reason."""
+    reasons = {peer.name: why_not(peer, folder) for peer in PEERS}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def versions(folder: Path | None = None) -> dict[str, str]:
+    """The versions of the peers that are there, by the names of their distributions."""
+    where = {} if folder is None else {"path": [str(folder)]}
+    found = {each.name.replace("_", "-"): each.version for each in metadata.distributions(**where)}
+    return {name: found[name] for name in _DISTRIBUTIONS.values() if name in found}
+
+
+def peer_kernels(archs: Iterable[str], folder: Path | None = None) -> list[CompiledKernel]:
+    """Those kernels that are there, compiled for every architecture."""
+    return [peer.compile(folder, arch) for peer in PEERS if why_not(peer, folder) is None for arch in archs]

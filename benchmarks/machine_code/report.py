@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
+from benchmarks.machine_code.occupancy import Occupancy
 from benchmarks.machine_code.roofline import GPUS, Reachable
 from benchmarks.machine_code.sass import Kernel, Loop, disassemble
 
@@ -20,7 +22,8 @@ class CompiledKernel:
     `arch` is "sm_80", "sm_90" or "sm_100"; `cubin` the bytes or a path; `function` the name inside it (None: the only
     one). `elements` are the elements that one thread takes in an iteration of the statistics and of the gradient loop;
     None reads them off the bytes that the loop loads from global memory; a kernel without a loop needs them for its
-    gradient. `itemsize` is that of a logit in bytes.
+    gradient. `itemsize` is that of a logit in bytes. A launch has blocks of `threads` threads with `dynamic_shared`
+    bytes of shared memory each, `cluster` of them in a cluster.
     """
 
     name: str
@@ -30,6 +33,9 @@ class CompiledKernel:
     elements: tuple[int | None, int | None] = (None, None)
     itemsize: int = 2
     source: str = "erc"
+    threads: int | None = None
+    dynamic_shared: int = 0
+    cluster: int = 1
 
     def kernel(self) -> Kernel:
         """Raises LookupError if `function` is not in the cubin, or is needed to choose."""
@@ -81,7 +87,11 @@ class Measurement:
     source: str
     arch: str
     registers: int
-    shared_bytes: int
+    shared_bytes: int  # what the cubin states
+    dynamic_shared: int
+    threads: int | None
+    cluster: int
+    occupancy: Occupancy | None
     spills: bool
     statistics: LoopCost | None
     gradient: LoopCost | None
@@ -134,16 +144,23 @@ def measure(compiled: CompiledKernel) -> Measurement:
         names = {pipe for loop in loops for pipe in loop.pipes}
         demand = {pipe: sum(loop.pipes.get(pipe, 0.0) for loop in loops) for pipe in names}
         reachable = {gpu.name: gpu.reachable(demand, traffic) for gpu in GPUS if gpu.arch == compiled.arch}
+    occupancy = compiled.threads and Occupancy.of(
+        compiled.arch, compiled.threads, kernel.registers, kernel.shared_bytes, compiled.dynamic_shared
+    )
     return Measurement(
-        compiled.name,
-        compiled.source,
-        compiled.arch,
-        kernel.registers,
-        kernel.shared_bytes,
-        kernel.spills(),
-        statistics,
-        gradient,
-        reachable,
+        name=compiled.name,
+        source=compiled.source,
+        arch=compiled.arch,
+        registers=kernel.registers,
+        shared_bytes=kernel.shared_bytes,
+        dynamic_shared=compiled.dynamic_shared,
+        threads=compiled.threads,
+        cluster=compiled.cluster,
+        occupancy=occupancy or None,
+        spills=kernel.spills(),
+        statistics=statistics,
+        gradient=gradient,
+        reachable=reachable,
     )
 
 
@@ -152,10 +169,17 @@ def triton_kernels(archs: Iterable[str], dtype: torch.dtype = torch.bfloat16) ->
     from benchmarks.machine_code.triton_variants import main_variants
 
     return [
-        CompiledKernel(variant.name, arch, variant.compile(arch).asm["cubin"], itemsize=dtype.itemsize, source="triton")
+        from_triton(variant.name, arch, variant.compile(arch), itemsize=dtype.itemsize, source="triton")
         for variant in main_variants(dtype)
         for arch in archs
     ]
+
+
+def from_triton(name: str, arch: str, compiled: Any, **options: Any) -> CompiledKernel:
+    """A kernel that Triton compiled; it knows its own block."""
+    metadata = compiled.metadata
+    threads = metadata.num_warps * 32
+    return CompiledKernel(name, arch, compiled.asm["cubin"], threads=threads, dynamic_shared=metadata.shared, **options)
 
 
 def _cell(cost: dict | None) -> str:
@@ -165,8 +189,8 @@ def _cell(cost: dict | None) -> str:
     return f"{cost['instructions']:.2f} ({widths} bit)"
 
 
-def machine_code_table(measurements: Iterable[dict]) -> Table:
-    """`Measurement.json` of every kernel, as they are or read back from a file."""
+def machine_code_table(document: dict) -> Table:
+    """The report: `{"toolchain": versions by name, "kernels": `Measurement.json` of every kernel}`."""
     table = Table(title="Main loops by element; the share of peak bandwidth that the instruction mix leaves reachable")
     table.add_column("kernel")
     for column in (
@@ -177,12 +201,12 @@ def machine_code_table(measurements: Iterable[dict]) -> Table:
         "MUFU",
         "barriers",
         "regs",
-        "smem",
+        "blocks an SM",
         "spills",
         "reachable",
     ):
         table.add_column(column, justify="right")
-    for m in measurements:
+    for m in document["kernels"]:
         loops = [loop for loop in (m["statistics"], m["gradient"]) if loop]
         reachable = ", ".join(
             f"{gpu} {r['share']:.0%} ({r['resource']} at {r['headroom']:.2f}x)" for gpu, r in m["reachable"].items()
@@ -196,7 +220,7 @@ def machine_code_table(measurements: Iterable[dict]) -> Table:
             f"{m['mufu']:.3f}",
             str(sum(loop["barriers"] + loop["shuffles"] for loop in loops)),
             str(m["registers"]),
-            str(m["shared_bytes"]),
+            f"{m['occupancy']['blocks']} of {m['threads']}" if m["occupancy"] else "-",
             "yes" if m["spills"] else "no",
             reachable,
         )

@@ -92,8 +92,8 @@ struct ClusterShared {
   }
 };
 
-// Block row * segments + rank, one cluster a row. Five clusters of eight such blocks share eight multiprocessors at V = 151,936
-// in bfloat16: while one waits for its copy, the others compute.
+// Block row * segments + rank, one cluster a row. Four clusters of eight such blocks share eight multiprocessors at V = 151,936
+// in bfloat16 (64 registers a thread; shared memory would hold five): while one waits for its copy, the others compute.
 template <class V>
 __global__ void __launch_bounds__(kLanes, kResident<V>) loss_cluster_kernel(PolicyLoss call, Partition partition) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -17,7 +17,7 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr int kLanes = 256;         // of a segment; a thread is one lane
 constexpr int kMaxSegments = 8;     // the largest portable cluster
-constexpr int kSegmentBytes = 40 * 1024;  // five blocks of a cluster kernel fit on an SM of sm_90
+constexpr int kSegmentBytes = 40 * 1024;  // the shared memory of an SM of sm_90 holds five such blocks of a cluster
 constexpr int kUnroll = 4;          // vectors in flight a lane
 
 template <class T>

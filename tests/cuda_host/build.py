@@ -77,13 +77,27 @@ class Host:
         self._configure = handle.erc_cuda_host_configure
         self._fault = handle.erc_cuda_host_fault
         self._fault.restype = ctypes.c_char_p
+        self._launches = handle.erc_cuda_host_launches
         self.ops = getattr(torch.ops, NAMESPACE)
 
-    def configure(self, clusters: bool = True, multiprocessors: int = 1, order: int = 0, poison: int = 0xFF) -> None:
+    def configure(
+        self,
+        clusters: bool = True,
+        multiprocessors: int = 1,
+        order: int = 0,
+        poison: int = 0xFF,
+        l2_bytes: int = 1 << 20,
+    ) -> None:
         """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows
         are split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared
         memory."""
-        self._configure(int(clusters), multiprocessors, order, poison)
+        self._configure(int(clusters), multiprocessors, order, poison, l2_bytes)
+
+    def launches(self) -> list[tuple[int, int, int, int]]:
+        """(grid, block, cluster, bytes of shared memory) of every launch since `configure`."""
+        shapes = (ctypes.c_int64 * 4 * 16)()
+        count = self._launches(shapes, 16)
+        return [tuple(shape) for shape in shapes[:count]]
 
     def fault(self, name: str, out: torch.Tensor) -> str:
         """Run the kernel `name` of faults.cpp on `out` `[>= 32]` float32; returns what the harness found, "" for

@@ -23,6 +23,10 @@ void shuffle_without_a_lane(float* out) {
   if (threadIdx.x != 5) out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
 }
 
+void vote_without_a_lane(float* out) {
+  if (threadIdx.x != 7) out[threadIdx.x] = __any_sync(0xffffffffu, 1);
+}
+
 void partial_mask(float* out) { out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1); }
 
 void uninitialised_shared(float* out) { out[threadIdx.x] = reinterpret_cast<float*>(dynamic_shared())[threadIdx.x]; }
@@ -52,6 +56,17 @@ void sound(float* out) {
   out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x] + __shfl_xor_sync(0xffffffffu, shared[threadIdx.x], 1);
 }
 
+// out[0]: lanes that voted yes; out[1]: any, all; out[2], out[3]: a sum and a maximum over the threads.
+void votes_and_atomics(float* out) {
+  const unsigned odd = __ballot_sync(0xffffffffu, threadIdx.x % 2);
+  const bool any = __any_sync(0xffffffffu, threadIdx.x == 9), all = __all_sync(0xffffffffu, threadIdx.x < 31);
+  atomicAdd(out + 2, float(threadIdx.x));
+  atomicMax(out + 3, float(threadIdx.x % 20));
+  if (threadIdx.x != 0) return;
+  for (int lane = 0; lane < 32; ++lane) out[0] += float((odd >> lane & 1) << (lane % 2));
+  out[1] = float(any) + 2 * float(all);
+}
+
 const struct {
   const char* name;
   void (*kernel)(float*);
@@ -61,6 +76,7 @@ const struct {
     {"uninitialised_shared", uninitialised_shared}, {"missing_barrier", missing_barrier},
     {"copy_without_wait", copy_without_wait},     {"misaligned_load", misaligned_load},
     {"cluster_wait_alone", cluster_wait_alone},   {"sound", sound},
+    {"vote_without_a_lane", vote_without_a_lane}, {"votes_and_atomics", votes_and_atomics},
 };
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include "cuda/device.cuh"
 #include "cuda_host/fibers.h"
 
-extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison);
+extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison, int l2_bytes);
 
 namespace {
 
@@ -78,7 +78,7 @@ void exercise(int64_t vocab_size, int64_t offset_bytes, double softcap) {
 
 int main() {
   for (int machine = 0; machine < 3; ++machine) {  // cluster; block; split
-    erc_cuda_host_configure(machine == 0, machine == 2 ? 132 : 1, machine, 0xff);
+    erc_cuda_host_configure(machine == 0, machine == 2 ? 132 : 1, machine, 0xff, 1 << 20);
     for (const int64_t vocab_size : {1, 3, 4, 1027, 12288}) exercise(vocab_size, 0, 0);
     exercise(20483, 4, 0);
     exercise(1027, 4, 5);

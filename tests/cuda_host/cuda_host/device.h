@@ -16,6 +16,23 @@
 #define __syncthreads() erc_host::sync_threads(__FILE__, __LINE__)
 #define __syncwarp() erc_host::exchange(0, 0, 0xffffffffu, __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, offset) erc::cuda::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
+#define __ballot_sync(mask, predicate) erc_host::ballot((predicate) != 0, mask, __FILE__, __LINE__)
+#define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
+#define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == 0xffffffffu)
+
+// A fiber runs until it waits for others, so a plain update is atomic.
+template <class Value>
+inline Value atomicAdd(Value* p, Value value) {
+  const Value old = *p;
+  *p = old + value;
+  return old;
+}
+template <class Value>
+inline Value atomicMax(Value* p, Value value) {
+  const Value old = *p;
+  *p = old < value ? value : old;
+  return old;
+}
 
 namespace erc {
 namespace cuda {

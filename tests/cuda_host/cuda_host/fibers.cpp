@@ -74,6 +74,7 @@ struct Fiber {
 
 Thread* current = nullptr;
 Machine machine;
+std::vector<Launch> launches;
 
 namespace {
 
@@ -252,6 +253,7 @@ bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::func
     message = "invalid launch";
     return false;
   }
+  launches.push_back({grid, block, cluster, shared_bytes});
   for (int64_t first = 0; first < grid && !failed; first += cluster) run_cluster(first, grid, block, cluster, shared_bytes);
   current = nullptr;
   running = nullptr;
@@ -265,14 +267,30 @@ void sync_threads(const char* file, int line) {
   wait_until_over(barrier, arrive_at(barrier, "barrier", file, line));
 }
 
-uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int line) {
+namespace {
+
+// Leaves `value` with the warp, waits for all its lanes, returns what they left.
+const uint64_t* gather(uint64_t value, unsigned mask, const char* file, int line) {
   Meeting& warp = current->block->warps[current->thread_idx.x / kWarp];
   const int lane = current->thread_idx.x % kWarp;
-  if (mask != 0xffffffffu || warp.expected != kWarp) fail("a shuffle at %s:%d names fewer than 32 lanes", file, line);
+  if (mask != 0xffffffffu || warp.expected != kWarp) fail("a warp operation at %s:%d names fewer than 32 lanes", file, line);
   const int parity = warp.phase % 2;
   warp.values[parity][lane] = value;
   wait_until_over(warp, arrive_at(warp, "warp operation", file, line));
-  return warp.values[parity][from];
+  return warp.values[parity];
+}
+
+}  // namespace
+
+uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int line) {
+  return gather(value, mask, file, line)[from];
+}
+
+unsigned ballot(bool vote, unsigned mask, const char* file, int line) {
+  const uint64_t* votes = gather(vote, mask, file, line);
+  unsigned bits = 0;
+  for (int lane = 0; lane < kWarp; ++lane) bits |= unsigned(votes[lane]) << lane;
+  return bits;
 }
 
 void copy_barrier_init(uint64_t* barrier) { *barrier = 0; }
@@ -328,9 +346,22 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? erc_host::message.c_str() : error == cudaSuccess ? "no error" : "invalid value";
 }
 
-extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison) {
+extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison, int l2_bytes) {
   erc_host::machine.has_clusters = has_clusters != 0;
   erc_host::machine.multiprocessors = multiprocessors;
   erc_host::machine.order = order;
   erc_host::machine.poison = static_cast<unsigned char>(poison);
+  erc_host::machine.l2_bytes = l2_bytes;
+  erc_host::launches.clear();
+}
+
+// Copies the first launches to `out` and returns how many there were.
+extern "C" int erc_cuda_host_launches(int64_t (*out)[4], int capacity) {
+  const auto& all = erc_host::launches;
+  for (int i = 0; i < capacity && i < int(all.size()); ++i) {
+    const erc_host::Launch& one = all[i];
+    const int64_t shape[4] = {one.grid, one.block, one.cluster, one.shared_bytes};
+    std::copy(shape, shape + 4, out[i]);
+  }
+  return int(all.size());
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace erc_host {
 
@@ -33,6 +34,12 @@ struct Machine {
 };
 extern Machine machine;
 
+// The shapes of the launches since the machine was configured: grid, block, cluster, bytes of shared memory.
+struct Launch {
+  int64_t grid, block, cluster, shared_bytes;
+};
+extern std::vector<Launch> launches;
+
 // Returns false, and keeps a message, if the kernel did something undefined.
 bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::function<void()>& kernel);
 
@@ -43,6 +50,8 @@ char* shared_memory();
 void sync_threads(const char* file, int line);
 // Gives the warp `value`, waits for all its lanes, returns what lane `from` gave.
 uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int line);
+// The warp's votes, lane i in bit i.
+unsigned ballot(bool vote, unsigned mask, const char* file, int line);
 void copy_barrier_init(uint64_t* barrier);
 void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier);
 void copy_wait(uint64_t* barrier);
