@@ -7,7 +7,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -18,15 +18,18 @@ try:
 except ImportError as missing:
     sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
 
-from benchmarks import ours, suite
+from benchmarks import ours, plans, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
 from benchmarks.compare import change_table, changes, regressions
+from benchmarks.docs_page import docs_block
 from benchmarks.machine_code.report import machine_code_table
+from benchmarks.markdown import rewrite
 from benchmarks.plots import save_plots
-from benchmarks.readme import rewrite
+from benchmarks.readme import block
 from benchmarks.report import accuracy_table, full_report
 from benchmarks.results import Results, new_results
-from benchmarks.step_share import TRAFFIC, step_share_table
+from benchmarks.roofline import machine_code_roofline
+from benchmarks.step_share import EFFICIENCY, LENGTH, MFU, ROLLOUT_RATIO, TRAFFIC, step_share_table
 from benchmarks.step_share import __doc__ as step_share_doc
 from benchmarks.workloads import DTYPES, OPERATORS
 
@@ -47,21 +50,65 @@ def _names(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...] | 
     return names or None
 
 
-def _run(name: str, plan: list[suite.Entry], selection: suite.Selection, output: Path | None, accuracy: bool) -> None:
+def _run(name: str, plan: list[plans.Entry], selection: plans.Selection, output: Path | None, accuracy: bool) -> None:
+    """Measure, keeping what there is after every case, and report; Ctrl-C ends the measuring, not the report."""
     entries = selection.apply(plan)
-    with _console.status("starting") as status:
-        results = suite.run(name, entries, selection, accuracy=accuracy, progress=status.update)
     path = output or _ROOT / "build" / "benchmarks" / f"{name}.json"
-    results.save(path)
-    figures = save_plots(results, path)
-    _console.print(full_report(results), *_machine_code(path))
+    minutes = sum(entry.expected_seconds() for entry in entries) / 60
+    _console.print(f"{len(entries)} cases, on 2 cores about {minutes:.0f} minutes; {path} has the results so far")
+    kept: list[Results] = []
+
+    def keep(results: Results) -> None:
+        kept[:] = [results]
+        results.save(path)
+
+    interrupted = False
+    with _console.status("starting") as status:
+        tell = status.update if _console.is_terminal else _console.print
+        try:
+            suite.run(name, entries, selection, accuracy=accuracy, progress=tell, keep=keep)
+        except KeyboardInterrupt:
+            interrupted = True
+    if not kept:
+        raise typer.Exit(130 if interrupted else 0)
+    figures = save_plots(kept[0], path)
+    _console.print(full_report(kept[0]), *_machine_code(path))
     _console.print(f"wrote {path}, {path.with_suffix('.csv').name}" + "".join(f", {figure.name}" for figure in figures))
+    if interrupted:
+        _console.print("interrupted: the cases above were measured")
+        raise typer.Exit(130)
 
 
 def _machine_code(path: Path) -> list[Table]:
-    """The machine-code report that lies beside a results file, made by `machine-code --json`."""
+    """The machine-code report that lies beside a results file, made by `machine-code --json`; its roofline is drawn."""
     figures = path.with_name("machine_code.json")
-    return [machine_code_table(json.loads(figures.read_text()))] if figures.exists() else []
+    if not figures.exists():
+        return []
+    document = json.loads(figures.read_text())
+    machine_code_roofline(document, path.with_name("machine_code_roofline.png"))
+    return [machine_code_table(document)]
+
+
+Rows = Annotated[int | None, typer.Option(help="N for every case")]
+Vocab = Annotated[int | None, typer.Option(help="V for every case")]
+Seconds = Annotated[float | None, typer.Option(help="time budget of a case")]
+Peers = Annotated[bool, typer.Option(help="whether peers take part")]
+Accuracy = Annotated[bool, typer.Option(help="whether accuracy is measured too")]
+
+
+def _plan(quick: bool, linear: bool) -> str:
+    if quick and linear:
+        raise typer.BadParameter("--quick and --linear exclude each other")
+    return "quick" if quick else "linear" if linear else "full"
+
+
+def _selection(operators: str, backends: str, dtypes: str, **sizes: Any) -> plans.Selection:
+    return plans.Selection(
+        operators=_names(operators, tuple(OPERATORS), "--operators"),
+        backends=_names(backends, ours.BACKENDS, "--backends"),
+        dtypes=_names(dtypes, tuple(DTYPES), "--dtypes"),
+        **sizes,
+    )
 
 
 @app.command()
@@ -71,40 +118,34 @@ def run(
     operators: Names = "",
     backends: Names = "",
     dtypes: Names = "",
-    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True,
-    accuracy: Annotated[bool, typer.Option(help="whether accuracy is measured too")] = True,
-    rows: Annotated[int | None, typer.Option(help="N for every case")] = None,
-    vocab: Annotated[int | None, typer.Option(help="V for every case")] = None,
-    seconds: Annotated[float | None, typer.Option(help="time budget of a case")] = None,
+    peers: Peers = True,
+    accuracy: Accuracy = True,
+    rows: Rows = None,
+    vocab: Vocab = None,
+    seconds: Seconds = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")] = None,
     output: Output = None,
 ) -> None:
-    """Measure on the CPU: speed, memory and accuracy beside every peer that is installed."""
+    """Measure on the CPU: speed, memory and accuracy beside every peer that is installed. Half an hour on 2 cores."""
     if threads:
         torch.set_num_threads(threads)
-    selection = suite.Selection(
-        operators=_names(operators, tuple(OPERATORS), "--operators"),
-        backends=_names(backends, ours.BACKENDS, "--backends"),
-        peers=peers,
-        dtypes=_names(dtypes, tuple(DTYPES), "--dtypes"),
-        rows=rows,
-        vocab=vocab,
-        seconds=seconds,
-    )
-    name, plan = "cpu", suite.full_plan
-    if quick or linear:
-        name, plan = ("cpu-quick", suite.quick_plan) if quick else ("cpu-linear", suite.linear_plan)
-    _run(name, plan(), selection, output, accuracy)
+    selection = _selection(operators, backends, dtypes, peers=peers, rows=rows, vocab=vocab, seconds=seconds)
+    form = _plan(quick, linear)
+    _run("cpu" if form == "full" else f"cpu-{form}", plans.PLANS[form](), selection, output, accuracy)
 
 
 @app.command()
 def gpu(
     quick: Annotated[bool, typer.Option("--quick", help="the short form")] = False,
+    linear: Annotated[bool, typer.Option("--linear", help="only the loss from hidden states, over N and D")] = False,
     operators: Names = "",
     backends: Names = "",
     dtypes: Names = "",
-    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True,
-    accuracy: Annotated[bool, typer.Option(help="whether accuracy is measured too")] = True,
+    peers: Peers = True,
+    accuracy: Accuracy = True,
+    rows: Rows = None,
+    vocab: Vocab = None,
+    seconds: Seconds = None,
     output: Output = None,
 ) -> None:
     """The same on the GPU of this machine."""
@@ -113,14 +154,9 @@ def gpu(
             "no GPU here: torch.cuda.is_available() is False. `python -m benchmarks run` measures the CPU backend."
         )
         raise typer.Exit(2)
-    selection = suite.Selection(
-        operators=_names(operators, tuple(OPERATORS), "--operators"),
-        backends=_names(backends, ours.BACKENDS, "--backends"),
-        peers=peers,
-        dtypes=_names(dtypes, tuple(DTYPES), "--dtypes"),
-    )
-    plan = suite.quick_plan("cuda") if quick else suite.full_plan("cuda")
-    _run("gpu-quick" if quick else "gpu", plan, selection, output, accuracy)
+    selection = _selection(operators, backends, dtypes, peers=peers, rows=rows, vocab=vocab, seconds=seconds)
+    form = _plan(quick, linear)
+    _run("gpu" if form == "full" else f"gpu-{form}", plans.PLANS[form]("cuda"), selection, output, accuracy)
 
 
 @app.command()
@@ -133,7 +169,7 @@ def accuracy(
     """Error against float64, and the ERC decisions that each implementation flips, by entropy band."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = new_results("accuracy")
-    results.accuracy = measure_accuracy(device, peers=peers, rows=rows, vocab=vocab)
+    results.accuracy, results.skipped = measure_accuracy(device, peers=peers, rows=rows, vocab=vocab)
     for dtype in dict.fromkeys(row.dtype for row in results.accuracy):
         _console.print(accuracy_table(results, dtype))
     _console.print(
@@ -171,22 +207,30 @@ def compare(
 
 
 @app.command()
-def readme(results: Path, path: Annotated[Path, typer.Option(help="the README")] = _ROOT / "README.md") -> None:
-    """Rewrite the README's benchmark block from a results file."""
+def readme(
+    results: Path,
+    path: Annotated[Path, typer.Option(help="the README")] = _ROOT / "README.md",
+    docs: Annotated[Path, typer.Option(help="the page of the benchmarks")] = _ROOT / "docs" / "benchmarks.md",
+) -> None:
+    """Rewrite the generated blocks of the README and of docs/benchmarks.md from a results file and its neighbours."""
     try:
-        rewrite(path, results)
+        rewrite(path, block(Results.load(results), results, path))
+        _machine_code(results)
+        rewrite(docs, docs_block(results.parent, docs))
     except ValueError as error:
         _console.print(str(error))
         raise typer.Exit(2) from None
-    _console.print(f"rewrote the benchmarks of {path.name} from {results}")
+    _console.print(f"rewrote the benchmarks of {path.name} and {docs.name} from {results}")
 
 
 @app.command("step-share")
 def step_share(
-    length: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
-    mfu: Annotated[float, typer.Option(help="share of the peak flops that the model reaches")] = 0.4,
-    efficiency: Annotated[float, typer.Option(help="share of the data-sheet bandwidth that a kernel reaches")] = 0.85,
-    rollout_ratio: Annotated[float, typer.Option(help="time of generation over time of the update")] = 2.0,
+    length: Annotated[int, typer.Option(help="tokens of a sequence")] = LENGTH,
+    mfu: Annotated[float, typer.Option(help="share of the peak flops that the model reaches")] = MFU,
+    efficiency: Annotated[
+        float, typer.Option(help="share of the data-sheet bandwidth that a kernel reaches")
+    ] = EFFICIENCY,
+    rollout_ratio: Annotated[float, typer.Option(help="time of generation over time of the update")] = ROLLOUT_RATIO,
 ) -> None:
     """What share of a training step the loss is, by a documented model."""
     _console.print(step_share_doc, highlight=False)

@@ -17,7 +17,8 @@ import erc
 from benchmarks.ours import BACKENDS
 from benchmarks.peers import compiled, eager, trl, verl
 from benchmarks.peers.base import Variant
-from benchmarks.results import AccuracyRow
+from benchmarks.results import AccuracyRow, Skip
+from benchmarks.timing import reason_of
 from benchmarks.workloads import DTYPES, Case
 from erc.check import peaked_logits
 
@@ -75,10 +76,10 @@ def measure_accuracy(
     rows: int = ROWS,
     vocab: int = VOCAB,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-) -> list[AccuracyRow]:
-    """Every implementation in every dtype and entropy band, the last row of each over all bands."""
+) -> tuple[list[AccuracyRow], list[Skip]]:
+    """Every implementation in every dtype and entropy band, the last row of each over all bands; and what failed."""
     generator = torch.Generator().manual_seed(0)
-    table = []
+    table, failed = [], []
     logits = peaked_logits(rows, vocab, generator)
     labels = torch.where(
         torch.rand(rows, generator=generator) < 0.5,
@@ -95,8 +96,12 @@ def measure_accuracy(
         old_entropy = entropy * jitter.to(device)
         dropped = gate.dropped(entropy, old_entropy)[0]
         for name, implementation in implementations(device, backends, peers):
-            with torch.no_grad():
-                found = [implementation(part, index) for part, index in chunks]
+            try:
+                with torch.no_grad():
+                    found = [implementation(part, index) for part, index in chunks]
+            except Exception as error:  # a peer may fail in any way; the others are still measured
+                failed.append(Skip(f"accuracy, {dtype}", name, reason_of(error)))
+                continue
             got_logprob, got_entropy = (torch.cat([f[i] for f in found]).double() for i in (0, 1))
             relative = (got_entropy - entropy).abs() / entropy
             difference = (got_logprob - logprob).abs()
@@ -117,4 +122,4 @@ def measure_accuracy(
                         flipped=float(flipped[inside].double().mean()),
                     )
                 )
-    return table
+    return table, failed

@@ -1,4 +1,4 @@
-"""PNG plots of a results file: speed by V, memory by N, share of the memory bandwidth, flips by entropy band."""
+"""PNG plots of a results file: speed by V, memory by N, roofline and bandwidth, flips by entropy band."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks import ours
-from benchmarks.report import BASELINES
+from benchmarks.report import BASELINES, main_cases
 from benchmarks.results import Measurement, Results
+from benchmarks.roofline import measured_roofline
 
 _WIDTH, _HEIGHT = 7.0, 4.2
 
@@ -56,17 +57,26 @@ def _lines(axes, found: list[Measurement], x: str, y) -> None:
     axes.legend(fontsize=8)
 
 
-def speed_by_vocab(results: Results, path: Path) -> Path | None:
-    """Time per token over V for statistics and for the loss."""
-    sweeps = [_sweep(results, operator, "vocab") for operator in ("stats", "policy-loss")]
+def _speed_by(results: Results, x: str, label: str, path: Path) -> Path | None:
+    sweeps = [_sweep(results, operator, x) for operator in ("stats", "policy-loss")]
     sweeps = [(found, title) for found, title in sweeps if found]
     if not sweeps:
         return None
     figure, axes = plt.subplots(1, len(sweeps), figsize=(_WIDTH * len(sweeps), _HEIGHT), squeeze=False)
     for ax, (found, title) in zip(axes[0], sweeps, strict=True):
-        _lines(ax, found, "vocab", lambda m: m.median / m.rows * 1e6)
-        ax.set(xscale="log", yscale="log", xlabel="vocabulary size V", ylabel="microseconds per token", title=title)
+        _lines(ax, found, x, lambda m: m.median / m.rows * 1e6)
+        ax.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds per token", title=title)
     return _finish(figure, path)
+
+
+def speed_by_vocab(results: Results, path: Path) -> Path | None:
+    """Time per token over V for statistics and for the loss."""
+    return _speed_by(results, "vocab", "vocabulary size V", path)
+
+
+def speed_by_rows(results: Results, path: Path) -> Path | None:
+    """Time per token over N for statistics and for the loss."""
+    return _speed_by(results, "rows", "tokens N", path)
 
 
 def memory_by_rows(results: Results, path: Path) -> Path | None:
@@ -81,23 +91,20 @@ def memory_by_rows(results: Results, path: Path) -> Path | None:
 
 
 def bandwidth(results: Results, path: Path) -> Path | None:
-    """Each variant beside a plain read or copy of the same bytes: the roofline of a memory-bound operator."""
-    keys = [k for k in results.cases() if k[0] in ("stats", "policy-loss") and k[1] in ("", "erc-dapo")]
-    largest: dict[tuple, tuple] = {}
-    for key in keys:
-        kind = key[:3]
-        if kind not in largest or key[3] * key[4] > largest[kind][3] * largest[kind][4]:
-            largest[kind] = key
-    if not largest:
-        return None
-    figure, axes = plt.subplots(1, len(largest), figsize=(4.2 * len(largest), _HEIGHT), squeeze=False)
-    for ax, key in zip(axes[0], largest.values(), strict=True):
+    """Each variant beside a plain read or copy of the same bytes."""
+    found = []
+    for key in [key for name in ("stats", "policy-loss") for key in main_cases(results, name).values()]:
         case = results.of(key)
         limit = case.get(ours.READ) or case.get(ours.COPY)
-        bars = sorted((m for m in case.values() if m is not limit), key=lambda m: -m.median)
-        shares = [100 * limit.median / m.median for m in bars] if limit else []
+        if limit:
+            found.append((key, limit, sorted((m for m in case.values() if m is not limit), key=lambda m: -m.median)))
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), _HEIGHT), squeeze=False)
+    for ax, (key, limit, bars) in zip(axes[0], found, strict=True):
+        shares = [100 * limit.median / m.median for m in bars]
         ax.barh([m.variant for m in bars], shares, color=["C0" if m.variant.startswith("erc") else "0.7" for m in bars])
-        ax.set(xlabel=f"% of the speed of a plain {limit.variant if limit else '?'}", title=f"{key[0]} {key[2]}")
+        ax.set(xlabel=f"% of the speed of a plain {limit.variant}", title=f"{key[0]} {key[2]}")
         for row, share in enumerate(shares):
             ax.text(share, row, f" {share:.1f}", va="center", fontsize=8)
         ax.margins(x=0.15)
@@ -127,7 +134,9 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
 
 PLOTS = {
     "speed_by_vocab": speed_by_vocab,
+    "speed_by_rows": speed_by_rows,
     "memory_by_rows": memory_by_rows,
+    "roofline": measured_roofline,
     "bandwidth": bandwidth,
     "flips_by_entropy": flips_by_band,
 }

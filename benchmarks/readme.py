@@ -5,37 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.plots import PLOTS, plot_path
-from benchmarks.report import BASELINES, TARGETS, milliseconds, rule_costs, speedup
-from benchmarks.results import Results
+from benchmarks.report import BASELINES, TARGETS, main_cases, milliseconds, rule_costs, speedup
+from benchmarks.results import Measurement, Results
+from benchmarks.step_share import HEADINGS, step_share_rows
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 _CAPTIONS = {
     "speed_by_vocab": "Time per token over the vocabulary",
+    "speed_by_rows": "Time per token over the number of tokens",
     "memory_by_rows": "Peak memory over the number of tokens",
+    "roofline": "Roofline: logits per second under the measured bandwidth",
     "bandwidth": "Share of the speed of a plain read or copy",
     "flips_by_entropy": "ERC decisions flipped, by entropy of the token",
 }
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _largest(results: Results, operator: str, objective: str) -> dict[str, tuple]:
-    """The largest case of an operator in each dtype."""
-    found: dict[str, tuple] = {}
-    for key in results.cases():
-        if key[:2] == (operator, objective) and (
-            key[2] not in found or key[3] * key[4] > found[key[2]][3] * found[key[2]][4]
-        ):
-            found[key[2]] = key
-    return found
-
-
 def _speed(results: Results, operator: str, objective: str, title: str) -> str:
-    cases = _largest(results, operator, objective)
+    cases = main_cases(results, operator, (objective,))
     if not cases:
         return ""
     measured = {dtype: results.of(key) for dtype, key in cases.items()}
@@ -54,8 +41,9 @@ def _speed(results: Results, operator: str, objective: str, title: str) -> str:
             factor = speedup(case, ours_name, name) if ours_name in case else None
             row += [milliseconds(case[name].median), "" if factor is None or name == ours_name else f"{factor:.2g}x"]
         rows.append(row)
-    key = next(iter(cases.values()))
-    return _markdown(header, rows) + f"\n\n{key[3]} tokens, V = {key[4]:,}; medians of interleaved runs."
+    sizes = dict.fromkeys((key[3], key[4], key[5]) for key in cases.values())
+    words = [f"{n:,} tokens, V = {v:,}" + (f", D = {d:,}" if d else "") for n, v, d in sizes]
+    return markdown_table(header, rows) + f"\n\n{'; '.join(words)}; medians of interleaved runs."
 
 
 def _targets(results: Results) -> str:
@@ -63,12 +51,10 @@ def _targets(results: Results) -> str:
     for target in TARGETS:
         ratio = target.measured(results)
         if ratio is not None:
-            what = f"{target.operator}, {target.dtype}, {target.variant}: " + (
-                f"speed-up over {target.against}" if target.at_least else f"time over that of a {target.against}"
-            )
-            bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}x"
-            rows.append([what, bound, f"{ratio:.2g}x", "yes" if target.holds(ratio) else "no"])
-    return _markdown(["target", "bound", "measured", "holds"], rows) if rows else ""
+            what = f"{target.operator}, {target.dtype}, {target.variant}: {target.words}"
+            bound = f"{'at least' if target.at_least else 'at most'} {target.show(target.bound)}"
+            rows.append([what, bound, target.show(ratio), "yes" if target.holds(ratio) else "no"])
+    return markdown_table(["target", "bound", "measured", "holds"], rows) if rows else ""
 
 
 def _accuracy(results: Results) -> str:
@@ -82,15 +68,19 @@ def _accuracy(results: Results) -> str:
         mine = {row.dtype: row for row in rows if row.implementation == name}
         cells = [f"{100 * mine[d].flipped:.1f} %; {mine[d].entropy_max_error:.0e}" if d in mine else "" for d in dtypes]
         lines.append([name, *cells])
-    return _markdown(header, lines) + f"\n\n{rows[0].rows} rows with entropies from 1e-6 to 12 nats, against float64."
+    return (
+        markdown_table(header, lines) + f"\n\n{rows[0].rows} rows with entropies from 1e-6 to 12 nats, against float64."
+    )
 
 
 def _memory(results: Results) -> str:
-    found = [m for m in results.find(operator="policy-loss", objective="erc-dapo") if m.peak_extra_bytes is not None]
-    if not found:
+    cases: dict[tuple, list[Measurement]] = {}
+    for m in results.find(operator="policy-loss", objective="erc-dapo"):
+        if m.peak_extra_bytes is not None and m.variant not in BASELINES:
+            cases.setdefault(m.case_key, []).append(m)
+    if not cases:
         return ""
-    largest = max(m.rows * m.vocab for m in found)
-    found = [m for m in found if m.rows * m.vocab == largest and m.variant not in BASELINES]
+    found = max(cases.values(), key=lambda case: (len(case), case[0].rows * case[0].vocab))
     size = {"float32": 4, "bfloat16": 2, "float16": 2}
     rows = [
         [
@@ -101,7 +91,7 @@ def _memory(results: Results) -> str:
         ]
         for m in found
     ]
-    return _markdown(["peak memory of the loss beyond its inputs", "dtype", "MiB", "in units of the logits"], rows)
+    return markdown_table(["peak memory of the loss beyond its inputs", "dtype", "MiB", "in units of the logits"], rows)
 
 
 def _rules(results: Results) -> str:
@@ -132,6 +122,7 @@ def block(results: Results, results_path: Path, readme: Path) -> str:
         _targets(results),
         _rules(results),
         _accuracy(results),
+        _step_share_sentence(),
     ]
     for name in PLOTS:
         path = plot_path(results_path, name)
@@ -141,19 +132,14 @@ def block(results: Results, results_path: Path, readme: Path) -> str:
     return "\n\n".join([BEGIN, *(part for part in parts if part), END])
 
 
-def current_block(readme: Path) -> str:
-    """What the README holds now, markers included.
-
-    Raises:
-        ValueError: where the markers are missing.
-    """
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} must hold {BEGIN} and, after it, {END}, once each")
-    return text[text.index(BEGIN) : text.index(END) + len(END)]
-
-
-def rewrite(readme: Path, results_path: Path) -> None:
-    """Put the block of a results file between the README's markers."""
-    old = current_block(readme)
-    readme.write_text(readme.read_text().replace(old, block(Results.load(results_path), results_path, readme)))
+def _step_share_sentence() -> str:
+    """What the loss costs of a whole step, by the model, so that nobody is promised more than they get."""
+    shares = [
+        f"{row[HEADINGS.index('loss / update')]} of {row[0]}'s update with {row[1]}"
+        for row in step_share_rows()
+        if row[1] in ("eager PyTorch", "erc")
+    ]
+    return (
+        f"A loss is a small part of a step: on an H100, by a model of flops and bytes, {', '.join(shares)}. "
+        "Method, how to compare two runs, and that model: [docs/benchmarks.md](docs/benchmarks.md)."
+    )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import erc
+from benchmarks import hardware
 from erc.backends import cpu_isa
 
 FORMAT = 1
@@ -110,13 +111,18 @@ class Results:
         return [m for m in self.measurements if all(getattr(m, k) == v for k, v in conditions.items())]
 
     def save(self, path: Path) -> None:
-        """Write `path` (JSON), and the measurements as CSV beside it."""
+        """Write `path` (JSON), and the measurements as CSV beside it; an interruption leaves no half of a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        part.replace(path)
         if not self.measurements:
             return
+        where = {name: self.machine.get(name) for name in ("cpu", "threads", "isa", "gpu")}
+        made_by = "; ".join(f"{name} {version}" for name, version in self.versions.items())
+        origin = {"commit": self.commit, "date": self.date, **where, "versions": made_by}
         with path.with_suffix(".csv").open("w", newline="") as file:
-            rows = [asdict(m) | {"commit": self.commit, "cpu": self.machine["cpu"]} for m in self.measurements]
+            rows = [asdict(m) | origin for m in self.measurements]
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -152,20 +158,14 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    facts: dict[str, Any] = {
+    return {
         "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": cpu_isa() or "none",
         "load": round(os.getloadavg()[0], 2),
-        "gpu": None,
+        **hardware.gpu(),
     }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts["gpu"] = (
-            f"{properties.name}, {properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB"
-        )
-    return facts
 
 
 def versions() -> dict[str, str]:

@@ -60,14 +60,18 @@ TRAFFIC = (
     LossTraffic(
         "eager PyTorch",
         loss_bytes=60,
-        stats_bytes=34,
-        how="upcast 2+4, log_softmax 4+4, exp 4+4, product 8+4, sum 4; backward: zeros 4, log_softmax 8+4, cast 4+2",
+        stats_bytes=38,
+        how="forward, and statistics: upcast 2+4, log_softmax 4+4, exp 4+4, product 8+4, sum 4; "
+        "backward: zeros 4, log_softmax 8+4, cast 4+2",
     ),
     LossTraffic(
         "two fused passes", loss_bytes=6, stats_bytes=2, how="statistics read 2; backward reads 2 and writes 2"
     ),
     LossTraffic("erc", loss_bytes=4, stats_bytes=2, how="one read 2, one write 2"),
 )
+
+
+LENGTH, MFU, EFFICIENCY, ROLLOUT_RATIO = 4096, 0.4, 0.85, 2.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ def step_share(
     traffic: LossTraffic,
     device: Accelerator = H100,
     *,
-    length: int = 4096,
-    mfu: float = 0.4,
-    efficiency: float = 0.85,
-    rollout_ratio: float = 2.0,
+    length: int = LENGTH,
+    mfu: float = MFU,
+    efficiency: float = EFFICIENCY,
+    rollout_ratio: float = ROLLOUT_RATIO,
 ) -> StepShare:
     """The model of this module's docstring.
 
@@ -116,22 +120,35 @@ def step_share(
     )
 
 
-def step_share_table(**assumptions: float) -> Table:
-    """The model's answer for every model and loss."""
-    table = Table("model", "loss", title=f"share of a training step, {H100.name}, microseconds per token")
-    for heading in ("loss", "update", "step", "loss / update", "loss and old statistics / step", "bytes per logit"):
-        table.add_column(heading, justify="right")
+HEADINGS = (
+    "model",
+    "loss",
+    "loss, us",
+    "update, us",
+    "step, us",
+    "loss / update",
+    "loss and old statistics / step",
+    "bytes per logit",
+)
+
+
+def step_share_rows(**assumptions: float) -> list[tuple[str, ...]]:
+    """The model's answer for every model and loss, in the order of `HEADINGS`; times are per token."""
+    rows = []
     for model in MODELS:
         for traffic in TRAFFIC:
             share = step_share(model, traffic, **assumptions)
-            table.add_row(
-                model.name,
-                traffic.name,
-                f"{share.loss_us:.2f}",
-                f"{share.update_us:.1f}",
-                f"{share.step_us:.1f}",
-                f"{100 * share.share_of_update:.1f} %",
-                f"{100 * share.share_of_step:.1f} %",
-                f"{traffic.loss_bytes} + {traffic.stats_bytes}",
-            )
+            times = (f"{share.loss_us:.2f}", f"{share.update_us:.1f}", f"{share.step_us:.1f}")
+            shares = (f"{100 * share.share_of_update:.1f} %", f"{100 * share.share_of_step:.1f} %")
+            rows.append((model.name, traffic.name, *times, *shares, f"{traffic.loss_bytes} + {traffic.stats_bytes}"))
+    return rows
+
+
+def step_share_table(**assumptions: float) -> Table:
+    """`step_share_rows` for the terminal."""
+    table = Table(title=f"share of a training step, {H100.name}, microseconds per token")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for row in step_share_rows(**assumptions):
+        table.add_row(*row)
     return table

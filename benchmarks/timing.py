@@ -55,6 +55,12 @@ def time_once(runner: Runner, device: str) -> float:
     return time.perf_counter() - start
 
 
+def reason_of(error: Exception) -> str:
+    """An error as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def interleave(runners: dict[str, Runner], device: str, budget: Budget) -> tuple[dict[str, Spread], dict[str, str]]:
     """Time all `runners` in turns, in an order that rotates from round to round.
 
@@ -68,8 +74,7 @@ def interleave(runners: dict[str, Runner], device: str, budget: Budget) -> tuple
             time_once(runner, device)  # compiles, allocates, warms caches
             seconds = time_once(runner, device)
         except Exception as error:  # a peer may fail in any way; the others are still measured
-            lines = str(error).strip().splitlines()
-            failed[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            failed[name] = reason_of(error)
             continue
         repeats[name] = min(budget.max_repeats, max(1, int(budget.repeat_below / max(seconds, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in repeats}

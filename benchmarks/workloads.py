@@ -57,7 +57,12 @@ class Case:
 
     @property
     def essential_bytes(self) -> int:
-        """Bytes that must cross the memory bus: one read of the logits, and one write where a gradient is asked for."""
+        """Bytes that must cross the memory bus: one read of what is given, and one write of what is asked for.
+
+        That is the logits and their gradient; from hidden states those and the lm_head, with their gradients.
+        """
+        if self.hidden:
+            return 2 * self.hidden * (self.rows + self.vocab) * DTYPES[self.dtype].itemsize
         return self.logits_bytes * (1 if self.operator == "stats" else 2)
 
     def __str__(self) -> str:
@@ -72,14 +77,16 @@ def sequence_count(rows: int) -> int:
 
 
 def policy_logits(rows: int, vocab: int, generator: torch.Generator) -> Tensor:
-    """Float32 logits `[rows, vocab]` like a trained policy's: one token leads a Gaussian background by a drawn gap."""
-    logits = torch.randn(rows, vocab, generator=generator).mul_(BACKGROUND_SIGMA)
+    """Float32 logits `[rows, vocab]` like a trained policy's, where the generator is: one token leads a Gaussian
+    background by a drawn gap."""
+    here = {"generator": generator, "device": generator.device}
+    logits = torch.randn(rows, vocab, **here).mul_(BACKGROUND_SIGMA)
     background = log(vocab) + BACKGROUND_SIGMA**2 / 2  # the expected logsumexp of everything but the leader
-    fork = torch.rand(rows, generator=generator) < FORK_SHARE
+    fork = torch.rand(rows, **here) < FORK_SHARE
     low = torch.where(fork, FORK_GAP[0], CERTAIN_GAP[0])
     high = torch.where(fork, FORK_GAP[1], CERTAIN_GAP[1])
-    lead = background + low + (high - low) * torch.rand(rows, generator=generator)
-    top = torch.randint(vocab, (rows, 1), generator=generator)
+    lead = background + low + (high - low) * torch.rand(rows, **here)
+    top = torch.randint(vocab, (rows, 1), **here)
     return logits.scatter_(1, top, lead[:, None])
 
 
@@ -88,17 +95,17 @@ class Inputs:
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
-        self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device(case.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.dtype = DTYPES[case.dtype]
         self.sequences = sequence_count(case.rows)
         rows = case.rows
         logits = self.logits_master
         top = logits.argmax(-1)
-        other = torch.randint(case.vocab, (rows,), generator=self.generator).to(self.device)
-        sampled = torch.rand(rows, generator=self.generator).to(self.device) < 0.9
-        self.labels = torch.where(sampled, top, other)
-        self.logprob, self.entropy = exact_statistics(logits, self.labels)
+        here = {"generator": self.generator, "device": self.device}
+        other = torch.randint(case.vocab, (rows,), **here)
+        self.labels = torch.where(torch.rand(rows, **here) < 0.9, top, other)
+        self.logprob, self.entropy = plain_statistics(logits, self.labels)
         if case.hidden:
             del logits, self.logits_master  # gigabytes that no variant of a linear case reads
         self.old_logprob = (self.logprob + 0.1 * self._randn(rows)).clamp(max=0.0)
@@ -107,7 +114,7 @@ class Inputs:
         self.advantages = self.sequence_advantages.repeat_interleave(rows // self.sequences)
 
     def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device)
+        return torch.randn(*shape, generator=self.generator, device=self.device)
 
     @cached_property
     def logits_master(self) -> Tensor:
@@ -115,25 +122,25 @@ class Inputs:
         case = self.case
         if case.hidden:
             return self.hidden @ self.weight.t()
-        return policy_logits(case.rows, case.vocab, self.generator).to(self.device, self.dtype)
+        return policy_logits(case.rows, case.vocab, self.generator).to(self.dtype)
 
     @cached_property
     def old_logits(self) -> Tensor:
         """Logits one update earlier: the same with a little noise."""
-        noise = policy_logits(self.case.rows, self.case.vocab, self.generator).to(self.device)
+        noise = policy_logits(self.case.rows, self.case.vocab, self.generator)
         return (self.logits_master.float() + 0.02 * noise).to(self.dtype)
 
     @cached_property
     def weight(self) -> Tensor:
         """The lm_head `[V, D]`."""
         case = self.case
-        return torch.randn(case.vocab, case.hidden, generator=self.generator).to(self.device, self.dtype)
+        return self._randn(case.vocab, case.hidden).to(self.dtype)
 
     @cached_property
     def hidden(self) -> Tensor:
         """Hidden states `[N, D]` that point at one token's row of the head, so that the logits are peaked."""
         case = self.case
-        top = torch.randint(case.vocab, (case.rows,), generator=self.generator).to(self.device)
+        top = torch.randint(case.vocab, (case.rows,), generator=self.generator, device=self.device)
         scale = 20.0 / case.hidden  # the leader's logit is about 20, the background's sigma 20 / sqrt(D)
         return (self.weight[top].float() * scale).to(self.dtype)
 
@@ -159,15 +166,14 @@ class _ModelOutput(torch.autograd.Function):
         return None, None
 
 
-def exact_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy by the float64 oracle, a few rows at a time, as float32 `[N]`."""
-    import erc
-
-    parts = [
-        erc.reference.token_stats(rows.double(), index)
-        for rows, index in zip(logits.split(32), labels.split(32), strict=True)
-    ]
-    return torch.cat([p.logprob for p in parts]).float(), torch.cat([p.entropy for p in parts]).float()
+def plain_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy in float32, a few rows at a time. What was true a step ago needs no oracle: it is drawn
+    around these."""
+    parts = []
+    for rows, index in zip(logits.split(32), labels.split(32), strict=True):
+        logp = torch.log_softmax(rows.float(), -1)
+        parts.append((logp.gather(-1, index[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def entropy_quantiles(entropy: Tensor) -> dict[str, float]:

@@ -15,21 +15,29 @@ for package in ("rich", "typer", "matplotlib"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}")
 from typer.testing import CliRunner  # noqa: E402
 
-from benchmarks import __main__, accuracy, compare, ours, readme, step_share, suite, timing  # noqa: E402
+from benchmarks import __main__, accuracy, compare, ours, plans, readme, report, roofline, step_share, suite, timing  # noqa: E402
+from benchmarks.docs_page import docs_block  # noqa: E402
+from benchmarks.machine_code.roofline import GPUS  # noqa: E402
+from benchmarks.markdown import current_block  # noqa: E402
 from benchmarks.peers.base import Runner  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
-from benchmarks.variants import all_variants  # noqa: E402
 from benchmarks.workloads import OPERATORS, Case, Inputs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "benchmarks" / "cpu.json"
+REGENERATE = "run `python -m benchmarks readme results/benchmarks/cpu.json`"
 
 
 def test_the_readme_holds_the_results_file():
     expected = readme.block(Results.load(RESULTS), RESULTS, ROOT / "README.md")
-    assert readme.current_block(ROOT / "README.md") == expected, (
-        "run `python -m benchmarks readme results/benchmarks/cpu.json`"
-    )
+    assert current_block(ROOT / "README.md") == expected, REGENERATE
+
+
+def test_the_page_of_the_benchmarks_holds_what_lies_beside_the_results_file():
+    document = ROOT / "docs" / "benchmarks.md"
+    assert current_block(document) == docs_block(RESULTS.parent, document), REGENERATE
+    for model in ("Qwen2.5-1.5B", "Qwen2.5-7B"):
+        assert model in current_block(document) and model in current_block(ROOT / "README.md")
 
 
 def test_the_checked_in_results_are_complete():
@@ -48,7 +56,7 @@ def tiny(tmp_path_factory) -> Path:
     """A run over every operator on a few rows."""
     path = tmp_path_factory.mktemp("benchmarks") / "tiny.json"
     plan = [
-        suite.Entry(
+        plans.Entry(
             Case(operator, "float32", 8, 512, "" if "stats" in operator or "ratio" in operator else "erc-dapo", hidden),
             timing.Budget(seconds=0.05, min_rounds=2, max_rounds=2, max_repeats=1),
             variants=None
@@ -59,7 +67,7 @@ def tiny(tmp_path_factory) -> Path:
         for operator in OPERATORS
         for hidden in ([16] if operator == "linear" else [0])
     ]
-    selection = suite.Selection(backends=("cpu", "torch"), peers=False)
+    selection = plans.Selection(backends=("cpu", "torch"), peers=False)
     results = suite.run("tiny", plan, selection, accuracy=False)
     results.save(path)
     return path
@@ -70,17 +78,13 @@ def test_a_run_writes_json_and_csv(tiny):
     assert {m.operator for m in results.measurements} == set(OPERATORS)
     assert all(m.q1 <= m.median <= m.q3 and m.median > 0 and m.gbps > 0 for m in results.measurements)
     with tiny.with_suffix(".csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(results.measurements)
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results.measurements)
+    assert rows[0]["commit"] == results.commit and rows[0]["cpu"] == results.machine["cpu"]
+    assert f"torch {torch.__version__}" in rows[0]["versions"]
     (in_place,) = results.find(operator="policy-loss", variant="erc cpu, in place")
     (fresh,) = results.find(operator="policy-loss", variant="erc cpu")
     assert fresh.peak_extra_bytes is not None and in_place.peak_extra_bytes is not None
-
-
-def test_every_peer_is_measured_or_skipped_with_a_reason():
-    for variant in all_variants():
-        for operator in variant.operators:
-            reason = variant.why_not(Case(operator, "float32", 4, 64))
-            assert reason is None or len(reason) > 3
 
 
 def test_the_command_line_reports_and_compares(tiny, tmp_path):
@@ -142,8 +146,65 @@ def test_inputs_look_like_a_trained_policy_and_cost_no_logits_for_a_linear_case(
 
 
 def test_accuracy_counts_flips():
-    rows = accuracy.measure_accuracy("cpu", ("cpu",), peers=False, rows=96, vocab=4099, dtypes=("bfloat16",))
+    rows, failed = accuracy.measure_accuracy("cpu", ("cpu",), peers=False, rows=96, vocab=4099, dtypes=("bfloat16",))
+    assert not failed
     of = {row.implementation: row for row in rows if row.band == "all"}
     assert of["erc cpu"].flipped == 0 and of["erc cpu"].entropy_max_error < 2e-6
     assert of["eager, logits' dtype"].flipped > 0.05
+    certain = [row for row in rows if row.implementation == "eager, logits' dtype" and row.band == "1e-05 to 0.0001"]
+    assert certain[0].flipped > of["eager, logits' dtype"].flipped, "tokens of small entropy flip first"
     assert dataclasses.asdict(of["erc cpu"])["rows"] > 50
+
+
+def test_an_implementation_that_fails_is_left_out_of_the_accuracy_with_its_reason(monkeypatch):
+    def broken(logits: torch.Tensor, labels: torch.Tensor) -> None:
+        raise RuntimeError("no such kernel")
+
+    both = [("broken", broken), ("eager", accuracy.eager.statistics)]
+    monkeypatch.setattr(accuracy, "implementations", lambda *arguments: iter(both))
+    rows, failed = accuracy.measure_accuracy("cpu", rows=32, vocab=257, dtypes=("float32",))
+    assert {row.implementation for row in rows} == {"eager"}
+    assert [(skip.variant, skip.reason) for skip in failed] == [("broken", "RuntimeError: no such kernel")]
+
+
+def test_the_main_case_is_the_one_where_most_variants_meet(tiny):
+    results = Results.load(tiny)
+    (few,) = results.find(operator="stats", variant="erc cpu")
+    results.measurements.append(dataclasses.replace(few, rows=4096))
+    main = {key[2]: key[3] for key in report.main_cases(results, "stats").values()}
+    assert main == {"float32": 8}
+
+
+def test_the_roofline_counts_logits_by_necessary_traffic(tiny, tmp_path):
+    results = Results.load(tiny)
+    (reading,) = results.find(operator="stats", variant="erc cpu")
+    (writing,) = results.find(operator="policy-loss", variant="erc cpu")
+    assert roofline.logits_per_byte(reading) == pytest.approx(1 / 4)
+    assert roofline.logits_per_byte(writing) == pytest.approx(1 / 8)
+    assert roofline.measured_roofline(results, tmp_path / "roofline.png").stat().st_size > 20_000
+    results.measurements.clear()
+    assert roofline.measured_roofline(results, tmp_path / "none.png") is None
+
+
+def test_the_machine_code_beside_a_results_file_joins_its_report(tiny):
+    loop = {"instructions": 6.1, "load_bits": [128], "store_bits": [], "barriers": 0, "shuffles": 0}
+    kernel = {"name": "stats", "source": "cuda", "arch": "sm_90", "registers": 64, "shared_bytes": 0, "spills": False}
+    reachable = {gpu.name: {"share": 1.0, "resource": "issue", "headroom": 1.25} for gpu in GPUS if gpu.arch == "sm_90"}
+    kernel |= {
+        "occupancy": None,
+        "threads": 256,
+        "statistics": loop,
+        "gradient": None,
+        "instructions": 6.1,
+        "mufu": 1.0,
+        "reachable": reachable,
+    }
+    figures = tiny.with_name("machine_code.json")
+    figures.write_text(json.dumps({"toolchain": {"nvcc": "V12.9"}, "kernels": [kernel]}))
+    try:
+        printed = CliRunner().invoke(__main__.app, ["report", str(tiny)])
+        assert printed.exit_code == 0 and "cuda: stats" in printed.output and "1.25x" in printed.output
+        assert tiny.with_name("machine_code_roofline.png").stat().st_size > 20_000
+        assert "(machine_code_roofline.png)" in docs_block(tiny.parent, tiny.parent / "page.md")
+    finally:
+        figures.unlink()

@@ -5,8 +5,12 @@ from __future__ import annotations
 from benchmarks.peers import compiled, cut_cross_entropy, eager, flash_attn, liger, quack, torch_linear, trl, verl
 from benchmarks.peers.base import Runner, Unsupported, Variant
 
-PEERS: tuple[Variant, ...] = tuple(
-    module.PEER for module in (eager, compiled, trl, verl, liger, cut_cross_entropy, torch_linear, flash_attn, quack)
+PEERS: tuple[Variant, ...] = (
+    *(
+        module.PEER
+        for module in (eager, compiled, trl, verl, liger, cut_cross_entropy, torch_linear, flash_attn, quack)
+    ),
+    liger.IN_PLACE,
 )
 
 __all__ = ["PEERS", "Runner", "Unsupported", "Variant"]

@@ -1,9 +1,12 @@
 """Liger: `LigerFusedLinearGRPOLoss` (PyTorch, chunked over sequences and compiled) and `triton_grpo_loss` (GPU).
 
-Neither gives the entropy, so both run objectives without an entropy-ratio gate only.
+Neither gives the entropy, so both run objectives without an entropy-ratio gate only. By default `triton_grpo_loss`
+writes the gradient over the logits; that form is a variant of its own, beside erc's.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
@@ -48,7 +51,7 @@ def _linear(inputs: Inputs) -> Runner:
     return Runner(call)
 
 
-def _policy_loss(inputs: Inputs) -> Runner:
+def _policy_loss(inputs: Inputs, inplace: bool = False) -> Runner:
     _require_dapo(inputs)
     if inputs.case.device != "cuda":
         raise Unsupported("its GRPO loss from logits is a Triton kernel and needs a GPU")
@@ -58,10 +61,11 @@ def _policy_loss(inputs: Inputs) -> Runner:
     # The kernel takes one logit row more than tokens, a sequence: the row after the last token is there and unused.
     padded = torch.cat([inputs.logits_master.view(batch, length, vocab), inputs.logits_master[:batch, None]], dim=1)
     labels, old_logprob = inputs.labels.view(batch, length), inputs.old_logprob.view(batch, length)
+    storage = padded.clone() if inplace else padded
 
     def call() -> None:
         loss, _ = triton_grpo_loss(
-            inputs.logits(padded),
+            inputs.logits(storage),
             old_logprob,
             None,
             labels,
@@ -70,13 +74,19 @@ def _policy_loss(inputs: Inputs) -> Runner:
             beta=0.0,
             eps_low=EPS_LOW,
             eps_high=EPS_HIGH,
-            inplace=False,
+            inplace=inplace,
             loss_type="dapo",
             reduce=True,
         )
         loss.backward()
 
-    return Runner(call)
+    return Runner(call, reset=(lambda: storage.copy_(padded)) if inplace else None)
 
 
 PEER = Variant("Liger", {"linear": _linear, "policy-loss": _policy_loss}, requires=("liger_kernel.chunked_loss",))
+IN_PLACE = Variant(
+    "Liger, in place",
+    {"policy-loss": partial(_policy_loss, inplace=True)},
+    requires=("liger_kernel.transformers.grpo_loss",),
+    devices=("cuda",),
+)

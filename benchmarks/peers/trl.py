@@ -1,11 +1,12 @@
-"""TRL, as its GRPOTrainer computes a loss: `selective_log_softmax` and `entropy_from_logits` on `[B, T, V]`.
+"""TRL's `selective_log_softmax_and_entropy` on `[B, T, V]`, and `ChunkedLogProbFunction`, its fused lm_head.
 
-Both are Triton kernels on a GPU. `ChunkedLogProbFunction` is its fused lm_head.
+The former is one Triton kernel on a GPU, and `selective_log_softmax` and `entropy_from_logits` elsewhere.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from benchmarks.peers.base import Runner, Statistics, Variant, from_statistics, token_loss
@@ -19,24 +20,13 @@ def _batched(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.view(batch, -1, logits.shape[-1]), labels.view(batch, -1)
 
 
-def _load() -> Statistics:
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+def _load(entropy_requires_grad: bool = True) -> Statistics:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
 
     def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits, labels = _batched(logits, labels)
-        return selective_log_softmax(logits, labels).view(-1), entropy_from_logits(logits).view(-1)
-
-    return statistics
-
-
-def _load_for_loss() -> Statistics:
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-
-    def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, labels = _batched(logits, labels)
-        with torch.no_grad():
-            entropy = entropy_from_logits(logits)
-        return selective_log_softmax(logits, labels).view(-1), entropy.view(-1)
+        logprob, entropy = selective_log_softmax_and_entropy(logits, labels, entropy_requires_grad)
+        return logprob.view(-1), entropy.view(-1)
 
     return statistics
 
@@ -55,6 +45,6 @@ def _linear(inputs: Inputs) -> Runner:
 
 PEER = Variant(
     "TRL",
-    from_statistics(_load, constant_entropy=_load_for_loss) | {"linear": _linear},
+    from_statistics(_load, constant_entropy=partial(_load, entropy_requires_grad=False)) | {"linear": _linear},
     requires=("trl.trainer.utils",),
 )

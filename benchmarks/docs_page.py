@@ -1,0 +1,45 @@
+"""The generated part of `docs/benchmarks.md`: the model of a training step, linear forms, the GPU kernels' roofline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.markdown import BEGIN, END, markdown_table
+from benchmarks.results import Results
+from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, step_share_rows
+
+
+def docs_block(folder: Path, document: Path) -> str:
+    """The generated part of `docs/benchmarks.md`, markers included: `folder` holds the checked-in results."""
+    step = markdown_table(list(HEADINGS), [list(row) for row in step_share_rows()])
+    assumed = (
+        f"Per token of {LENGTH:,}-token sequences, at {MFU:.0%} of the peak flops and {EFFICIENCY:.0%} of the peak "
+        f"bandwidth; generation takes {ROLLOUT_RATIO:g} times as long as the update. "
+        "`python -m benchmarks step-share` prints the formulas and takes other assumptions."
+    )
+    parts = [BEGIN, "## Share of a training step, H100", step, assumed]
+    linear = folder / "linear.json"
+    if linear.exists():
+        parts += ["## The loss from hidden states", _linear_table(Results.load(linear))]
+    figure = folder / "machine_code_roofline.png"
+    if figure.exists():
+        link = Path(os.path.relpath(figure, document.parent)).as_posix()
+        parts += ["## What the GPU kernels' instructions leave reachable", f"![Roofline of each GPU, bfloat16]({link})"]
+    return "\n\n".join([*parts, END])
+
+
+def _linear_table(results: Results) -> str:
+    rows = [
+        [
+            f"{m.dtype}, N = {m.rows:,}, D = {m.hidden:,}",
+            m.objective,
+            m.variant,
+            f"{m.median:.2f}",
+            "" if m.peak_extra_bytes is None else f"{m.peak_extra_bytes / 2**20:,.0f}",
+        ]
+        for m in results.find(operator="linear")
+    ]
+    table = markdown_table(["case", "objective", "variant", "seconds", "peak memory beyond the inputs, MiB"], rows)
+    where = results.machine["gpu"] or f"{results.machine['cpu']}, {results.machine['threads']} threads"
+    return f"{table}\n\nV = {results.measurements[0].vocab:,}; {where}, commit {results.commit}, {results.date}."
