@@ -78,5 +78,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and str(options.json) == "-":
         print(figures)
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(machine_code_table(json.loads(figures)))
+        Console(width=None if sys.stdout.isatty() else 230).print(machine_code_table(json.loads(figures)))
     return int(any(m.spills and m.source != "peer" for m in measurements))

@@ -220,7 +220,7 @@ def machine_code_table(document: dict) -> Table:
             f"{m['mufu']:.3f}",
             str(sum(loop["barriers"] + loop["shuffles"] for loop in loops)),
             str(m["registers"]),
-            f"{m['occupancy']['blocks']} of {m['threads']}" if m["occupancy"] else "-",
+            f"{m['occupancy']['blocks']} x {m['threads']}" if m["occupancy"] else "-",
             "yes" if m["spills"] else "no",
             reachable,
         )

@@ -1,0 +1,179 @@
+"""The machine-code report of the Triton, CUDA and peers' kernels: what is checked in, what the document says of it, and
+how peers are found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="its package carries the disassembler")
+pytest.importorskip("rich", reason="the report is printed with rich")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: this process cannot compile kernels", allow_module_level=True)
+
+import triton
+
+from benchmarks.machine_code import cli, document, peers
+from benchmarks.machine_code.occupancy import Occupancy
+from benchmarks.machine_code.report import CompiledKernel, from_triton, machine_code_table, measure
+from benchmarks.machine_code.roofline import GPU
+from benchmarks.machine_code.triton_variants import main_variants
+
+ARCHS = {"sm_80", "sm_90", "sm_100"}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    return json.loads(document.REPORT.read_text())
+
+
+def test_the_document_holds_the_report(report):
+    assert document.current_block(document.DOCUMENT) == document.block(report), (
+        "run `python -m benchmarks.machine_code.document`"
+    )
+
+
+def test_the_checked_in_report_is_complete(report):
+    assert {"triton", "nvcc", "trl", "liger-kernel"} <= set(report["toolchain"])
+    archs = {}
+    for kernel in report["kernels"]:
+        archs.setdefault((kernel["source"], kernel["name"]), set()).add(kernel["arch"])
+    assert archs.pop(("cuda", "loss, cluster")) == {"sm_90", "sm_100"}
+    assert all(found == ARCHS for found in archs.values())
+    assert {variant.name for variant in main_variants()} == {name for source, name in archs if source == "triton"}
+    assert {peer.name for peer in peers.PEERS} == {name for source, name in archs if source == "peer"}
+
+
+def test_the_checked_in_report_meets_every_target(report):
+    assert [target.text for target in document.TARGETS if not target.holds(report)] == []
+    spoilt = copy.deepcopy(report)
+    for kernel in spoilt["kernels"]:
+        kernel["instructions"] *= 3
+        kernel["mufu"] *= 3
+        for gpu in kernel["reachable"].values():
+            gpu["share"] /= 3
+        kernel["occupancy"] = {"blocks": 0, "limit": "registers"}
+    assert not any(target.holds(spoilt) for target in document.TARGETS)
+    assert "| no |" in document.block(spoilt) and "| no |" not in document.block(report)
+
+
+def test_no_kernel_of_ours_spills_or_waits_in_its_main_loops(report):
+    for kernel in report["kernels"]:
+        if kernel["source"] != "peer":
+            assert not kernel["spills"], kernel["name"]
+            for loop in filter(None, (kernel["statistics"], kernel["gradient"])):
+                assert loop["barriers"] == loop["shuffles"] == 0 and loop["load_bits"] == [128], kernel["name"]
+
+
+@pytest.mark.parametrize("variant", main_variants()[::3], ids=lambda v: v.name)
+def test_the_checked_in_report_is_what_the_sources_compile_to(variant, report):
+    if report["toolchain"]["triton"] != triton.__version__:
+        pytest.skip(f"the report is of triton {report['toolchain']['triton']}")
+    (stored,) = (k for k in report["kernels"] if (k["name"], k["arch"]) == (variant.name, "sm_90"))
+    fresh = measure(from_triton(variant.name, "sm_90", variant.compile("sm_90"), source="triton"))
+    assert json.loads(json.dumps(fresh.json())) == stored, (
+        "run `python -m benchmarks machine-code --json results/benchmarks/machine_code.json`"
+    )
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+KERNEL = """
+import triton
+@triton.jit
+def _grpo_loss_fwd_kernel(LOGITS): pass
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A stand-in for Liger on the path, which must not be imported for its kernels to be found."""
+    (tmp_path / "liger_kernel" / "ops").mkdir(parents=True)
+    (tmp_path / "liger_kernel" / "__init__.py").write_text("raise ImportError('imported')")
+    file = tmp_path / "liger_kernel" / "ops" / "grpo_loss.py"
+    file.write_text(KERNEL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "liger_kernel", raising=False)
+    peers._load.cache_clear()
+    yield file
+    peers._load.cache_clear()
+
+
+def test_peers_are_measured_where_they_are_installed(installed):
+    forward, backward = (peer for peer in peers.PEERS if peer.file.startswith("liger_kernel"))
+    assert peers.why_not(forward) is None
+    assert "no _grpo_loss_bwd_kernel" in peers.why_not(backward)
+    assert "liger_kernel" not in sys.modules
+    installed.unlink()
+    assert "no " in peers.why_not(forward)
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
+    reasons = peers.missing()
+    assert set(reasons) == {peer.name for peer in peers.PEERS}
+    assert all("is not installed" in reason for reason in reasons.values())
+    assert peers.peer_kernels(ARCHS) == [] and peers.versions(tmp_path) == {}
+
+
+def test_a_folder_of_unpacked_wheels_comes_first(installed, tmp_path):
+    folder = tmp_path / "wheels"
+    (folder / "liger_kernel" / "ops").mkdir(parents=True)
+    (folder / "liger_kernel" / "ops" / "grpo_loss.py").write_text(KERNEL.replace("fwd", "bwd"))
+    (folder / "liger_kernel-9.8.dist-info").mkdir()
+    (folder / "liger_kernel-9.8.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: liger_kernel\nVersion: 9.8\n"
+    )
+    forward, backward = (peer for peer in peers.PEERS if peer.file.startswith("liger_kernel"))
+    assert peers.why_not(backward, folder) is None and peers.why_not(forward, folder) is not None
+    assert peers.versions(folder) == {"liger-kernel": "9.8"}
+
+
+@pytest.mark.skipif(peers.why_not(peers.PEERS[0]) is not None, reason="TRL is not installed")
+def test_trl_s_kernel_takes_more_instructions_and_waits_in_its_loop():
+    found = measure(peers.PEERS[0].compile(None, "sm_90"))
+    assert 15 < found.statistics.instructions < 40
+    assert found.statistics.barriers + found.statistics.shuffles > 0
+
+
+# ---- the command and its parts ---------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_and_prints_the_report(monkeypatch, tmp_path, capsys):
+    variant = main_variants()[0]
+
+    def kernels(archs, dtype) -> list[CompiledKernel]:
+        return [from_triton(variant.name, arch, variant.compile(arch), source="triton") for arch in archs]
+
+    monkeypatch.setattr(cli, "triton_kernels", kernels)
+    monkeypatch.setattr(cli.cuda_variants, "nvcc", lambda: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
+    path = tmp_path / "report.json"
+    assert cli.main(["--arch", "sm_90", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "triton: stats_forward" in printed and "H200 100%" in printed
+    assert "left out: csrc/cuda: no nvcc" in printed and "trl is not installed" in printed
+    written = json.loads(path.read_text())
+    assert written["toolchain"]["triton"] == triton.__version__ and "nvcc" not in written["toolchain"]
+    assert machine_code_table(written).row_count == 1
+
+
+def test_occupancy_by_hand():
+    # 512 threads of 64 registers: 32,768 of 65,536. 41,296 bytes and the system's 1,024: five blocks of 233,472.
+    assert Occupancy.of("sm_90", 512, 64, 1024, 0) == Occupancy(2, "registers")
+    assert Occupancy.of("sm_90", 256, 33, 1024, 41_296) == Occupancy(5, "shared memory")
+    assert Occupancy.of("sm_80", 256, 33, 0, 41_296) == Occupancy(3, "shared memory")
+    assert Occupancy.of("sm_80", 1024, 16, 0, 0) == Occupancy(2, "threads")
+    assert Occupancy.of("sm_80", 32, 16, 0, 0) == Occupancy(32, "blocks")
+
+
+def test_reachable_bandwidth_by_hand():
+    gpu = GPU("toy", "sm_90", multiprocessors=100, clock=1e9, bandwidth=2e12, fma=64)  # 10 elements of 2 bytes a clock
+    reachable = gpu.reachable({"fma": 4.0, "alu": 4.0, "mufu": 2.0, "uniform": 5.0}, 2)
+    assert (reachable.resource, reachable.share) == ("mufu", 0.8)
+    assert gpu.shares({"fma": 4.0, "uniform": 12.0}, 2) == {"issue": 0.8, "fma": 1.6}
+    assert gpu.reachable({"fma": 4.0}, 2).share == 1 and gpu.reachable({"fma": 4.0}, 2).headroom == 1.6
