@@ -1,10 +1,12 @@
-"""Layer 4: verl's policy-loss registry, and its log-probs and entropies, by erc.
+"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one call in each process that trains:
 
-    erc.integrations.verl.register()               # actor.policy_loss.loss_mode: erc_dapo, erc_gppo, ...
-    erc.integrations.verl.use_fused_statistics()   # log-probs and entropies from one read of the logits
+    erc.integrations.verl.install()
 
-verl hands a registered loss neither entropies nor old entropies: run `ppo_loss` below in place of verl's own function
-of that name; it takes both from the batch. Supported: verl 0.9.
+or, as verl's own setting, `actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin`. Then
+`actor.policy_loss.loss_mode=erc_dapo actor.calculate_entropy=True` trains with the entropy-ratio gate.
+
+verl hands a registered loss neither entropies nor old ones, so `install` also puts a loss function around verl's
+`ppo_loss` that takes both from the batch. Supported: verl 0.9.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -21,17 +24,22 @@ from torch import Tensor
 
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
+from erc.linear_stats import linear_token_stats
 from erc.objectives import Objective, objective, objectives
 from erc.reference import objective_loss
 from erc.stats import token_stats
 
 require("verl", (0, 9), (0, 10))
 
+import verl.utils.experimental.torch_functional as verl_linear  # noqa: E402
 import verl.utils.torch_functional as verl_functional  # noqa: E402
 from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402
 
 OLD_ENTROPIES = "old_entropys"
 """The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
+
+_KEYS = (OLD_ENTROPIES, "entropy")
+"""Where they are found: verl's trainer of today keeps what its old-log-prob pass found under the second name."""
 
 _entropies: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("erc_entropies", default=None)
 
@@ -77,8 +85,9 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         carried = _entropies.get()
         if carried is None and objective.entropy_ratio is not None:
             raise RuntimeError(
-                f"the entropy-ratio gate needs old entropies: run erc.integrations.verl.ppo_loss with "
-                f"data[{OLD_ENTROPIES!r}] and calculate_entropy=True, or set erc.integrations.verl.entropies"
+                f"the entropy-ratio gate needs entropies and old entropies: call erc.integrations.verl.install() and "
+                f"set actor.calculate_entropy=True; a batch carries data[{OLD_ENTROPIES!r}], a loop of your "
+                f"own sets erc.integrations.verl.entropies"
             )
         entropy, old_entropy = carried or (torch.zeros_like(log_prob), None)
         weights = rollout_is_weights
@@ -125,20 +134,54 @@ def _normalizer(
     return None if count is None else count / dp_size
 
 
-def ppo_loss(config: Any, model_output: dict, data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
-    """verl's `ppo_loss` for a batch that carries old entropies under `OLD_ENTROPIES`; same arguments and results.
+def with_old_entropies(ppo_loss: Callable[..., tuple[Tensor, dict]]) -> Callable[..., tuple[Tensor, dict]]:
+    """verl's `ppo_loss`, or one of its signature, for batches that carry old entropies under `OLD_ENTROPIES` or, as
+    verl's trainer of today does, under `entropy`. Others pass through: a gated loss raises there."""
+
+    @wraps(ppo_loss)
+    def loss(config: Any, model_output: dict, data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        entropy = model_output.get("entropy")
+        key = next((key for key in _KEYS if key in data.keys()), None)  # noqa: SIM118
+        if entropy is None or key is None:
+            return ppo_loss(config, model_output, data, dp_group)
+        if not config.entropy_coeff:  # else a zero gradient would go through the vocabulary once more
+            model_output = {**model_output, "entropy": entropy.detach()}
+        old_entropy = data.select(key).to_padded_tensor()[key]
+        with entropies(no_padding_2_padding(entropy, data), old_entropy):
+            return ppo_loss(config, model_output, data, dp_group)
+
+    return loss
+
+
+def _keeping_entropies(compute_old_log_prob: Callable[..., tuple]) -> Callable[..., tuple]:
+    """`RayPPOTrainer._compute_old_log_prob`, which the trainer rids of its entropies once they are logged."""
+
+    @wraps(compute_old_log_prob)
+    def compute(self: Any, batch: Any) -> tuple:
+        old_log_prob, utilisation = compute_old_log_prob(self, batch)
+        old_log_prob.batch[OLD_ENTROPIES] = old_log_prob.batch["entropys"]
+        return old_log_prob, utilisation
+
+    return compute
+
+
+@cache
+def install() -> None:
+    """All of it: `register()`, `use_fused_statistics()`, and old entropies carried by the batch and handed to the loss.
+    Every process that trains calls it, before workers are built; a second call does nothing.
 
     Raises:
-        ValueError: if the engine computed no entropy, or the batch has no old ones.
+        ImportError: if what verl needs for training is not installed.
     """
-    from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
-    from verl.workers.utils.padding import no_padding_2_padding
+    import verl.workers.utils.losses as losses
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
-    if model_output.get("entropy") is None or OLD_ENTROPIES not in data.keys():  # noqa: SIM118
-        raise ValueError(f"model_output must hold entropy (calculate_entropy=True) and data must hold {OLD_ENTROPIES}")
-    old_entropy = data.select(OLD_ENTROPIES).to_padded_tensor()[OLD_ENTROPIES]
-    with entropies(no_padding_2_padding(model_output["entropy"], data), old_entropy):
-        return verl_ppo_loss(config, model_output, data, dp_group)
+    register()
+    use_fused_statistics()
+    _replace(losses.ppo_loss, with_old_entropies(losses.ppo_loss))
+    RayPPOTrainer._compute_old_log_prob = _keeping_entropies(RayPPOTrainer._compute_old_log_prob)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -151,11 +194,34 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return token_stats(logits).entropy
 
 
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """verl's function of that name: there is nothing as large as the logits to save by chunks."""
+    return entropy_from_logits(logits)
+
+
+class FusedLinearForPPO(torch.nn.Module):
+    """verl's module of that name, which `use_fused_kernels` runs for its backends "torch" and "liger": log-probs and
+    entropies `[*]` from hidden states `[*, D]`, without logits."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        stats = linear_token_stats(hidden_states, vocab_weights, input_ids.long(), temperature=temperature)
+        return stats.logprob, stats.entropy
+
+
 def use_fused_statistics() -> None:
     """Replace verl's log-prob and entropy functions by ours, also where a module imported them by name already. Call it
     once, before workers are built."""
-    for ours in (logprobs_from_logits, entropy_from_logits):
-        theirs = getattr(verl_functional, ours.__name__)
-        for name, module in list(sys.modules.items()):
-            if name.startswith("verl.") and vars(module).get(ours.__name__) is theirs:
-                setattr(module, ours.__name__, ours)
+    for ours in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking):
+        _replace(getattr(verl_functional, ours.__name__), ours)
+    _replace(verl_linear.FusedLinearForPPO, FusedLinearForPPO)
+
+
+def _replace(theirs: Any, ours: Any) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and vars(module).get(theirs.__name__) is theirs:
+            setattr(module, theirs.__name__, ours)
