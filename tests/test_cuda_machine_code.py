@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="its package carries the disassembler")
 pytest.importorskip("rich", reason="needs rich")
 from benchmarks.machine_code import cli, cuda_variants, document
 from benchmarks.machine_code.report import Measurement, measure
-from benchmarks.machine_code.sass import disassemble
+from benchmarks.machine_code.sass import disassemble_file
 
 pytestmark = [
     pytest.mark.skipif(cuda_variants.nvcc() is None, reason="needs nvcc"),
@@ -38,7 +38,7 @@ def measured() -> dict[tuple[str, str], Measurement]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("file", FILES)
 def test_no_kernel_spills(file, arch, measured):
-    kernels = disassemble(cuda_variants.cubin(file, arch).read_bytes())
+    kernels = disassemble_file(cuda_variants.cubin(file, arch))
     assert len(kernels) > 10, "every dtype and feature is a kernel"
     assert [kernel.name for kernel in kernels if kernel.spills()] == []
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine_code.report import CompiledKernel
-from benchmarks.machine_code.sass import disassemble
+from benchmarks.machine_code.sass import disassemble_file
 
 _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
@@ -98,13 +98,11 @@ def cuda_kernels(archs: Iterable[str], kernels: Iterable[CudaKernel] = MAIN) -> 
     """The kernels of a training step, for the report."""
     wanted = [(kernel, arch) for kernel in kernels for arch in archs if arch in kernel.archs]
     compiled = cubins((kernel.source, arch) for kernel, arch in wanted)
-    names: dict[Path, list[str]] = {}
     chosen = []
     for kernel, arch in wanted:
         path = compiled[kernel.source, arch]
-        if path not in names:
-            names[path] = [found.name for found in disassemble(path.read_bytes())]
-        (function,) = (name for name in names[path] if kernel.function in name and _TRAINING in name)
+        names = [found.name for found in disassemble_file(path)]
+        (function,) = (name for name in names if kernel.function in name and _TRAINING in name)
         launch = {"threads": kernel.threads, "dynamic_shared": kernel.shared, "cluster": kernel.cluster}
         chosen.append(
             CompiledKernel(kernel.name, arch, path, function, (_ELEMENTS, _ELEMENTS), source="cuda", **launch)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.machine_code.occupancy import Occupancy
 from benchmarks.machine_code.roofline import GPUS, Reachable
-from benchmarks.machine_code.sass import Kernel, Loop, disassemble
+from benchmarks.machine_code.sass import Kernel, Loop, disassemble, disassemble_file
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class CompiledKernel:
 
     def kernel(self) -> Kernel:
         """Raises LookupError if `function` is not in the cubin, or is needed to choose."""
-        data = self.cubin if isinstance(self.cubin, bytes) else Path(self.cubin).read_bytes()
-        kernels = disassemble(data)
+        kernels = disassemble(self.cubin) if isinstance(self.cubin, bytes) else disassemble_file(self.cubin)
         found = [k for k in kernels if self.function in (None, k.name)]
         if len(found) != 1:
             raise LookupError(f"{self.name}: {self.function!r} does not name one of {[k.name for k in kernels]}")

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _LABEL = re.compile(r"^\s*(\.L_x_\d+|\.L_\d+):")
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
 _TARGET = re.compile(r"`\((\.L_x_\d+|\.L_\d+)\)")
 _RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
@@ -27,11 +29,10 @@ _SHUFFLE = {"SHFL", "REDUX", "CREDUX"}
 _BARRIER = {"BAR", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "MEMBAR"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instruction:
-    address: int
     opcode: str
-    operands: str
+    operands: str  # of a branch: a cubin with every variant has too many of the others to keep
 
     @property
     def name(self) -> str:
@@ -151,6 +152,12 @@ def disassemble(cubin: bytes) -> list[Kernel]:
     return [_kernel(name, code.splitlines(), resources.get(name, {})) for name, code in _functions(listing)]
 
 
+@lru_cache(maxsize=8)
+def disassemble_file(path: Path) -> list[Kernel]:
+    """As `disassemble`, remembered: a cubin with every variant of a kernel takes seconds."""
+    return disassemble(path.read_bytes())
+
+
 def _functions(listing: str) -> list[tuple[str, str]]:
     parts = re.split(r"^\s*(?:\.section\s+)?\.text\.([\w$.]+)[^\n]*$", listing, flags=re.MULTILINE)
     code: dict[str, str] = {}
@@ -166,7 +173,7 @@ def _kernel(name: str, lines: list[str], resources: dict[str, int]) -> Kernel:
         if match := _LABEL.match(line):
             label_at[match[1]] = len(instructions)
         elif match := _INSTRUCTION.search(line):
-            instructions.append(Instruction(int(match[1], 16), match[2], match[3]))
+            instructions.append(Instruction(sys.intern(match[1]), match[2] if match[1].startswith("BRA") else ""))
     return Kernel(
         name,
         tuple(instructions),
