@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -55,7 +54,6 @@ def run(
             entropies.append(_measure(entry, variants, results))
         except Exception as error:  # such as a case that does not fit the machine
             results.skipped.append(Skip(str(entry.case), "all", reason_of(error)))
-        gc.collect()  # a runner holds gigabytes in a cycle of closures
         if entropies:
             nats = entropy_quantiles(torch.cat(entropies))
             results.workload = {"temperature": TEMPERATURE, "entropy_nats": nats}
