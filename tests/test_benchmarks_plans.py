@@ -43,7 +43,8 @@ def test_the_full_plan_covers_operators_objectives_vocabularies_dtypes_and_sweep
             assert len({c.rows for c in same if c.vocab == plans.QWEN}) >= 5
             assert len({c.vocab for c in same}) >= 8
     assert {c.dtype for c in cases if c.operator == "entropy-ratio"} == set(DTYPES)
-    assert {c.dtype for c in cases if c.operator == "linear"} == set(DTYPES)
+    multiplied = {"float32", "bfloat16"} if device == "cpu" else set(DTYPES)
+    assert {c.dtype for c in cases if c.operator == "linear"} == multiplied
     assert len({c.rows for c in cases if c.operator == "linear" and c.dtype == "float32"}) >= 3
     with_memory = {
         e.case.rows for e in plan if e.memory and (e.case.operator, e.case.dtype) == ("policy-loss", "bfloat16")
@@ -84,7 +85,7 @@ def test_the_full_plan_runs_to_its_end_in_small_sizes(tmp_path, monkeypatch):
     arguments = ["run", *SMALL, "--no-peers", "--no-accuracy", "--backends", "cpu", "--output", str(path)]
     printed = CliRunner().invoke(__main__.app, arguments)
     assert printed.exit_code == 0, printed.output
-    assert "25/25" in printed.output and "min left" in printed.output
+    assert "23/23" in printed.output and "min left" in printed.output
     results = Results.load(path)
     planned = {entry.case for entry in plans.Selection(rows=4, vocab=1000).apply(plans.full_plan())}
     assert {Case(*key) for key in (_as_case(key) for key in results.cases())} == planned
