@@ -7,9 +7,9 @@ from pathlib import Path
 
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.plots import PLOTS, plot_path
-from benchmarks.report import BASELINES, TARGETS, main_cases, milliseconds, rule_costs, speedup
+from benchmarks.report import BASELINES, TARGETS, main_cases, milliseconds, rule_costs, speedup, times
 from benchmarks.results import Measurement, Results
-from benchmarks.step_share import HEADINGS, step_share_rows
+from benchmarks.step_share import HEADINGS, MODELS, step_share_rows
 
 _CAPTIONS = {
     "speed_by_vocab": "Time per token over the vocabulary",
@@ -39,7 +39,7 @@ def _speed(results: Results, operator: str, objective: str, title: str) -> str:
                 row += ["", ""]
                 continue
             factor = speedup(case, ours_name, name) if ours_name in case else None
-            row += [milliseconds(case[name].median), "" if factor is None or name == ours_name else f"{factor:.2g}x"]
+            row += [milliseconds(case[name].median), "" if factor is None or name == ours_name else times(factor)]
         rows.append(row)
     sizes = dict.fromkeys((key[3], key[4], key[5]) for key in cases.values())
     words = [f"{n:,} tokens, V = {v:,}" + (f", D = {d:,}" if d else "") for n, v, d in sizes]
@@ -134,12 +134,10 @@ def block(results: Results, results_path: Path, readme: Path) -> str:
 
 def _step_share_sentence() -> str:
     """What the loss costs of a whole step, by the model, so that nobody is promised more than they get."""
-    shares = [
-        f"{row[HEADINGS.index('loss / update')]} of {row[0]}'s update with {row[1]}"
-        for row in step_share_rows()
-        if row[1] in ("eager PyTorch", "erc")
-    ]
+    shares = {(row[0], row[1]): row[HEADINGS.index("loss / update")] for row in step_share_rows()}
+    parts = [f"{shares[m.name, 'eager PyTorch']} and {shares[m.name, 'erc']} for {m.name}" for m in MODELS]
     return (
-        f"A loss is a small part of a step: on an H100, by a model of flops and bytes, {', '.join(shares)}. "
-        "Method, how to compare two runs, and that model: [docs/benchmarks.md](docs/benchmarks.md)."
+        "A loss is a small part of a step. Its share of an update on an H100, by a model of flops and bytes, in eager "
+        f"PyTorch and with erc: {'; '.join(parts)}. The model, the method and how to compare runs: "
+        "[docs/benchmarks.md](docs/benchmarks.md)."
     )

@@ -59,7 +59,7 @@ class Target:
 
     def show(self, ratio: float) -> str:
         """A ratio in this target's unit."""
-        return f"{ratio:.0%}" if self.against == PEAK else f"{ratio:.2g}x"
+        return f"{ratio:.0%}" if self.against == PEAK else times(ratio)
 
 
 TARGETS = (
@@ -98,6 +98,11 @@ def main_cases(results: Results, operator: str, objectives: tuple[str, ...] = ("
 def speedup(case: dict[str, Measurement], variant: str, against: str) -> float:
     """How many times faster `variant` is than `against`."""
     return case[against].median / case[variant].median
+
+
+def times(factor: float) -> str:
+    """A factor in two digits, and never as a power of ten."""
+    return f"{factor:.0f}x" if factor >= 99.5 else f"{factor:.2g}x"
 
 
 def case_title(key: tuple) -> str:

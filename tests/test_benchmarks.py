@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 for package in ("rich", "typer", "matplotlib"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}")
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from benchmarks import __main__, accuracy, compare, ours, plans, readme, report, roofline, step_share, suite, timing  # noqa: E402
@@ -134,6 +136,17 @@ def test_the_step_model_by_hand():
     assert share.share_of_update == pytest.approx(loss / (backbone + head + loss))
     step = backbone + head + loss + old + backbone + head
     assert share.share_of_step == pytest.approx((loss + 2 * 100_000 / 0.8e12) / step)
+
+
+def test_the_demo_prints_the_share_of_the_loss():
+    demo = pytest.importorskip("examples.report", reason="the demo's requirements are missing")
+    history = demo.History(steps=[{"reward": 0.0, "entropy": 1.0, "clip_fraction": 0.0, "erc_fraction": 0.0}])
+    history.before = history.after = {"greedy": 0.0, "sampled": 0.0}
+    history.seconds |= {"loss": 1.0, "model forward": 3.0}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(demo.summary("demo", history))
+    (line,) = (line for line in console.export_text().splitlines() if "step time: loss" in line)
+    assert "25.0%" in line
 
 
 def test_inputs_look_like_a_trained_policy_and_cost_no_logits_for_a_linear_case():
