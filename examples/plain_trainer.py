@@ -1,13 +1,15 @@
 """Reinforcement learning with erc in a plain PyTorch loop: `python -m examples.plain_trainer`.
 
 Two updates on each batch of rollouts, so that the second one is off-policy and the entropy ratio has something to say.
-`torchrun --nproc-per-node 2 -m examples.plain_trainer --fsdp` shards the model by FSDP2, `--compile` compiles it.
+`torchrun --nproc-per-node 2 -m examples.plain_trainer --fsdp` shards the model by FSDP2, `--compile` compiles it, and
+a run with `--checkpoint FILE` that was killed goes on from there to the numbers that it would have given.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,9 +62,23 @@ def update(
     return out
 
 
-def train(steps: int, objective: str, seed: int = 0, fsdp: bool = False, compiled: bool = False) -> list[dict]:
+def save(path: Path, **state: Any) -> None:
+    """Write everything that a resumed run needs; a run killed meanwhile leaves the file before it."""
+    torch.save(state | {"random": torch.get_rng_state()}, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def train(
+    steps: int,
+    objective: str,
+    seed: int = 0,
+    fsdp: bool = False,
+    compiled: bool = False,
+    checkpoint: Path | None = None,
+) -> list[dict]:
     """Train a small decoder on sums; returns loss, reward and metrics of each update. Seeds and problems differ by
-    rank."""
+    rank. With a `checkpoint` the state is kept after every batch, and training goes on from the file if there is one.
+    """
     torch.manual_seed(seed)
     tokenizer, task, device = character_tokenizer(), Task("chain_sum", short=True), torch.device("cpu")
     model = small_decoder(tokenizer, width=32, layers=1)
@@ -74,7 +90,13 @@ def train(steps: int, objective: str, seed: int = 0, fsdp: bool = False, compile
     problems = task.problems(steps * 2 * (rank + 1), seed)[rank * steps * 2 :]
     torch.manual_seed(seed + rank)
     log = []
-    for step in range(steps):
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        log = state["log"]
+    for step in range(len(log) // 2, steps):
         asked = [problem for problem in problems[2 * step : 2 * step + 2] for _ in range(GROUP)]
         rollouts = sample(model, tokenizer, task, asked, max_new_tokens=5, temperature=1.0, device=device)
         digits = torch.tensor([sum(c.isdigit() for c in text) / 5 for text in rollouts.texts])  # a first slope to climb
@@ -84,6 +106,8 @@ def train(steps: int, objective: str, seed: int = 0, fsdp: bool = False, compile
             out = update(policy, optimizer, rollouts.batch, old, advantages, objective)
             metrics = {key: value.item() for key, value in out.metrics.items()}
             log.append({"loss": out.loss.item(), "reward": rollouts.rewards.float().mean().item(), **metrics})
+        if checkpoint is not None:
+            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), log=log)
     return log
 
 
@@ -93,10 +117,16 @@ def main() -> None:
     parser.add_argument("--objective", default="erc-dapo", choices=erc.objectives())
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpoint", type=Path, help="a file; not with --fsdp, where each rank holds a part")
     arguments = parser.parse_args()
+    if arguments.fsdp and arguments.checkpoint:
+        parser.error("--checkpoint keeps the state of one process: leave out --fsdp")
     if arguments.fsdp:
         dist.init_process_group("gloo")
-    for number, entry in enumerate(train(arguments.steps, arguments.objective, 0, arguments.fsdp, arguments.compile)):
+    log = train(
+        arguments.steps, arguments.objective, 0, arguments.fsdp, arguments.compile, checkpoint=arguments.checkpoint
+    )
+    for number, entry in enumerate(log):
         if int(os.environ.get("RANK", 0)) == 0:
             shown = ("loss", "reward", "entropy", "erc_fraction", "clip_fraction")
             print(number, *(f"{name} {entry[name]:.4f}" for name in shown))

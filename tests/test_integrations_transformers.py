@@ -75,6 +75,55 @@ def test_loss_and_gradients_equal_those_of_the_models_own_logits(kind, padding):
     assert largest > 1e-3, "gradients that vanish compare nothing"
 
 
+def test_twenty_steps_with_a_verifier_equal_those_of_the_reference():
+    pytest.importorskip("reasoning_gym", reason="the verifier comes from reasoning-gym")
+    from examples.model import character_tokenizer, small_decoder
+    from examples.rollout import sample
+    from examples.tasks import Task
+
+    tokenizer, task = character_tokenizer(), Task("chain_sum", short=True)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(small_decoder(tokenizer, width=32, layers=1))
+    ours, theirs = models
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=2e-2) for model in models]
+    gated = []
+    for step in range(10):  # of two updates each
+        torch.manual_seed(step)
+        asked = [problem for problem in task.problems(2, seed=step) for _ in range(4)]
+        device = torch.device("cpu")
+        found = sample(theirs, tokenizer, task, asked, max_new_tokens=4, temperature=1.0, device=device)
+        batch, labels = found.batch, found.batch.labels
+        digits = torch.tensor([sum(c.isdigit() for c in text) / 4 for text in found.texts])
+        advantages = erc.rlvr.group_advantages(found.rewards.float() + digits, group_size=4)
+        positions = (batch.attention.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            old = head_inputs(ours, batch.tokens, batch.attention, positions).token_stats(labels)
+            expected = erc.token_stats(batch.logits(theirs), labels, backend="torch")
+        torch.testing.assert_close(old.entropy, expected.entropy, rtol=1e-3, atol=1e-3)
+        for _ in range(2):
+            rollout = {"old_logprob": old.logprob, "old_entropy": old.entropy, "advantages": advantages}
+            out = fused_policy_forward(ours, batch.tokens, labels, attention_mask=batch.attention, **rollout)
+            rollout |= {"old_logprob": expected.logprob, "old_entropy": expected.entropy}
+            reference = erc.policy_loss(batch.logits(theirs), labels, backend="torch", **rollout)
+            for result, optimizer in zip((out, reference), optimizers, strict=True):
+                optimizer.zero_grad()
+                result.loss.backward()
+            torch.testing.assert_close(out.loss, reference.loss, rtol=1e-3, atol=1e-5)
+            for name, value in reference.metrics.items():
+                torch.testing.assert_close(
+                    out.metrics[name], value, rtol=2e-3, atol=2e-5, equal_nan=True, check_dtype=False, msg=name
+                )
+            largest = max(float(b.grad.abs().max()) for b in theirs.parameters())
+            for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * largest, msg=name)
+            for optimizer in optimizers:
+                optimizer.step()
+            gated.append(float(out.metrics["erc_fraction"]))
+    assert gated[0] == 0 and max(gated) > 0.05
+
+
 def test_packed_sequences_equal_separate_ones():
     model = make_model("qwen3")
     tokens = make_batch("left")["input_ids"]
