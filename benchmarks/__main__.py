@@ -196,7 +196,10 @@ def compare(
     relative: Annotated[bool, typer.Option(help="measure against the plain read or copy of each run")] = True,
 ) -> None:
     """Compare two results files; exit status 1 where erc became slower."""
-    found = changes(Results.load(before), Results.load(after), relative=relative)
+    pair = Results.load(before), Results.load(after)
+    for path, loaded in zip((before, after), pair, strict=True):
+        _console.print(f"{path.name}: {loaded.machine['gpu'] or loaded.machine['cpu']}, {loaded.commit}, {loaded.date}")
+    found = changes(*pair, relative=relative)
     if not found:
         _console.print("the two files have no case in common")
         raise typer.Exit(2)

@@ -103,6 +103,7 @@ def test_the_command_line_reports_and_compares(tiny, tmp_path):
     assert runner.invoke(__main__.app, ["compare", str(tiny), str(tiny)]).exit_code == 0
     found = runner.invoke(__main__.app, ["compare", str(tiny), str(after)])
     assert found.exit_code == 1 and "1 regressions" in found.output
+    assert Results.load(tiny).commit in found.output
     (worse,) = compare.regressions(compare.changes(Results.load(tiny), Results.load(after), relative=True), 0.1)
     assert worse.factor == pytest.approx(10)
     assert runner.invoke(__main__.app, ["run", "--operators", "nothing"]).exit_code != 0
@@ -167,6 +168,17 @@ def test_accuracy_counts_flips():
     certain = [row for row in rows if row.implementation == "eager, logits' dtype" and row.band == "1e-05 to 0.0001"]
     assert certain[0].flipped > of["eager, logits' dtype"].flipped, "tokens of small entropy flip first"
     assert dataclasses.asdict(of["erc cpu"])["rows"] > 50
+
+
+def test_flipped_decisions_stand_in_table_json_and_plot_by_entropy_band(tmp_path):
+    path = tmp_path / "accuracy.json"
+    sizes = ("--rows", "96", "--vocab", "1031", "--no-peers", "--output", str(path))
+    printed = CliRunner().invoke(__main__.app, ["accuracy", *sizes])
+    assert printed.exit_code == 0 and "ERC decisions flipped, bfloat16 logits" in printed.output
+    table = Results.load(path).accuracy
+    assert {row.dtype for row in table} == {"float32", "bfloat16"}
+    assert len({row.band for row in table if row.implementation == "erc cpu"}) >= 6
+    assert path.with_name("accuracy_flips_by_entropy.png").stat().st_size > 20_000
 
 
 def test_an_implementation_that_fails_is_left_out_of_the_accuracy_with_its_reason(monkeypatch):

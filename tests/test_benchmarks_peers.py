@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -174,3 +176,13 @@ def test_a_missing_peer_says_what_is_missing(monkeypatch):
     case = Case("policy-loss", "bfloat16", 4, 64, "dapo", device="cuda")
     assert "quack" in quack.PEER.why_not(case)
     assert quack.PEER.why_not(dataclasses.replace(case, device="cpu")) == "does not run on cpu"
+
+
+def test_the_peers_extra_names_what_a_cpu_runs_and_no_pytorch():
+    tomllib = pytest.importorskip("tomllib", reason="from Python 3.11 on")
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["peers"]
+    named = {re.split("[<>=~]", requirement)[0].replace("-", "_") for requirement in extra}
+    modules = {module.split(".")[0] for peer in ON_CPU for module in peer.requires}
+    assert named == modules - {"verl"}, "verl's pins exclude the others': the Makefile installs it without them"
+    assert "torch" not in named

@@ -65,7 +65,7 @@ def test_the_plans_last_as_long_as_the_documents_say():
     def minutes(plan: list[plans.Entry]) -> float:
         return sum(entry.expected_seconds() for entry in plans.Selection().apply(plan)) / 60
 
-    assert minutes(plans.quick_plan()) < 5
+    assert minutes(plans.quick_plan()) < 4.2, "the accuracy takes most of a minute more"
     assert 15 < minutes(plans.full_plan()) < 30
 
 
@@ -164,7 +164,7 @@ def h100(monkeypatch):
 def test_the_gpu_command_goes_through_the_full_plan_and_reports_shares_of_the_data_sheet(h100, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     path = tmp_path / "gpu.json"
-    options = ("--no-accuracy", "--backends", "cuda,torch", "--dtypes", "bfloat16", "--output", str(path))
+    options = ("--no-accuracy", "--backends", "cuda,torch", "--dtypes", "float32", "--output", str(path))
     printed = CliRunner().invoke(__main__.app, ["gpu", *SMALL, *options])
     assert printed.exit_code == 0, printed.output
     assert "of 3,350 GB/s" in printed.output and "flash_attn is not installed" in printed.output
