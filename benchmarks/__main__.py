@@ -55,7 +55,8 @@ def _run(name: str, plan: list[plans.Entry], selection: plans.Selection, output:
     entries = selection.apply(plan)
     path = output or _ROOT / "build" / "benchmarks" / f"{name}.json"
     minutes = sum(entry.expected_seconds() for entry in entries) / 60
-    _console.print(f"{len(entries)} cases, on 2 cores about {minutes:.0f} minutes; {path} has the results so far")
+    expected = f", on 2 cores about {minutes:.0f} minutes" if all(e.case.device == "cpu" for e in entries) else ""
+    _console.print(f"{len(entries)} cases{expected}; {path} has the results so far")
     kept: list[Results] = []
 
     def keep(results: Results) -> None:

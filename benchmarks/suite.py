@@ -106,7 +106,9 @@ def _measure(entry: Entry, variants: list[Variant], results: Results) -> torch.T
     spreads, failed = interleave(runners, case.device, entry.budget)
     for name, reason in (reasons | failed).items():
         results.skipped.append(Skip(str(case), name, reason))
+    entropy = inputs.entropy.cpu()
     runners.clear()
+    del inputs  # the memory measurement makes its own
     extra: dict[str, int] = {}
     if entry.memory and spreads:
         try:
@@ -126,7 +128,7 @@ def _measure(entry: Entry, variants: list[Variant], results: Results) -> torch.T
                 peak_extra_bytes=extra.get(name),
             )
         )
-    return inputs.entropy.cpu()
+    return entropy
 
 
 def _case_fields(case: Case) -> dict[str, Any]:
