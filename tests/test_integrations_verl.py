@@ -11,6 +11,7 @@ import erc
 
 try:
     import verl.trainer.ppo.core_algos as core_algos
+    import verl.utils.experimental.torch_functional as verl_linear
     import verl.utils.torch_functional as verl_functional
 except ImportError as error:
     pytest.skip(f"needs verl: {error}", allow_module_level=True)
@@ -100,9 +101,11 @@ def test_registered_losses_gate_by_the_carried_entropies():
 def test_fused_statistics_replace_verls_everywhere(monkeypatch):
     import verl.workers.rollout.naive.naive_rollout as importer
 
-    originals = {name: getattr(verl_functional, name) for name in ("logprobs_from_logits", "entropy_from_logits")}
+    replaced = ("logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking")
+    originals = {name: getattr(verl_functional, name) for name in replaced}
     for name, original in originals.items():  # restored afterwards
         monkeypatch.setattr(verl_functional, name, original)
+    monkeypatch.setattr(verl_linear, "FusedLinearForPPO", verl_linear.FusedLinearForPPO)
     monkeypatch.setattr(importer, "logprobs_from_logits", originals["logprobs_from_logits"])
     logits = torch.randn(2, 5, 31, generator=torch.Generator().manual_seed(2), requires_grad=True)
     labels = torch.arange(10).view(2, 5)
@@ -116,9 +119,41 @@ def test_fused_statistics_replace_verls_everywhere(monkeypatch):
 
     theirs = gradient()
     integration.use_fused_statistics()
+    assert verl_linear.FusedLinearForPPO is integration.FusedLinearForPPO
     assert importer.logprobs_from_logits is verl_functional.logprobs_from_logits is integration.logprobs_from_logits
     torch.testing.assert_close(gradient(), theirs, rtol=1e-5, atol=1e-6)
     assert theirs[2].abs().max() > 1e-2
+
+
+def test_chunked_compiled_and_linear_statistics_are_the_same():
+    """What verl's engines choose by their settings; `use_torch_compile` is verl's default."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (6, 31))
+    labels = torch.arange(6)
+    logits = hidden @ weight.t() / 0.7
+    compiled = torch.compile(integration.entropy_from_logits, dynamic=True, backend="aot_eager")
+    theirs = integration.entropy_from_logits(logits)
+    torch.testing.assert_close(compiled(logits), theirs)
+    torch.testing.assert_close(integration.entropy_from_logits_with_chunking(logits, chunk_size=2), theirs)
+    linear = {"ours": integration.FusedLinearForPPO(), "theirs": verl_linear.FusedLinearForPPO(chunk_size=4)}
+    assert type(linear["ours"]) is not type(linear["theirs"])
+    results = {}
+    for name, module in linear.items():
+        logprob, entropy = module(hidden, weight, labels, temperature=0.7)
+        grads = torch.autograd.grad((logprob.sin() + entropy.square()).sum(), (hidden, weight))
+        results[name] = (logprob, entropy, *grads)
+    torch.testing.assert_close(results["ours"], results["theirs"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results["ours"][1], theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_old_entropies_is_left_to_verls_own_loss():
+    """A gated loss then raises; the loss around it must not."""
+    calls = []
+    loss = integration.with_old_entropies(lambda *given: calls.append(given) or "loss")
+    data = {"old_log_probs": torch.zeros(SHAPE)}
+    assert loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, data) == "loss"
+    assert loss(config(), {"log_probs": torch.zeros(SHAPE)}, data | {"old_entropys": torch.zeros(SHAPE)}) == "loss"
+    assert len(calls) == 2 and calls[0][2] is data
 
 
 def test_twenty_steps_with_a_verifier_raise_the_reward():
