@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import pytest
@@ -19,7 +20,13 @@ pytestmark = pytest.mark.slow
 BATCHES = 5  # of four updates each
 VARIANTS = {
     "padded": ["model.use_remove_padding=False"],
-    "packed": ["model.use_remove_padding=True"],
+    "packed": [
+        "model.use_remove_padding=True",
+        "actor.use_dynamic_bsz=True",
+        "actor.ppo_max_token_len_per_gpu=40",
+        "rollout.log_prob_use_dynamic_bsz=True",
+        "rollout.log_prob_max_token_len_per_gpu=40",
+    ],
     "fused": ["model.use_fused_kernels=True", "model.fused_kernel_options.impl_backend=torch"],
 }
 
@@ -29,10 +36,10 @@ def runs() -> dict[str, Run]:
     return on_ranks(1, train, "erc-dapo", BATCHES, VARIANTS)[0]
 
 
-def assert_same_training(run: Run, reference: Run) -> None:
+def assert_same_training(run: Run, reference: Run, names: Iterable[str] = REPORTED) -> None:
     for ours, theirs in zip(run.recorded, reference.recorded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    for name in REPORTED:
+    for name in names:
         ours, theirs = ([update[name] for update in updates] for updates in (run.updates, reference.updates))
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-5), name
     for name, value in reference.parameters.items():
@@ -42,7 +49,9 @@ def assert_same_training(run: Run, reference: Run) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_twenty_updates_equal_those_of_the_reference(runs, variant):
     assert len(runs["twin"].updates) == 20
-    assert_same_training(runs[variant], runs["twin"])
+    # verl averages metrics over micro-batches, and dynamic ones are not the twin's
+    names = ("loss", "grad_norm") if variant == "packed" else REPORTED
+    assert_same_training(runs[variant], runs["twin"], names)
 
 
 def test_the_old_entropies_gate_tokens(runs):
