@@ -26,7 +26,10 @@ from erc.objectives import EntropyRatioClip, KLPenalty, Objective
 from erc.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, SAPO, NoClip, PPOClip, Reinforce
 from tests.cuda_host import build
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="needs g++"),
+    pytest.mark.sanitize,  # `make sanitize` runs the whole module again, on a sanitized build
+]
 BACKEND = "cuda_host"
 NAN, INF, IGNORE = math.nan, math.inf, -100
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -48,11 +51,14 @@ def machine(request, host):
 
 
 def random_logits(*shape: int, dtype=torch.float32, spread: float = 4.0, seed: int = 0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
+    """The same numbers on every device; on the default one, which test_cuda_gpu makes the GPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device="cpu") * spread).to(torch.get_default_device(), dtype)
 
 
 def random_labels(*shape: int, V: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, V, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -228,7 +234,7 @@ def test_ignored_rows_are_not_read(machine):
 
 
 def params(rule=(0.2, 0.28, INF, INF), kl=(0.0, INF), scaling=(1.0, 0.0, 1.0)) -> Tensor:
-    return torch.tensor([*scaling, *rule, 0.05, 0.05, 1e-8, *kl], dtype=torch.float64)
+    return torch.tensor([*scaling, *rule, 0.05, 0.05, 1e-8, *kl], dtype=torch.float64, device="cpu")
 
 
 @pytest.mark.parametrize("label", [300, -1, 2**40])
@@ -585,9 +591,8 @@ def test_votes_and_atomics(host):
     assert out[:4].tolist() == [16 * 2, 1, sum(range(32)), 19]
 
 
-@pytest.mark.sanitize
 @pytest.mark.slow
 def test_kernels_under_address_and_undefined_behaviour_sanitizers():
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # the program frees nothing
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it has its own
     done = subprocess.run([build.sanitized_program()], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0 and done.stdout == "ok\n", done.stdout + done.stderr[-4000:]

@@ -33,7 +33,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 RUNS_HERE = importlib.util.find_spec("triton") is not None and (INTERPRETED or DEVICE == "cuda")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NaN on purpose
-needs_kernels = pytest.mark.skipif(not RUNS_HERE, reason="neither a GPU nor TRITON_INTERPRET=1 in this process")
+
+
+def needs_kernels(test):
+    """Runs where kernels do. Outside of the interpreter that is a GPU."""
+    test = pytest.mark.skipif(not RUNS_HERE, reason="neither a GPU nor TRITON_INTERPRET=1 in this process")(test)
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAN, INF = math.nan, math.inf
@@ -662,6 +668,17 @@ def merged(states: list[Tensor], scale: float) -> Tensor:
         weighted = a[2] + factor * (b[2] + (1 + b[1]) * shift)
         out = torch.stack([a[0], rest, weighted, torch.maximum(first[3], second[3])])
     return out
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.9])
+def test_a_shard_without_any_token_is_the_empty_state(dtype, temperature, small_programs):
+    logits = torch.full((1, 1, 7), -INF, dtype=dtype, device=DEVICE)
+    labels = torch.tensor([900], device=DEVICE)
+    params = operator_params(temperature=temperature)
+    state = OPERATORS["partial_stats"](logits, labels, None, params, IGNORE, 512)
+    assert state[:, 0].tolist() == [-INF, 0, 0, -INF]
 
 
 @needs_kernels

@@ -374,7 +374,8 @@ def finish_row(lane_max, sum_exp, weighted_sum, row, V, scale2, cap, cap_scale, 
     row_max, winner = tl.max(lane_max, 0, return_indices=True)
     shift = tl.fma(row_max, -scale2, lane_max * scale2)
     factor = tl.exp2(shift)
-    others = lanes != winner
+    # A lane without a finite logit has no part in this: at its stand-in for -inf the residual above is anything.
+    others = (lanes != winner) & (sum_exp != 0.0)
     rest = tl.where(others, sum_exp * factor, 0.0)
     weighted = tl.where(others, tl.fma(sum_exp, shift, weighted_sum) * factor, 0.0)
     maxima = tl.zeros([L.LANES], L.REAL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -113,10 +114,13 @@ def sanitized_program() -> Path:
 
 @cache
 def load() -> Host:
-    """Compile, load and register. Once a process."""
+    """Compile, load and register. Once a process; sanitized where `make sanitize` has loaded the run-time library."""
     torch_dir = Path(torch.__file__).parent
-    flags = ("-O2", f"-I{torch_dir / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+    name, optimise = ("torch_asan", ("-O1", *SANITIZE)) if sanitized else ("torch", ("-O2",))
+    flags = (*optimise, "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000")
     sources = [*KERNELS, FIBERS, HERE / "faults.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
-    objects = compile_objects(sources, flags, "torch")
-    path = link(objects, BUILD_DIR / "liberc_cuda_host.so", ("-shared",), (f"-L{torch_dir / 'lib'}", "-ltorch_cpu"))
-    return Host(path)
+    objects = compile_objects(sources, flags, name)
+    libraries = (f"-L{torch_dir / 'lib'}", "-ltorch_cpu")
+    path = BUILD_DIR / name / "liberc_cuda_host.so"
+    return Host(link(objects, path, ("-shared", *(SANITIZE if sanitized else ())), libraries))

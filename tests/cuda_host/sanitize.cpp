@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/device.cuh"
+#include "cuda/rows.cuh"
 #include "cuda_host/fibers.h"
 
 extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison, int l2_bytes);
@@ -27,25 +27,31 @@ T* exact(size_t count, size_t offset_bytes = 0) {  // never freed: the process e
   return reinterpret_cast<T*>(memory + offset_bytes);
 }
 
-double entropy_of(const float* row, int64_t vocab_size) {
+template <class T>
+double entropy_of(const T* row, int64_t vocab_size) {
   double sum = 0, weighted = 0;
   for (int64_t j = 0; j < vocab_size; ++j) {
-    sum += std::exp(double(row[j]));
-    weighted += std::exp(double(row[j])) * row[j];
+    const double x = to_real(row[j]);
+    sum += std::exp(x);
+    weighted += std::exp(x) * x;
   }
   return std::log(sum) - weighted / sum;
 }
 
-void exercise(int64_t vocab_size, int64_t offset_bytes, double softcap) {
+template <class T>
+void exercise(DType dtype, int64_t vocab_size, int64_t offset_bytes, double softcap) {
+  using Real = stats_t<T>;
   constexpr int64_t n = 3;
-  auto* logits = exact<float>(n * vocab_size, offset_bytes);
-  for (int64_t i = 0; i < n * vocab_size; ++i) logits[i] = float((i * 2654435761u >> 8) % 1000) / 250 - 2;
-  auto* grads = exact<float>(n * vocab_size, offset_bytes);
+  auto* logits = exact<T>(n * vocab_size, offset_bytes);
+  for (int64_t i = 0; i < n * vocab_size; ++i) {
+    logits[i] = from_real(T{}, Real((i * 2654435761u >> 8) % 1000) / 250 - 2);
+  }
+  auto* grads = exact<T>(n * vocab_size, offset_bytes);
   std::vector<int64_t> labels{vocab_size - 1, -100, 0};
-  const RowInputs rows{{logits, DType::kFloat32, n, vocab_size, n, 0, vocab_size}, labels.data(), nullptr, {1, softcap, 1}, -100, 0};
+  const RowInputs rows{{logits, dtype, n, vocab_size, n, 0, vocab_size}, labels.data(), nullptr, {1, softcap, 1}, -100, 0};
   Rows grad_rows = rows.logits;
   grad_rows.data = grads;
-  std::vector<float> ones(n, 1), out[4] = {ones, ones, ones, ones}, state(4 * n), saved(8 * n), stats(6 * n);
+  std::vector<Real> ones(n, 1), out[4] = {ones, ones, ones, ones}, state(4 * n), saved(8 * n), stats(6 * n);
   std::vector<int32_t> flags(n);
   std::vector<char> workspace(workspace_bytes(rows.logits) + 1);
   StatsForward forward{rows, out[0].data(), out[1].data(), out[2].data(), saved.data(), nullptr, workspace.data()};
@@ -74,14 +80,26 @@ void exercise(int64_t vocab_size, int64_t offset_bytes, double softcap) {
   expect(policy_loss(loss, nullptr) == cudaSuccess, "policy_loss in place", vocab_size);
 }
 
+// Less than a vector, one and a tail, a size without one, two segments and more: aligned, and an element off.
+template <class T>
+void exercise_all(DType dtype) {
+  constexpr int64_t kSegmentColumns = kSegmentBytes / int64_t(sizeof(T));
+  for (const int64_t vocab_size : {int64_t(1), int64_t(3), int64_t(8), int64_t(1027), kSegmentColumns + 2048}) {
+    exercise<T>(dtype, vocab_size, 0, 0);
+  }
+  exercise<T>(dtype, 2 * kSegmentColumns + 3, sizeof(T), 0);
+  exercise<T>(dtype, 1027, sizeof(T), 5);
+}
+
 }  // namespace
 
 int main() {
   for (int machine = 0; machine < 3; ++machine) {  // cluster; block; split
     erc_cuda_host_configure(machine == 0, machine == 2 ? 132 : 1, machine, 0xff, 1 << 20);
-    for (const int64_t vocab_size : {1, 3, 4, 1027, 12288}) exercise(vocab_size, 0, 0);
-    exercise(20483, 4, 0);
-    exercise(1027, 4, 5);
+    exercise_all<float>(DType::kFloat32);
+    exercise_all<bfloat16>(DType::kBFloat16);
+    exercise_all<float16>(DType::kFloat16);
+    exercise_all<double>(DType::kFloat64);
   }
   std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
   return failures != 0;
