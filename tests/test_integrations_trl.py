@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from erc.integrations.trl import ERCConfig, ERCTrainer  # noqa: E402
+from tests.processes import on_ranks  # noqa: E402
 
 CHARACTERS = ["<pad>", "<eos>", "<unk>", *"0123456789+-=. "]
 TASK = reasoning_gym.create_dataset("chain_sum", size=32, seed=7, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
@@ -168,6 +170,21 @@ def test_sequence_reductions_take_trls_normalisers(tmp_path, case):
             for name in ("low_mean", "high_mean", "region_mean"):
                 del entry[f"clip_ratio/{name}"]
     assert_same_training(ours, theirs)
+
+
+def train_on_two_ranks(rank: int, path) -> float:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    options = {"optim": "sgd", "ddp_backend": "gloo", "gradient_accumulation_steps": 2}
+    ours = train(path / f"a{rank}", ERCTrainer, ERCConfig, objective="dapo", **options)
+    assert_same_training(ours, train(path / f"b{rank}", GRPOTrainer, GRPOConfig, **DAPO, **options))
+    return ours[0][0]["num_tokens"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_updates_and_the_log_of_trls_two(tmp_path):
+    alone = train(tmp_path / "alone", ERCTrainer, ERCConfig, objective="dapo", gradient_accumulation_steps=2)
+    first, second = on_ranks(2, train_on_two_ranks, tmp_path)
+    assert first == second > 1.5 * alone[0][0]["num_tokens"], "the ranks hold different rollouts"
 
 
 def test_evaluation_logs_what_trl_logs(tmp_path):
