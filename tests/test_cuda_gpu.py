@@ -25,6 +25,7 @@ from tests.test_cuda_host import (  # noqa: F401
     test_a_label_out_of_range_makes_its_row_nan_and_reads_nothing_else,
     test_a_row_does_not_depend_on_its_batch,
     test_a_row_that_is_all_minus_inf_is_nan,
+    test_compiles_into_one_graph,
     test_every_rule_gate_and_penalty_matches_the_oracle,
     test_forbidden_tokens,
     test_ignored_rows_are_not_read,
@@ -34,6 +35,7 @@ from tests.test_cuda_host import (  # noqa: F401
     test_no_entropy_ratio_decision_flips,
     test_no_rows,
     test_one_temperature_a_row,
+    test_operators_pass_opcheck,
     test_pairs_match_the_oracle,
     test_peaked_rows_keep_the_entropys_relative_precision,
     test_rows_beyond_2_to_31_elements_are_addressed_in_64_bits,
@@ -148,20 +150,6 @@ def test_nothing_waits_for_the_gpu(host):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_compiles_into_one_graph(host):
-    logits, labels = random_logits(8, 512, dtype=torch.bfloat16).requires_grad_(True), random_labels(8, V=512)
-
-    def loss(x: Tensor) -> Tensor:
-        given = {"old_logprob": None, "advantages": torch.ones(8, device=x.device)}
-        return erc.policy_loss(x, labels, **given, objective="ppo", backend=BACKEND).loss
-
-    loss(logits).backward()
-    expected = logits.grad.clone()
-    logits.grad = None
-    torch.compile(loss, fullgraph=True)(logits).backward()
-    assert torch.equal(logits.grad, expected)
 
 
 # ---- bandwidth -------------------------------------------------------------------------------------------------------

@@ -348,6 +348,43 @@ def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison,
             assert torch.equal(bits(a), bits(b))
 
 
+# ---- PyTorch's own checks --------------------------------------------------------------------------------------------
+
+
+def test_operators_pass_opcheck(host):
+    host.configure()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    logits, labels, ones = random_logits(1, 2, 70), random_labels(2, V=70), torch.ones(2)
+    leaf, scaling = logits.clone().requires_grad_(True), (labels, None, params(), IGNORE)
+    saved = host.ops.stats_forward(logits, *scaling)[3]
+    stats, paired = host.ops.paired_forward(logits, logits + 1, None, params())
+    for operator, arguments in (
+        (host.ops.stats_forward, (leaf, *scaling)),
+        (host.ops.stats_backward, (logits, *scaling, saved, ones, None, ones)),
+        (host.ops.policy_loss, (leaf, *scaling, ones, ones, *[None] * 6, 0, 0, 0, True)),
+        (host.ops.partial_stats, (logits, *scaling, 0)),
+        (host.ops.scale_rows, (logits, ones)),
+        (host.ops.paired_forward, (leaf, logits + 1, None, params())),
+        (host.ops.paired_backward, (logits, logits + 1, None, params(), paired, stats)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+def test_compiles_into_one_graph(host):
+    host.configure()
+    logits, labels, advantages = random_logits(4, 70), random_labels(4, V=70), torch.ones(4)
+
+    def forward(x: Tensor) -> Tensor:
+        rest = {"old_logprob": None, "advantages": advantages, "objective": "ppo", "backend": BACKEND}
+        entropy = erc.token_stats(x, labels, backend=BACKEND).entropy
+        return erc.policy_loss(x, labels, **rest).loss + entropy.sum()
+
+    eager, compiled = (logits.clone().requires_grad_(True) for _ in range(2))
+    forward(eager).backward()
+    torch.compile(forward, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert torch.equal(compiled.grad, eager.grad) and (eager.grad != 0).any()
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 

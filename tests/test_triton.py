@@ -752,3 +752,18 @@ def test_operators_pass_opcheck(small_programs):
     arguments = (logits, labels, None, operator_params(), IGNORE, ones, ones, *[None] * 6, 0, 0, 0, True)
     torch.library.opcheck(namespace.policy_loss, arguments, test_utils=checks)
     torch.library.opcheck(namespace.scale_rows, (logits.detach(), ones), test_utils=checks)
+
+
+@needs_kernels
+def test_compiles_into_one_graph(small_programs):
+    logits, labels, advantages = random_logits(4, 70), random_labels(4, V=70), torch.ones(4, device=DEVICE)
+
+    def forward(x: Tensor) -> Tensor:
+        rest = {"old_logprob": None, "advantages": advantages, "objective": "ppo", "backend": "triton"}
+        entropy = erc.token_stats(x, labels, backend="triton").entropy
+        return erc.policy_loss(x, labels, **rest).loss + entropy.sum()
+
+    eager, compiled = (logits.clone().requires_grad_(True) for _ in range(2))
+    forward(eager).backward()
+    torch.compile(forward, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert torch.equal(compiled.grad, eager.grad) and (eager.grad != 0).any()

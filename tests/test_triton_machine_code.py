@@ -102,13 +102,15 @@ def compilations(monkeypatch):
 
 
 def run_every_operator(
-    V=2048, rows=3, padding=0, temperature=1.0, row_temperature=False, softcap=0.0, rule=(0.2, 0.28, 1.0, 1.0),
-    beta=0.05, kl=(0.1, 10.0), offset=0, start=0, dtype=torch.float32, ignore_index=IGNORE,
+    V=2048, rows=3, padding=0, temperature=1.0, row_temperature=False, softcap=0.0, logit_scale=1.0,
+    rule=(0.2, 0.28, 1.0, 1.0), beta=0.05, gate_eps=1e-8, kl=(0.1, 10.0), offset=0, start=0, dtype=torch.float32,
+    ignore_index=IGNORE,
 ):  # fmt: skip
     storage = torch.zeros(rows * (V + padding) + offset, dtype=dtype)[offset:]
     logits = storage.as_strided((1, rows, V), (rows * (V + padding), V + padding, 1))
     labels = torch.zeros(rows, dtype=torch.int64)
-    params = torch.tensor([temperature, softcap, 1.0, *rule, beta, beta, 1e-8, *kl], dtype=torch.float64)
+    numbers = [temperature, softcap, logit_scale, *rule, beta, beta, gate_eps, *kl]
+    params = torch.tensor(numbers, dtype=torch.float64)
     temperatures = torch.ones(rows) if row_temperature else None
     values = torch.zeros(rows)
     inputs = (labels, temperatures, params, ignore_index)
@@ -128,6 +130,7 @@ def run_every_operator(
     [
         {"V": 151_936}, {"V": 32_000}, {"V": 16}, {"V": 4}, {"rows": 1}, {"rows": 64}, {"padding": 64},
         {"temperature": 0.7}, {"temperature": 2.0}, {"rule": (0.1, 0.3, 10.0, 2.0)}, {"rule": (1.0, 1.0, 1.0, 1.0)},
+        {"logit_scale": 0.5}, {"logit_scale": 16.0}, {"gate_eps": 0.0}, {"gate_eps": 1.0},
         {"beta": 0.1}, {"beta": 1.0}, {"kl": (0.5, 1.0)}, {"offset": 4}, {"start": 1}, {"start": 2**33},
         {"ignore_index": -1}, {"ignore_index": 1},
     ],
@@ -154,6 +157,13 @@ def test_what_changes_the_machine_code_does_compile(change, compilations):
         after = set(compilations)
         run_every_operator(V=50_257)
         assert compilations == after
+
+
+def test_no_kernel_is_wrapped_in_an_autotuner():
+    """Triton's times kernels during a call: it would wait, and run an in-place kernel over its own output."""
+    from triton.runtime.jit import JITFunction
+
+    assert all(type(variant.kernel) is JITFunction for variant in all_variants())
 
 
 def test_softcap_values_compile_once(compilations):
