@@ -65,6 +65,24 @@ def test_the_fused_loss_takes_few_instructions(name, arch, measured):
     assert found.gradient.store_bits == (128,)
 
 
+def opcodes(name: str, arch: str) -> set[str]:
+    """The names of a kernel's instructions."""
+    (found,) = cuda_variants.cuda_kernels([arch], [kernel for kernel in cuda_variants.MAIN if kernel.name == name])
+    return {instruction.name for instruction in found.kernel().instructions}
+
+
+def test_a_cluster_loads_its_segments_by_bulk_copies_and_shares_states():
+    for arch in ("sm_90", "sm_100"):
+        assert {"UBLKCP", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT"} <= opcodes("loss, cluster", arch)
+        assert "UBLKCP" not in opcodes("loss, block", arch)
+
+
+def test_sm_100_packs_two_float32_operations_in_an_instruction():
+    for name in ("stats", "loss, cluster"):
+        assert {"FFMA2", "FADD2"} <= opcodes(name, "sm_100")
+        assert not {"FFMA2", "FADD2"} & opcodes(name, "sm_90")
+
+
 @pytest.mark.parametrize(("name", "arch"), [("stats", "sm_80"), ("stats", "sm_90"), ("stats", "sm_100"), *FUSED])
 def test_the_instructions_leave_the_memory_s_speed_reachable(name, arch, measured):
     found = measured[name, arch]
