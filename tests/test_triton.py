@@ -266,6 +266,37 @@ def test_a_row_that_is_all_minus_inf_is_nan(small_programs):
 
 
 @needs_kernels
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("size", [1e7, 2e8, 1e9, 1e10, 1e30, 2e37])
+def test_huge_logits_are_numbers_like_others(size, temperature, small_programs):
+    """Where a float32 is so coarse that a row's probability belongs to its equal maxima."""
+    logits = random_logits(3, 1100, spread=0.5) * size
+    logits[1, ::5] = 2 * size  # ties
+    logits[2, :] = -size
+    labels = torch.tensor([7, 10, 3], device=DEVICE)
+    leaf, expected = oracle_statistics(logits, labels, temperature=temperature)
+    variable = logits.clone().requires_grad_(True)
+    actual = erc.token_stats(variable, labels, temperature=temperature, backend="triton")
+    assert_logprob_like(actual.logprob, expected.logprob, 4 * size / temperature)
+    assert_entropy(actual.entropy, expected.entropy)
+    (gradient,) = torch.autograd.grad((actual.logprob + actual.entropy).sum(), variable)
+    (reference,) = torch.autograd.grad((expected.logprob + expected.entropy).sum(), leaf)
+    assert_gradient(gradient, reference, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_lowest_number_is_uniform(dtype, small_programs):
+    """What programs that know no -inf write over a forbidden token, over all of them."""
+    logits = torch.full((1, 70), torch.finfo(dtype).min, dtype=dtype, device=DEVICE).requires_grad_(True)
+    actual = erc.token_stats(logits, torch.tensor([3], device=DEVICE), backend="triton")
+    assert actual.entropy.item() == pytest.approx(math.log(70), rel=1e-6)
+    (gradient,) = torch.autograd.grad(actual.logprob, logits)
+    assert gradient[0, 3].item() == pytest.approx(69 / 70, rel=1e-2)
+    assert gradient[0, 5].item() == pytest.approx(-1 / 70, rel=1e-2)
+
+
+@needs_kernels
 def test_ignored_rows_are_not_read(small_programs):
     logits = random_logits(2, 300)
     logits[0] = NAN

@@ -19,7 +19,7 @@ def launch(function, grid: int, device_tensor: Tensor, *args, L: Layout, **kwarg
     on_device = torch.cuda.device(device_tensor.device) if device_tensor.is_cuda else nullcontext()
     with on_device:
         warp_size = tuning.device_of(device_tensor).warp_size
-        options = tuning.compile_options(warp_size, L.SOFTCAP, tl.float64 == L.REAL)
+        options = tuning.compile_options(warp_size, device_tensor.dtype, L.SOFTCAP)
         function[(grid,)](*args, L=L, **kwargs, **options)
 
 

@@ -406,6 +406,55 @@ def finish_row(lane_max, sum_exp, weighted_sum, row, V, scale2, cap, cap_scale, 
     )
 
 
+@triton.jit
+def is_tame(row_max, scale2):
+    """Whether the rounding of row_max * scale2 leaves a residual that an exponent holds, 2^5 at most."""
+    limit: tl.constexpr = 2.0**58 if row_max.dtype == tl.float64 else 2.0**29
+    return tl.abs(row_max) * scale2 < limit
+
+
+@triton.jit
+def careful_row(row, V, scale2, cap, cap_scale, L: tl.constexpr):
+    """As `finish_row` by two plain sweeps, centred before they scale: for huge logits, and for what `lowest` cannot
+    tell from -inf."""
+    lanes = tl.arange(0, L.LANES)
+    largest = tl.full([L.LANES], float("-inf"), L.REAL)
+    for first in range(0, V, L.LANES):
+        z = tl.load(row + first + lanes, mask=first + lanes < V, other=float("-inf"))
+        largest = tl.maximum(largest, carrier(z, cap, cap_scale, L))
+    row_max = tl.max(largest, 0)
+    center = tl.where(row_max == float("-inf"), 0.0, row_max)
+    rest, weighted = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
+    maxima = tl.zeros([L.LANES], L.REAL)
+    for first in range(0, V, L.LANES):
+        z = tl.load(row + first + lanes, mask=first + lanes < V, other=float("-inf"))
+        v = carrier(z, cap, cap_scale, L)
+        d = (v - center) * scale2
+        e = tl.exp2(d)
+        is_max = v == center
+        maxima += tl.where(is_max, 1.0, 0.0)
+        rest += tl.where(is_max, 0.0, e)
+        weighted += tl.where(e == 0.0, 0.0, e * d)
+    rest, weighted, maxima = tl.reduce((rest, weighted, maxima), 0, _add3)
+    rest += tl.where(row_max == float("-inf"), 0.0, maxima - 1.0)
+    weighted *= LN2
+    valid = (row_max < float("inf")) & is_finite(rest) & is_finite(weighted)
+    nan = real(float("nan"), L)
+    return tl.where(valid, row_max, nan), tl.where(valid, rest, nan), tl.where(valid, weighted, nan)
+
+
+@triton.jit
+def exact_scale(row_max, scale2):
+    """scale2; for huge logits a power of two, by which row_max does not round: there neighbouring numbers are so far
+    apart that only equal ones share the row's probability."""
+    most = tl.minimum(scale2, 1.0)
+    if most.dtype == tl.float64:  # the exponent's bits alone
+        power = (most.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    else:
+        power = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(is_tame(row_max, scale2), scale2, power)
+
+
 # ---- what follows from a state ---------------------------------------------------------------------------------------
 
 
@@ -537,6 +586,8 @@ def row_state(
             max_b, sum_b, total_b = tl.load(at), tl.load(at + L.LANES), tl.load(at + 2 * L.LANES)
             lane_max, sum_exp, total = merge(lane_max, sum_exp, total, max_b, sum_b, total_b, scale2)
     row_max, rest, weighted = finish_row(lane_max, sum_exp, total, start, V, scale2, cap, cap_scale, L)
+    if is_tame(row_max, scale2) == 0:
+        row_max, rest, weighted = careful_row(start, V, scale2, cap, cap_scale, L)
     nan = real(float("nan"), L)
     if not PARTIAL:
         error = error | (row_max == float("-inf"))
@@ -550,6 +601,7 @@ def write_gradient(
 ):  # fmt: skip
     """The gradient of columns `[begin, end)`, the labelled one by its own formula."""
     s, scale2 = row_scale(scale, temperature, row, L)
+    scale2 = exact_scale(row_max, scale2)
     # Read before the sweep: `target` may be `start`, and another program may be writing columns outside [begin, end).
     inside = inside & (column >= begin) & (column < end)
     label_value, label_chain = load_label(start, column, inside, cap, cap_scale, L)

@@ -104,16 +104,18 @@ def override(line: Tuning) -> Iterator[None]:
         _forced.pop()
 
 
-def compile_options(warp_size: int, softcap: bool, float64: bool) -> dict[str, int | bool]:
+def compile_options(warp_size: int, dtype: torch.dtype, softcap: bool) -> dict[str, int | bool]:
     """What a kernel is compiled with, besides its arguments.
 
     Contraction is off: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
-    NVIDIA's assembler holds 512 threads to 64 registers, which the softcap's tanh, and float64, would exceed by a few
-    spilled ones.
+    NVIDIA's assembler chooses between 32 and 64 registers for 512 threads. The softcap's tanh, and float64, would
+    exceed 64 by a few spilled ones; of float16 a kernel spills four words to stay at 40.
     """
     options: dict[str, int | bool] = {"num_warps": max(1, LANES // warp_size), "enable_fp_fusion": False}
-    if (softcap or float64) and warp_size == 32:
+    if warp_size == 32 and (softcap or dtype == torch.float64):
         options["maxnreg"] = 128
+    elif warp_size == 32 and dtype == torch.float16:
+        options["maxnreg"] = 64
     return options
 
 
