@@ -259,7 +259,7 @@ def cpu_library(sanitize: bool) -> Library:
     compile_ = [*compiler, *CXX_FLAGS, *optimise, *common_flags()]
     objects = [
         Object(source, build_dir / source.parent.name / f"{source.stem}.o", tuple(compile_))
-        for source in sources("cpu/*.cpp", "bindings/cpu.cpp")
+        for source in sources("cpu/*.cpp", "bindings/cpu.cpp", "bindings/gradient_memory.cpp")
     ]
     for isa, flags in ISA_FLAGS.items():
         command = (*compile_, f"-DERC_ISA={isa}", *flags)

@@ -6,14 +6,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
+#include "bindings/gradient_memory.h"
 #include "cpu/kernels.h"
 
 namespace erc {
@@ -79,23 +76,6 @@ Tensor per_row(const Tensor& logits, int64_t leading = 1) {
   return torch::stable::new_empty(logits, {shape + flat, size_t(2 - flat)}, stats_type(logits));
 }
 
-// A gradient is hundreds of megabytes of fresh memory: in 4 KiB pages the page faults cost several times what the kernel does.
-void prefer_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + t.numel() * t.element_size()) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-Tensor like_logits(const Tensor& logits) {
-  const int64_t shape[] = {logits.size(0), logits.size(1), logits.size(2)};
-  Tensor result = torch::stable::new_empty(logits, {shape, 3});
-  prefer_huge_pages(result);
-  return result;
-}
-
 // Rows are independent: who computes one changes nothing in it. Short rows share a task.
 template <class Call>
 void run(void (*kernel)(const Call&, int64_t, int64_t), const Call& call, int64_t num_rows, int64_t vocab_size) {
@@ -138,7 +118,7 @@ void run_stats_backward(const Tensor& logits, const OptionalTensor& labels, cons
 Tensor stats_backward(const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& temperature,
                       const Tensor& params, int64_t ignore_index, const Tensor& saved, const OptionalTensor& grad_logprob,
                       const OptionalTensor& grad_entropy, const OptionalTensor& grad_logsumexp) {
-  Tensor grad_logits = like_logits(logits);
+  Tensor grad_logits = gradient_like(logits);
   run_stats_backward(logits, labels, temperature, params, ignore_index, saved, grad_logprob, grad_entropy, grad_logsumexp,
                      grad_logits);
   return grad_logits;
@@ -195,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     const OptionalTensor& entropy_weight, const OptionalTensor& logprob_weight, int64_t rule, int64_t kl, int64_t gate,
     bool need_grad) {
   const int64_t none[] = {0, 0, 0};
-  Tensor grad_logits = need_grad ? like_logits(logits) : torch::stable::new_empty(logits, {none, 3});
+  Tensor grad_logits = need_grad ? gradient_like(logits) : torch::stable::new_empty(logits, {none, 3});
   return std::tuple_cat(
       run_policy_loss(logits, labels, temperature, params, ignore_index, weight, advantages, old_logprob, old_entropy,
                       ref_logprob, policy_weight, entropy_weight, logprob_weight, rule, kl, gate,
@@ -219,7 +199,7 @@ void run_scale_rows(const Tensor& grad, const Tensor& scale, const Tensor& desti
 }
 
 Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
-  Tensor destination = like_logits(grad);
+  Tensor destination = gradient_like(grad);
   run_scale_rows(grad, scale, destination);
   return destination;
 }
@@ -255,7 +235,7 @@ Tensor paired_backward(const Tensor& logits, const Tensor& old_logits, const Opt
                        const Tensor& params, const Tensor& saved, const Tensor& grads) {
   check_pair(logits, old_logits);
   const int64_t n = count(logits);
-  Tensor grad_logits = like_logits(logits);
+  Tensor grad_logits = gradient_like(logits);
   const PairedBackward call{rows_of(logits),
                             rows_of(old_logits),
                             scaling_of(logits, temperature, params),

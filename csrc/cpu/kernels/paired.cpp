@@ -55,7 +55,7 @@ static PairedSums paired_segment(const RowScale<stats_t<T>>& scale, const Scaled
   const Real rate = Real(scale.scale);
   V new_old[kVectors] = {}, old_new[kVectors] = {}, variation[kVectors] = {}, sign[kVectors] = {};
   T old_padded[kLanes];
-  for_each_block(new_row, n, [&](const T* block, int64_t i) {
+  for_each_block(new_row, n, [&](const T* block, int64_t i, auto) {
     const T* old_block = old_row + i;
     if (i + kLanes > n) {
       for (int j = 0; j < kLanes; ++j) old_padded[j] = i + j < n ? old_row[i + j] : minus_infinity<T>();
@@ -109,8 +109,8 @@ void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T *new_row = call.logits.row<T>(i), *old_row = call.old_logits.row<T>(i);
       const RowScale<Real> scale(call.scaling, i);
-      const RowState<double> p = rounded<Real>(row_state<kSoftcap>(scale, new_row, vocab_size));
-      const RowState<double> q = rounded<Real>(row_state<kSoftcap>(scale, old_row, vocab_size));
+      const RowState<double> p = rounded<Real>(row_sweep<kSoftcap>(scale, new_row, vocab_size)).state;
+      const RowState<double> q = rounded<Real>(row_sweep<kSoftcap>(scale, old_row, vocab_size)).state;
       double entropy = p.is_valid() ? p.entropy() : NAN, old_entropy = q.is_valid() ? q.entropy() : NAN;
       PairedSums sums{NAN, NAN, NAN, NAN};
       if (p.is_valid() && q.is_valid()) {
@@ -141,7 +141,7 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
   const Real slope = Real(-entropy_grad * scale.scale), rate = Real(scale.scale), chain = Real(scale.chain);
   const Real kl_grad = Real(g[3]), reverse_grad = Real(g[4]), half_variation = Real(g[5] / 2);
   T old_padded[kLanes], out_padded[kLanes];
-  for_each_block(p.row, vocab_size, [&](const T* block, int64_t i) {
+  for_each_block(p.row, vocab_size, [&](const T* block, int64_t i, auto) {
     const bool whole = i + kLanes <= vocab_size;
     const T* old_block = q.row + i;
     if (!whole) {

@@ -42,9 +42,10 @@ void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
       } else {
         const T* row = in.logits.row<T>(i);
         const RowScale<Real> scale(in.scaling, i);
-        RowState<double> state{NAN, NAN, NAN};
-        if (label.kind == LabelKind::kHere) state = rounded<Real>(row_state<kSoftcap>(scale, row, vocab_size));
+        RowSweep sweep{{NAN, NAN, NAN}};
+        if (label.kind == LabelKind::kHere) sweep = rounded<Real>(row_sweep<kSoftcap>(scale, row, vocab_size));
         logprob = entropy = NAN;
+        const RowState<double>& state = sweep.state;
         if (state.is_valid()) {
           // Rounded as the caller sees them: an unchanged policy has a ratio of exactly 1.
           logprob = Real(state.logprob(load_v_one<kSoftcap>(scale, row + label.column), scale.scale));
@@ -54,7 +55,7 @@ void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
         token = token_loss(call.rule, call.kl, call.gate, call.params, inputs, logprob, entropy);
         loss = weighted_loss(inputs, token.value, logprob, entropy);
         if (wants_grad) {
-          row_gradient<kSoftcap>(scale, state, {token.d_logprob, token.d_entropy, 0}, row, vocab_size, label.column,
+          row_gradient<kSoftcap>(scale, sweep, {token.d_logprob, token.d_entropy, 0}, row, vocab_size, label.column,
                                  call.grad_logits.row<T>(i));
         }
       }

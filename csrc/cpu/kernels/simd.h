@@ -101,6 +101,16 @@ ERC_INLINE f32v vmax(f32v a, f32v b) {
 }
 ERC_INLINE double vmax(double a, double b) { return a > b ? a : b; }
 
+ERC_INLINE u32v vmax(u32v a, u32v b) {
+#if defined(__AVX512F__)
+  return (u32v)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (u32v)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // ---- loads and stores ----------------------------------------------------------------------------------------------
 
 ERC_INLINE float half_to_float(uint16_t h) {
@@ -258,46 +268,67 @@ ERC_INLINE void stream_fence() {
 
 // ---- exp((v - row_max) * scale), for arguments <= 0 ----------------------------------------------------------------
 
-// 2^(d * rate) for d <= 0. rate = scale * log2(e) is kept in two pieces, so that no temperature costs accuracy: the fused
-// multiply-subtract leaves the exact fraction. The result is within 2 ulp; below 2^-126.5 it is exactly 0, also at d = -inf.
+// 2^(d * rate) for d <= 0, within 2 ulp of it, where rate is the float nearest to scale * log2(e). What that rounding makes of
+// a term is a factor of 1 + rate_error * x with x = d * scale, at most 6e-8 * |x|: a gradient may bear it, and the row's sums
+// are corrected for it (row_sweep), which costs nothing an element.
 template <class Real>
 struct ScaledExp;
 
 template <>
 struct ScaledExp<float> {
-  float rate_high, rate_low, floor;
+  float rate, floor;
+  float near_limit;   // -d up to here is near
+  double rate_error;  // relative
 
   explicit ScaledExp(double scale) {
-    const double rate = scale * 1.4426950408889634074;
-    rate_high = float(rate);
-    rate_low = float(rate - rate_high);
-    const double lowest = -127 / rate;
-    floor = lowest > -FLT_MAX ? float(lowest) : -FLT_MAX;
+    const double exact = scale * 1.4426950408889634074;
+    rate = float(exact);
+    rate_error = (exact - double(rate)) / exact;
+    floor = -finite(127 / exact);
+    near_limit = finite(125 / exact);
   }
 
   // Keeps d finite, so that 0 * d is 0; NaN passes.
   ERC_INLINE f32v clamp(f32v d) const { return vmax(broadcast(floor), d); }
 
+  // For any clamped d; below 2^-126.5 the result is exactly 0.
   ERC_INLINE f32v operator()(f32v d) const {
-    // 1.5 * 2^23 + 127: adding it leaves the rounded integer, as a biased exponent, in the low bits.
-    const f32v magic = broadcast(12583039.0f);
-    const f32v shifted = d * rate_high + magic;
+    const Parts parts = split(d);
+    return parts.fraction * (f32v)((parts.integer << 23) + 0x3f800000);
+  }
+
+  // The same bits where the result is a normal number, which its exponent's integer addition makes.
+  ERC_INLINE f32v near(f32v d) const {
+    const Parts parts = split(d);
+    return (f32v)((i32v)parts.fraction + (parts.integer << 23));
+  }
+
+ private:
+  struct Parts {
+    f32v fraction;  // 2^(d * rate - integer)
+    i32v integer;   // in the low bits
+  };
+
+  static float finite(double x) { return x < FLT_MAX ? float(x) : FLT_MAX; }
+
+  ERC_INLINE Parts split(f32v d) const {
+    const f32v magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    const f32v shifted = d * rate + magic;
     const f32v integer = shifted - magic;
-    f32v f = d * rate_high - integer;
-    f = d * rate_low + f;
+    const f32v f = d * rate - integer;  // exact, by a fused multiply-subtract
     // Minimax for (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 9.2e-8.
     f32v q = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
     q = q * f + 0x1.c6b752p-5f;
     q = q * f + 0x1.ebf9bcp-3f;
     q = q * f + 0x1.62e42ap-1f;
     q = q * f + 1.0f;
-    const f32v power = (f32v)((i32v)shifted << 23);  // 0 at integer = -127
-    return q * power;
+    return {q, (i32v)shifted};
   }
 };
 
 template <>
 struct ScaledExp<double> {
+  static constexpr double rate_error = 0;
   double scale;
   explicit ScaledExp(double scale) : scale(scale) {}
   double clamp(double d) const { return d == -INFINITY ? -DBL_MAX / (scale > 1 ? scale : 1) : d; }

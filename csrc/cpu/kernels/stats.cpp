@@ -22,7 +22,7 @@ void stats_forward(const StatsForward& call, int64_t begin, int64_t end) {
       } else if (label.kind != LabelKind::kIgnored) {
         const T* row = in.logits.row<T>(i);
         const RowScale<Real> scale(in.scaling, i);
-        state = rounded<Real>(row_state<kSoftcap>(scale, row, in.logits.vocab_size));
+        state = rounded<Real>(row_sweep<kSoftcap>(scale, row, in.logits.vocab_size)).state;
         if (state.is_valid()) {
           entropy = state.entropy();
           logsumexp = state.logsumexp(scale.scale);
@@ -57,10 +57,10 @@ void stats_backward(const StatsBackward& call, int64_t begin, int64_t end) {
         fill(grad, vocab_size, Real(0));
         continue;
       }
-      const RowState<double> state{saved[i], saved[n + i], saved[2 * n + i]};
+      const RowSweep sweep{{saved[i], saved[n + i], saved[2 * n + i]}};
       const StatGrads<double> grads{optional_row<T>(call.grad_logprob, i, 0), optional_row<T>(call.grad_entropy, i, 0),
                                     optional_row<T>(call.grad_logsumexp, i, 0)};
-      row_gradient<decltype(softcap)::value>(RowScale<Real>(in.scaling, i), state, grads, in.logits.row<T>(i), vocab_size,
+      row_gradient<decltype(softcap)::value>(RowScale<Real>(in.scaling, i), sweep, grads, in.logits.row<T>(i), vocab_size,
                                              label.column, grad);
     }
   });
@@ -80,7 +80,7 @@ void partial_stats(const PartialStats& call, int64_t begin, int64_t end) {
       if (label.kind != LabelKind::kIgnored) {
         const T* row = in.logits.row<T>(i);
         const RowScale<Real> scale(in.scaling, i);
-        state = row_state<kSoftcap>(scale, row, in.logits.vocab_size);
+        state = row_sweep<kSoftcap>(scale, row, in.logits.vocab_size).state;
         if (label.kind == LabelKind::kHere) label_value = load_v_one<kSoftcap>(scale, row + label.column);
       }
       put<Real>(call.state, i, state.row_max);

@@ -82,15 +82,16 @@ inline T minus_infinity() {
   return value;
 }
 
-// Calls visit(pointer, count) for every block of kLanes elements; the last one is padded with forbidden tokens.
+// Calls visit(pointer, first element, whether whole) for every block of kLanes elements, the last of which is padded with
+// forbidden tokens where it is not whole; that is a constant of the call's type.
 template <class T, class Visit>
 ERC_INLINE void for_each_block(const T* p, int64_t n, Visit&& visit) {
   const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) visit(p + i, i);
+  for (int64_t i = 0; i < whole; i += kLanes) visit(p + i, i, std::true_type{});
   if (whole == n) return;
   T padded[kLanes];
   for (int i = 0; i < kLanes; ++i) padded[i] = whole + i < n ? p[whole + i] : minus_infinity<T>();
-  visit(padded, whole);
+  visit(padded, whole, std::false_type{});
 }
 
 // What a sweep over a segment leaves, lane by lane: its maximum, and the sums of exp((v - center) * scale) and of
@@ -100,6 +101,20 @@ struct SegmentSums {
   static constexpr int kVectors = kLanes / VectorOf<Real>::width;
   using V = typename VectorOf<Real>::type;
   V max[kVectors], sum_exp[kVectors], weighted_sum[kVectors];
+};
+
+// How far below the center a sweep has met logits, lane by lane, as the bits of a float: these order like the distance, and
+// those of a negative one or NaN are larger than any that is near.
+struct Distance {
+  u32v bits = {};
+
+  ERC_INLINE void meet(f32v below) { bits = vmax((u32v)below, bits); }
+  ERC_INLINE bool is_near(const ScaledExp<float>& exp) const { return !any((i32v)(bits > bit_cast<uint32_t>(exp.near_limit))); }
+  float largest() const {
+    uint32_t widest = 0;
+    for (int i = 0; i < kWidth; ++i) widest = bits[i] > widest ? bits[i] : widest;
+    return bit_cast<float>(widest);
+  }
 };
 
 // Sums of a row's segments in float64, still lane by lane: adding across lanes takes longer than a segment's last blocks, so
@@ -145,18 +160,28 @@ inline auto max_lanes(const V (&lanes)[kCount]) {
   }
 }
 
+// Smallest and largest logit of a segment; NaN is not seen.
+template <class Real>
+struct Range {
+  Real min, max;
+};
+
 template <bool kSoftcap, class T>
-inline stats_t<T> segment_max(const RowScale<stats_t<T>>& scale, const T* p, int64_t n) {
+inline Range<stats_t<T>> segment_range(const RowScale<stats_t<T>>& scale, const T* p, int64_t n) {
   using V = vector_of<T>;
   constexpr int kVectors = kLanes / width_of<T>;
-  V lanes[kVectors];
-  for (V& lane : lanes) lane = V{} - stats_t<T>(INFINITY);
-  for_each_block(p, n, [&](const T* block, int64_t) {
+  V max[kVectors], negated_min[kVectors];
+  for (V& lane : max) lane = V{} - stats_t<T>(INFINITY);
+  for (V& lane : negated_min) lane = V{} - stats_t<T>(INFINITY);
+  for_each_block(p, n, [&](const T* block, int64_t, auto) {
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
-    for (int j = 0; j < kVectors; ++j) lanes[j] = vmax(v[j], lanes[j]);
+    for (int j = 0; j < kVectors; ++j) {
+      max[j] = vmax(v[j], max[j]);
+      negated_min[j] = vmax(-v[j], negated_min[j]);
+    }
   });
-  return max_lanes(lanes);
+  return {-max_lanes(negated_min), max_lanes(max)};
 }
 
 template <bool kSoftcap, class T>
@@ -167,7 +192,7 @@ inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, c
   // Plain arrays, copied at the end: the sweep keeps them in registers.
   V sum[kVectors] = {}, weighted[kVectors] = {}, max[kVectors];
   for (V& lane : max) lane = V{} - stats_t<T>(INFINITY);
-  for_each_block(p, n, [&, scale, exp](const T* block, int64_t) {
+  for_each_block(p, n, [&, scale, exp](const T* block, int64_t, auto) {
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
     for (int j = 0; j < kVectors; ++j) {
@@ -185,6 +210,40 @@ inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, c
   return sums;
 }
 
+// The same sums, bit for bit, but for the maximum, by fewer operations: for a segment whose whole blocks lie near below the
+// center, which `distance` tells afterwards. A last block that is not whole may hold anything that does not exceed it.
+template <bool kSoftcap, class T>
+inline SegmentSums<float> near_segment_sums(const RowScale<float>& scale, const ScaledExp<float>& exp, float center,
+                                            const T* p, int64_t n, Distance& distance) {
+  constexpr int kVectors = kLanes / kWidth;
+  f32v sum[kVectors] = {}, weighted[kVectors] = {};
+  Distance met[kVectors] = {distance};
+  for_each_block(p, n, [&, scale, exp](const T* block, int64_t, auto whole) {
+    f32v v[kVectors];
+    load_block_v<kSoftcap>(scale, block, v);
+    for (int j = 0; j < kVectors; ++j) {
+      const f32v below = center - v[j];
+      f32v d = -below, e;
+      if constexpr (decltype(whole)::value) {
+        met[j].meet(below);
+        e = exp.near(d);
+      } else {
+        met[j].meet(select(v[j] == -INFINITY, f32v{}, below));
+        d = exp.clamp(d);
+        e = exp(d);
+      }
+      sum[j] = sum[j] + e;
+      weighted[j] = e * d + weighted[j];
+    }
+  });
+  for (int j = 1; j < kVectors; ++j) met[0].meet((f32v)met[j].bits);
+  distance = met[0];
+  SegmentSums<float> sums;
+  std::memcpy(sums.sum_exp, sum, sizeof sum);
+  std::memcpy(sums.weighted_sum, weighted, sizeof weighted);
+  return sums;
+}
+
 // Whether any lane exceeds the center. NaN does not: it is in the sums.
 template <class Real>
 ERC_INLINE bool exceeds(const SegmentSums<Real>& sums, Real center) {
@@ -193,10 +252,10 @@ ERC_INLINE bool exceeds(const SegmentSums<Real>& sums, Real center) {
   return any(best > center);
 }
 
-// The segment's sum without one of its maxima: 1 + R has lost what a peaked row's entropy is made of.
+// The segment's sums without one of its maxima, which is the center: 1 + R has lost what a peaked row's entropy is made of.
 template <bool kSoftcap, class T>
-inline double segment_sum_rest(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> center,
-                               const T* p, int64_t n) {
+inline SegmentSums<stats_t<T>> sums_without_maximum(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp,
+                                                    stats_t<T> center, const T* p, int64_t n) {
   using V = vector_of<T>;
   T copy[kSegment];
   std::memcpy(copy, p, n * sizeof(T));
@@ -206,7 +265,7 @@ inline double segment_sum_rest(const RowScale<stats_t<T>>& scale, const ScaledEx
   }
   while (argmax < n - 1 && !(load_v_one<kSoftcap>(scale, p + argmax) == center)) ++argmax;
   copy[argmax] = minus_infinity<T>();
-  return add_lanes<T>(segment_sums<kSoftcap>(scale, exp, center, copy, n).sum_exp);
+  return segment_sums<kSoftcap>(scale, exp, center, copy, n);
 }
 
 template <class T>
@@ -218,68 +277,173 @@ inline bool holds_nan(const T* p, int64_t n) {
   return false;
 }
 
-// Moves the center of both sums by shift <= 0, in units of x.
-inline void recentre(LaneTotals& total, LaneTotals& weighted, double shift) {
-  const double factor = std::exp(shift);
-  for (int i = 0; i < kLanes; ++i) {
-    weighted.lanes[i] = factor * (weighted.lanes[i] + total.lanes[i] * shift);
-    total.lanes[i] *= factor;
-  }
-}
+// Sums of segments from one center, lane by lane, in units of x.
+struct RowTotals {
+  LaneTotals sum_exp, weighted_sum;
 
-// The state of a row, or of a shard's part of it. NaN and +inf make the sums NaN; a row without any finite logit is empty.
-//
-// Every segment is centred at the largest logit so far, which it rarely exceeds; where it does, it is swept again from cache.
+  // Sums whose center lies by shift <= 0 from this one's.
+  template <class Real>
+  void add(const SegmentSums<Real>& sums, double scale, double shift = 0) {
+    const double factor = shift == 0 ? 1 : std::exp(shift);
+    sum_exp.add(sums.sum_exp, factor);
+    weighted_sum.add(sums.weighted_sum, factor * scale);
+    if (shift != 0) weighted_sum.add(sums.sum_exp, factor * shift);
+  }
+  void move_center(double shift) {
+    const double factor = std::exp(shift);
+    for (int i = 0; i < kLanes; ++i) {
+      weighted_sum.lanes[i] = factor * (weighted_sum.lanes[i] + sum_exp.lanes[i] * shift);
+      sum_exp.lanes[i] *= factor;
+    }
+  }
+};
+
+// A segment's sums, and from which center they are.
+template <class Real>
+struct Segment {
+  SegmentSums<Real> sums;
+  Real center;
+  bool exceeds = false;  // the center that was asked for; `max` is known then
+  Real max;
+};
+
+// Sweeps the segments of a row: by the near exponential as long as nothing else is met.
 template <bool kSoftcap, class T>
-inline RowState<double> row_state(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
+class SegmentSweep {
+ public:
+  using Real = stats_t<T>;
+
+  SegmentSweep(const RowScale<Real>& scale, const ScaledExp<Real>& exp) : scale_(scale), exp_(exp) {}
+
+  Segment<Real> sweep(Real center, const T* p, int64_t n) {
+    Segment<Real> segment;
+    segment.center = center;
+    if constexpr (kHasNear) {
+      if (near_ && sweep_near(segment, p, n)) return segment;
+    }
+    segment.sums = segment_sums<kSoftcap>(scale_, exp_, segment.center, p, n);
+    if (exceeds(segment.sums, segment.center)) {
+      segment.exceeds = true;
+      segment.center = segment.max = max_lanes(segment.sums.max);
+      segment.sums = segment_sums<kSoftcap>(scale_, exp_, segment.center, p, n);
+    }
+    near_ = false;
+    return segment;
+  }
+  void met_forbidden_tokens() { near_ = false; }
+
+  // Whether everything met lies near below the row's maximum.
+  bool near(Real row_max) {
+    if constexpr (kHasNear) {
+      move_to(row_max);
+      return near_ && row_max - lowest_ <= exp_.near_limit;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr bool kHasNear = std::is_same_v<Real, float>;
+  // A segment that exceeds its center by no more, in units of x, is not swept again: its terms stay numbers of a size.
+  static constexpr Real kSlack = 8;
+
+  bool sweep_near(Segment<Real>& segment, const T* p, int64_t n) {
+    if (near_sums(segment, p, n)) return true;
+    const Range<Real> range = segment_range<kSoftcap>(scale_, p, n);
+    if (!(range.max > segment.center)) return false;
+    segment.exceeds = true;
+    segment.max = range.max;
+    if ((range.max - segment.center) * Real(scale_.scale) <= kSlack && segment.center - range.min <= exp_.near_limit) {
+      lowest_ = std::fmin(lowest_, range.min);
+      return true;
+    }
+    segment.center = range.max;
+    return near_sums(segment, p, n);
+  }
+
+  bool near_sums(Segment<Real>& segment, const T* p, int64_t n) {
+    if (segment.center != center_) move_to(segment.center);
+    Distance distance = distance_;
+    segment.sums = near_segment_sums<kSoftcap>(scale_, exp_, segment.center, p, n, distance);
+    if (!distance.is_near(exp_)) return false;
+    distance_ = distance;
+    return true;
+  }
+
+  void move_to(Real center) {
+    lowest_ = std::fmin(lowest_, center_ - distance_.largest());
+    distance_ = {};
+    center_ = center;
+  }
+
+  const RowScale<Real>& scale_;
+  const ScaledExp<Real>& exp_;
+  bool near_ = true;
+  Real center_ = INFINITY, lowest_ = INFINITY;
+  Distance distance_;  // from center_
+};
+
+// What a sweep over a row, or over a shard's part of it, leaves.
+struct RowSweep {
+  RowState<double> state;
+  bool near = false;  // every whole block lies near below the row's maximum, so that ScaledExp::near may be used
+};
+
+// NaN and +inf make the sums NaN; a row without any finite logit is empty.
+//
+// Every segment is centred at the largest logit so far. The winner, the segment that holds it, is kept out of the totals and
+// swept without it at the end.
+template <bool kSoftcap, class T>
+inline RowSweep row_sweep(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
   using Real = stats_t<T>;
   const ScaledExp<Real> exp(scale.scale);
+  SegmentSweep<kSoftcap, T> segments(scale, exp);
   RowState<double> state;
-  // Sums over all segments so far but the winner, which holds the maximum and is added without it at the end.
-  LaneTotals total, weighted;
-  SegmentSums<Real> winner_sums;
-  const T* winner = nullptr;
+  RowTotals totals;
+  Segment<Real> winner;
+  const T* winner_row = nullptr;
   int64_t winner_size = 0;
-  const auto add = [&](const SegmentSums<Real>& sums) {
-    total.add(sums.sum_exp, 1);
-    weighted.add(sums.weighted_sum, scale.scale);
-  };
   for (int64_t start = 0; start < vocab_size; start += kSegment) {
     const int64_t n = vocab_size - start < kSegment ? vocab_size - start : kSegment;
     const T* p = row + start;
-    Real center = winner ? Real(state.row_max) : segment_max<kSoftcap>(scale, p, n);
+    const bool first = winner_row == nullptr;
+    const Real center = first ? segment_range<kSoftcap>(scale, p, n).max : Real(state.row_max);
     if (center == Real(-INFINITY)) {
-      if (holds_nan(p, n)) return {NAN, NAN, NAN};
+      if (holds_nan(p, n)) return {{NAN, NAN, NAN}};
+      segments.met_forbidden_tokens();
       continue;
     }
-    SegmentSums<Real> sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
-    if (winner != nullptr && !exceeds(sums, center)) {
-      add(sums);
+    const Segment<Real> segment = segments.sweep(center, p, n);
+    if (!first && !segment.exceeds) {
+      totals.add(segment.sums, scale.scale);
       continue;
     }
-    if (winner != nullptr) {
-      center = max_lanes(sums.max);
-      sums = segment_sums<kSoftcap>(scale, exp, center, p, n);
-      add(winner_sums);
-      recentre(total, weighted, (state.row_max - double(center)) * scale.scale);
+    const Real row_max = first ? center : segment.max;
+    if (!first) {
+      totals.move_center((double(center) - double(row_max)) * scale.scale);
+      totals.add(winner.sums, scale.scale, (double(winner.center) - double(row_max)) * scale.scale);
     }
-    state.row_max = double(center);
-    winner = p, winner_size = n, winner_sums = sums;
+    state.row_max = double(row_max);
+    winner = segment, winner_row = p, winner_size = n;
   }
-  if (winner == nullptr) return state;
-  weighted.add(winner_sums.weighted_sum, scale.scale);
-  state.sum_rest = total.total<T>();
-  state.weighted_sum = weighted.total<T>();
-  if (state.is_valid()) {
-    state.sum_rest += segment_sum_rest<kSoftcap>(scale, exp, Real(state.row_max), winner, winner_size);
+  if (winner_row == nullptr) return {state};
+  const Real row_max = Real(state.row_max);
+  totals.add(sums_without_maximum<kSoftcap>(scale, exp, row_max, winner_row, winner_size), scale.scale);
+  state.sum_rest = totals.sum_exp.template total<T>();
+  state.weighted_sum = totals.weighted_sum.template total<T>();
+  if (state.is_valid() && state.sum_rest > 0) {
+    // Every term lacks a factor of 1 + rate_error * x. The sum of e^x x^2 is not known, but where x hardly varies it is t^2/R.
+    const double missing = exp.rate_error * state.weighted_sum;
+    state.weighted_sum += missing * state.weighted_sum / state.sum_rest;
+    state.sum_rest += missing;
   }
-  return state;
+  return {state, segments.near(row_max)};
 }
 
 // The same state rounded to the statistics dtype, in which it is saved: forward and backward see one state.
 template <class Real>
-inline RowState<double> rounded(const RowState<double>& state) {
-  return {double(Real(state.row_max)), double(Real(state.sum_rest)), double(Real(state.weighted_sum))};
+inline RowSweep rounded(const RowSweep& sweep) {
+  const RowState<double>& state = sweep.state;
+  return {{double(Real(state.row_max)), double(Real(state.sum_rest)), double(Real(state.weighted_sum))}, sweep.near};
 }
 
 template <class T>
@@ -292,20 +456,30 @@ inline void fill(T* row, int64_t vocab_size, stats_t<T> value) {
 constexpr int64_t kNoColumn = -1;
 
 // grad[j] = exp((v_j - row_max) * scale) * (constant + slope * (v_j - row_max)) * dx/dz, and the labelled column by itself.
-// grad may be the row itself: every block is read before it is written.
-template <bool kSoftcap, bool kStream, class T>
+// grad may be the row itself: every block is read before it is written. kNear: every whole block is near (RowSweep).
+template <bool kSoftcap, bool kNear, bool kSlope, bool kStream, class T>
 inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_max, stats_t<T> constant, stats_t<T> slope,
                             const T* row, int64_t vocab_size, T* grad) {
   using V = vector_of<T>;
   constexpr int kVectors = kLanes / width_of<T>;
   const ScaledExp<stats_t<T>> exp(scale.scale);
   // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
-  const auto gradient = [=](const T* block, V (&g)[kVectors]) {
+  const auto gradient = [=](const T* block, V (&g)[kVectors], auto whole) {
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
     for (int j = 0; j < kVectors; ++j) {
-      const V d = exp.clamp(v[j] - row_max);
-      g[j] = exp(d) * (slope * d + constant);
+      V d = v[j] - row_max, e;
+      if constexpr (kNear && decltype(whole)::value) {
+        e = exp.near(d);
+      } else {
+        d = exp.clamp(d);
+        e = exp(d);
+      }
+      if constexpr (kSlope) {
+        g[j] = e * (slope * d + constant);
+      } else {
+        g[j] = e * constant;
+      }
     }
     if constexpr (kSoftcap) {
       V z[kVectors];
@@ -313,22 +487,25 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_ma
       for (int j = 0; j < kVectors; ++j) g[j] = g[j] * softcap_slope<stats_t<T>>(scale, z[j]);
     }
   };
-  for_each_block(row, vocab_size, [=](const T* block, int64_t i) {
+  for_each_block(row, vocab_size, [=](const T* block, int64_t i, auto whole) {
     V g[kVectors];
-    gradient(block, g);
-    if (i + kLanes <= vocab_size) return store_block<kStream>(grad + i, g);
-    T padded[kLanes];
-    store_block<false>(padded, g);
-    std::memcpy(grad + i, padded, (vocab_size - i) * sizeof(T));
+    gradient(block, g, whole);
+    if constexpr (decltype(whole)::value) {
+      store_block<kStream>(grad + i, g);
+    } else {
+      T padded[kLanes];
+      store_block<false>(padded, g);
+      std::memcpy(grad + i, padded, (vocab_size - i) * sizeof(T));
+    }
   });
   if (kStream) stream_fence();
 }
 
 template <bool kSoftcap, class T>
-inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowState<double>& state, const StatGrads<double>& grads,
+inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& sweep, const StatGrads<double>& grads,
                          const T* row, int64_t vocab_size, int64_t label, T* grad) {
   using Real = stats_t<T>;
-  if (!state.is_valid()) return fill(grad, vocab_size, Real(NAN));
+  if (!sweep.state.is_valid()) return fill(grad, vocab_size, Real(NAN));
   if (grads.logprob == 0 && grads.entropy == 0 && grads.logsumexp == 0) {
     std::memset(static_cast<void*>(grad), 0, vocab_size * sizeof(T));
     return;
@@ -339,13 +516,28 @@ inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowState<doubl
   if (kSoftcap && label != kNoColumn) {
     label_slope = vtanh_slope(double(load_v_one<false>(scale, row + label)) * double(scale.inner));
   }
-  const RowGradient<double> g(state, scale.scale, grads, double(label_value));
-  const Real constant = Real(g.constant * scale.chain), slope = Real(g.slope * scale.chain), row_max = Real(state.row_max);
-  const bool aligned = reinterpret_cast<uintptr_t>(grad) % 64 == 0;
-  if (grad != row && aligned) {
-    gradient_blocks<kSoftcap, true>(scale, row_max, constant, slope, row, vocab_size, grad);
+  const RowGradient<double> g(sweep.state, scale.scale, grads, double(label_value));
+  const Real constant = Real(g.constant * scale.chain), slope = Real(g.slope * scale.chain), row_max = Real(sweep.state.row_max);
+  const auto blocks = [&](auto near, auto has_slope, auto stream) {
+    gradient_blocks<kSoftcap, decltype(near)::value, decltype(has_slope)::value, decltype(stream)::value>(
+        scale, row_max, constant, slope, row, vocab_size, grad);
+  };
+  const auto with_stream = [&](auto near, auto has_slope) {
+    const bool aligned = reinterpret_cast<uintptr_t>(grad) % 64 == 0;
+    grad != row && aligned ? blocks(near, has_slope, std::true_type{}) : blocks(near, has_slope, std::false_type{});
+  };
+  // The plain case by fewer operations, to the same bits; what is rare has one form.
+  constexpr bool kHasPlain = !kSoftcap && std::is_same_v<Real, float>;
+  if constexpr (kHasPlain) {
+    if (sweep.near && slope == 0) {
+      with_stream(std::true_type{}, std::false_type{});
+    } else if (sweep.near) {
+      with_stream(std::true_type{}, std::true_type{});
+    } else {
+      with_stream(std::false_type{}, std::true_type{});
+    }
   } else {
-    gradient_blocks<kSoftcap, false>(scale, row_max, constant, slope, row, vocab_size, grad);
+    with_stream(std::false_type{}, std::true_type{});
   }
   if (label == kNoColumn) return;
   store_one(grad + label, Real(g.label * scale.chain * label_slope));
