@@ -144,3 +144,40 @@ def test_double_backward_raises():
     (gradient,) = torch.autograd.grad(erc.token_stats(logits, torch.arange(2)).logprob.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.sum(), logits)
+
+
+# How much a row of 12 segments rises from one to the next: a little, so that a segment exceeds all before it without being
+# swept again; beyond what its sums may hold; and further than float32's smallest exponential.
+@pytest.mark.sanitize
+@pytest.mark.parametrize("rise", [0.3, 5.0, 9.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_whose_every_segment_exceeds_the_last(dtype, rise):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 12 * 2048 + 17, generator=generator)
+    logits += rise * torch.arange(13).repeat_interleave(2048)[: logits.shape[1]]
+    logits[1] = logits[1].flip(0)
+    compare(logits.to(dtype), torch.tensor([5, 24_000]))
+
+
+# 87 and 88 nats below the maximum lie around the last exponential whose exponent is a matter of integers, 89 around the
+# last normal number; 1,000 and more are exactly zero. They stand in a whole block, and in the tail.
+@pytest.mark.sanitize
+@pytest.mark.parametrize("temperature", [1.0, 0.37])
+@pytest.mark.parametrize("column", [100, 5000, 6200])
+@pytest.mark.parametrize("distance", [86.0, 87.0, 88.0, 89.0, 1e3, 1e30, torch.inf])
+def test_far_logits_beside_a_peak(distance, column, temperature):
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(3, 3 * 2048 + 65, generator=generator).clamp(max=2)
+    logits[:, 3000] = 12.0
+    logits[1] = -torch.inf  # nothing but the peak, the far logit, and two between them
+    logits[1, [3000, 3001, 6000]] = torch.tensor([12.0, -1.0, -3.0])
+    logits[:, column] = 12.0 - distance * temperature
+    logits[2, column + 1] = 12.0 - 2.0 * temperature
+    compare(logits, torch.tensor([3000, 3001, column + 1]), temperature=temperature)
+
+
+def test_the_worst_rounding_of_a_temperature_meets_the_contract():
+    """log2(e) / temperature halfway between two floats just above 1: every exponential is off by 6e-8 |x|."""
+    temperature = 1.4426950408889634 / (1 + 2.0**-24)
+    rows = peaked_rows([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0], 50_257) * temperature
+    compare(rows, rows.argmax(-1), temperature=temperature)

@@ -48,8 +48,8 @@ void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
         const RowState<double>& state = sweep.state;
         if (state.is_valid()) {
           // Rounded as the caller sees them: an unchanged policy has a ratio of exactly 1.
-          logprob = Real(state.logprob(load_v_one<kSoftcap>(scale, row + label.column), scale.scale));
-          entropy = Real(state.entropy());
+          logprob = rounded_to<Real>(state.logprob(load_v_one<kSoftcap>(scale, row + label.column), scale.scale));
+          entropy = rounded_to<Real>(state.entropy());
         }
         const TokenInputs<double> inputs = token_inputs<Real>(call, i, logprob);
         token = token_loss(call.rule, call.kl, call.gate, call.params, inputs, logprob, entropy);

@@ -38,6 +38,12 @@ constexpr int kWidth = 4;
 #endif
 
 #define ERC_INLINE inline __attribute__((always_inline))
+// One copy for all its callers. Inlined, a compiler may fuse another multiplication with its addition in each.
+#if defined(__clang__)
+#define ERC_ONE_COPY inline __attribute__((noinline))
+#else
+#define ERC_ONE_COPY inline __attribute__((noinline, noclone))
+#endif
 
 typedef float f32v __attribute__((vector_size(kWidth * 4)));
 typedef int32_t i32v __attribute__((vector_size(kWidth * 4)));

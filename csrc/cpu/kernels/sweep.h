@@ -281,19 +281,28 @@ inline bool holds_nan(const T* p, int64_t n) {
 struct RowTotals {
   LaneTotals sum_exp, weighted_sum;
 
-  // Sums whose center lies by shift <= 0 from this one's.
   template <class Real>
-  void add(const SegmentSums<Real>& sums, double scale, double shift = 0) {
-    const double factor = shift == 0 ? 1 : std::exp(shift);
-    sum_exp.add(sums.sum_exp, factor);
-    weighted_sum.add(sums.weighted_sum, factor * scale);
-    if (shift != 0) weighted_sum.add(sums.sum_exp, factor * shift);
+  void add(const SegmentSums<Real>& sums, double scale) {
+    sum_exp.add(sums.sum_exp, 1);
+    weighted_sum.add(sums.weighted_sum, scale);
   }
-  void move_center(double shift) {
+
+  // Makes up for the factor of 1 + rate_error * x that every term lacks (ScaledExp). The sum of e^x x^2 is not known, but where x
+  // hardly varies it is that of e^x x, squared, over that of e^x.
+  void correct(double rate_error) {
+    for (int i = 0; i < kLanes; ++i) {
+      const double sum = sum_exp.lanes[i], weighted = weighted_sum.lanes[i], missing = rate_error * weighted;
+      sum_exp.lanes[i] += missing;
+      if (sum > 0) weighted_sum.lanes[i] += missing * weighted / sum;
+    }
+  }
+
+  // Adds corrected sums whose center lies by shift <= 0 from this one's.
+  void take(const RowTotals& other, double shift) {
     const double factor = std::exp(shift);
     for (int i = 0; i < kLanes; ++i) {
-      weighted_sum.lanes[i] = factor * (weighted_sum.lanes[i] + sum_exp.lanes[i] * shift);
-      sum_exp.lanes[i] *= factor;
+      sum_exp.lanes[i] += factor * other.sum_exp.lanes[i];
+      weighted_sum.lanes[i] += factor * (other.weighted_sum.lanes[i] + other.sum_exp.lanes[i] * shift);
     }
   }
 };
@@ -393,12 +402,13 @@ struct RowSweep {
 // Every segment is centred at the largest logit so far. The winner, the segment that holds it, is kept out of the totals and
 // swept without it at the end.
 template <bool kSoftcap, class T>
-inline RowSweep row_sweep(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
+ERC_ONE_COPY RowSweep row_sweep(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
   using Real = stats_t<T>;
   const ScaledExp<Real> exp(scale.scale);
   SegmentSweep<kSoftcap, T> segments(scale, exp);
   RowState<double> state;
-  RowTotals totals;
+  RowTotals totals;   // of the segments since the last record, from the center row_max
+  RowTotals settled;  // of those before, corrected
   Segment<Real> winner;
   const T* winner_row = nullptr;
   int64_t winner_size = 0;
@@ -419,8 +429,16 @@ inline RowSweep row_sweep(const RowScale<stats_t<T>>& scale, const T* row, int64
     }
     const Real row_max = first ? center : segment.max;
     if (!first) {
-      totals.move_center((double(center) - double(row_max)) * scale.scale);
-      totals.add(winner.sums, scale.scale, (double(winner.center) - double(row_max)) * scale.scale);
+      const auto shift = [&](Real from) { return (double(from) - double(row_max)) * scale.scale; };
+      totals.correct(exp.rate_error);
+      RowTotals displaced, moved;
+      displaced.add(winner.sums, scale.scale);
+      displaced.correct(exp.rate_error);
+      moved.take(displaced, shift(winner.center));
+      moved.take(totals, shift(center));
+      moved.take(settled, shift(center));
+      settled = moved;
+      totals = {};
     }
     state.row_max = double(row_max);
     winner = segment, winner_row = p, winner_size = n;
@@ -428,22 +446,28 @@ inline RowSweep row_sweep(const RowScale<stats_t<T>>& scale, const T* row, int64
   if (winner_row == nullptr) return {state};
   const Real row_max = Real(state.row_max);
   totals.add(sums_without_maximum<kSoftcap>(scale, exp, row_max, winner_row, winner_size), scale.scale);
+  totals.correct(exp.rate_error);
+  totals.take(settled, 0);
   state.sum_rest = totals.sum_exp.template total<T>();
   state.weighted_sum = totals.weighted_sum.template total<T>();
-  if (state.is_valid() && state.sum_rest > 0) {
-    // Every term lacks a factor of 1 + rate_error * x. The sum of e^x x^2 is not known, but where x hardly varies it is t^2/R.
-    const double missing = exp.rate_error * state.weighted_sum;
-    state.weighted_sum += missing * state.weighted_sum / state.sum_rest;
-    state.sum_rest += missing;
-  }
   return {state, segments.near(row_max)};
+}
+
+// x as the statistics dtype holds it. GCC 12 forgets a conversion there and back where two of them share a vector, so the
+// value passes through memory.
+template <class Real>
+ERC_INLINE double rounded_to(double x) {
+  Real rounded = Real(x);
+  asm("" : "+m"(rounded));
+  return double(rounded);
 }
 
 // The same state rounded to the statistics dtype, in which it is saved: forward and backward see one state.
 template <class Real>
 inline RowSweep rounded(const RowSweep& sweep) {
   const RowState<double>& state = sweep.state;
-  return {{double(Real(state.row_max)), double(Real(state.sum_rest)), double(Real(state.weighted_sum))}, sweep.near};
+  return {{rounded_to<Real>(state.row_max), rounded_to<Real>(state.sum_rest), rounded_to<Real>(state.weighted_sum)},
+          sweep.near};
 }
 
 template <class T>
@@ -455,14 +479,30 @@ inline void fill(T* row, int64_t vocab_size, stats_t<T> value) {
 
 constexpr int64_t kNoColumn = -1;
 
-// grad[j] = exp((v_j - row_max) * scale) * (constant + slope * (v_j - row_max)) * dx/dz, and the labelled column by itself.
-// grad may be the row itself: every block is read before it is written. kNear: every whole block is near (RowSweep).
-template <bool kSoftcap, bool kNear, bool kSlope, bool kStream, class T>
-inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_max, stats_t<T> constant, stats_t<T> slope,
-                            const T* row, int64_t vocab_size, T* grad) {
+// What the exponential of a column is multiplied by: constant + slope * d + curve * d^2 with d = v - row_max.
+template <class Real>
+struct Factor {
+  Real constant, slope, curve;
+  bool varies;  // with d
+
+  // Every exponential lacks a factor of 1 + rate_error * x, which matters to the contract from some size on.
+  Factor(const RowGradient<double>& g, double chain, double scale, double rate_error) {
+    constexpr double kNegligible = 3e-8;
+    varies = g.slope != 0 || std::fabs(rate_error) > kNegligible;
+    const double lacking = varies ? rate_error * scale : 0;
+    constant = Real(g.constant * chain);
+    slope = Real((g.slope + g.constant * lacking) * chain);
+    curve = Real(g.slope * lacking * chain);
+  }
+};
+
+// grad[j] = exp((v_j - row_max) * scale) * factor(v_j - row_max) * dx/dz, the labelled column too. grad may be the row itself:
+// every block is read before it is written. kNear: every whole block is near (RowSweep). kVaries: the factor does.
+template <bool kSoftcap, bool kNear, bool kVaries, bool kStream, class T>
+inline void gradient_blocks(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> row_max,
+                            const Factor<stats_t<T>>& factor, const T* row, int64_t vocab_size, T* grad) {
   using V = vector_of<T>;
   constexpr int kVectors = kLanes / width_of<T>;
-  const ScaledExp<stats_t<T>> exp(scale.scale);
   // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
   const auto gradient = [=](const T* block, V (&g)[kVectors], auto whole) {
     V v[kVectors];
@@ -475,10 +515,10 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_ma
         d = exp.clamp(d);
         e = exp(d);
       }
-      if constexpr (kSlope) {
-        g[j] = e * (slope * d + constant);
+      if constexpr (kVaries) {
+        g[j] = e * ((factor.curve * d + factor.slope) * d + factor.constant);
       } else {
-        g[j] = e * constant;
+        g[j] = e * factor.constant;
       }
     }
     if constexpr (kSoftcap) {
@@ -501,6 +541,19 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, stats_t<T> row_ma
   if (kStream) stream_fence();
 }
 
+// visit(std::true_type or std::false_type) for each of the conditions: what runs is compiled for it.
+template <class Visit>
+inline void with_constants(Visit&& visit) {
+  visit();
+}
+template <class Visit, class... Conditions>
+inline void with_constants(Visit&& visit, bool first, Conditions... others) {
+  const auto fixed = [&](auto value) {
+    with_constants([&](auto... values) { visit(value, values...); }, others...);
+  };
+  first ? fixed(std::true_type{}) : fixed(std::false_type{});
+}
+
 template <bool kSoftcap, class T>
 inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& sweep, const StatGrads<double>& grads,
                          const T* row, int64_t vocab_size, int64_t label, T* grad) {
@@ -517,27 +570,17 @@ inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& swee
     label_slope = vtanh_slope(double(load_v_one<false>(scale, row + label)) * double(scale.inner));
   }
   const RowGradient<double> g(sweep.state, scale.scale, grads, double(label_value));
-  const Real constant = Real(g.constant * scale.chain), slope = Real(g.slope * scale.chain), row_max = Real(sweep.state.row_max);
-  const auto blocks = [&](auto near, auto has_slope, auto stream) {
-    gradient_blocks<kSoftcap, decltype(near)::value, decltype(has_slope)::value, decltype(stream)::value>(
-        scale, row_max, constant, slope, row, vocab_size, grad);
+  const ScaledExp<Real> exp(scale.scale);
+  const Factor<Real> factor(g, scale.chain, scale.scale, exp.rate_error);
+  const bool stream = grad != row && reinterpret_cast<uintptr_t>(grad) % 64 == 0;
+  const auto blocks = [&](auto near, auto varies, auto streams) {
+    gradient_blocks<kSoftcap, decltype(near)::value, decltype(varies)::value, decltype(streams)::value>(
+        scale, exp, Real(sweep.state.row_max), factor, row, vocab_size, grad);
   };
-  const auto with_stream = [&](auto near, auto has_slope) {
-    const bool aligned = reinterpret_cast<uintptr_t>(grad) % 64 == 0;
-    grad != row && aligned ? blocks(near, has_slope, std::true_type{}) : blocks(near, has_slope, std::false_type{});
-  };
-  // The plain case by fewer operations, to the same bits; what is rare has one form.
-  constexpr bool kHasPlain = !kSoftcap && std::is_same_v<Real, float>;
-  if constexpr (kHasPlain) {
-    if (sweep.near && slope == 0) {
-      with_stream(std::true_type{}, std::false_type{});
-    } else if (sweep.near) {
-      with_stream(std::true_type{}, std::true_type{});
-    } else {
-      with_stream(std::false_type{}, std::true_type{});
-    }
+  if constexpr (kSoftcap || !std::is_same_v<Real, float>) {  // one form of what is rare
+    with_constants([&](auto streams) { blocks(std::false_type{}, std::true_type{}, streams); }, stream);
   } else {
-    with_stream(std::false_type{}, std::true_type{});
+    with_constants(blocks, sweep.near, factor.varies, stream);
   }
   if (label == kNoColumn) return;
   store_one(grad + label, Real(g.label * scale.chain * label_slope));
