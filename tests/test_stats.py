@@ -146,8 +146,8 @@ def test_double_backward_raises():
         torch.autograd.grad(gradient.sum(), logits)
 
 
-# How much a row of 12 segments rises from one to the next: a little, so that a segment exceeds all before it without being
-# swept again; beyond what its sums may hold; and further than float32's smallest exponential.
+# How much a row of 12 segments rises from one to the next: a little, so that a segment exceeds all before it without
+# being swept again; beyond what its sums may hold; and further than float32's smallest exponential.
 @pytest.mark.sanitize
 @pytest.mark.parametrize("rise", [0.3, 5.0, 9.0, 200.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
