@@ -11,13 +11,15 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-EXTRAS := triton,test,demo,lint,trl
+EXTRAS := triton,test,demo,bench,lint,trl
 SOURCES := $(wildcard erc triton_kernels tests benchmarks examples setup.py)
 
 ifeq ($(HAS_GPU),yes)
 TORCH ?= torch>=2.10
 INSTALL_TORCH = $(PY) -m pip install "$(TORCH)"
 else
+# nvcc without a GPU: minutes for a library that nothing here loads. A wheel that is to have it is built with pip.
+export ERC_BUILD_CUDA ?= 0
 TORCH ?= torch==2.13.0
 # A wheel of the CPU build that pip finds by itself (PIP_FIND_LINKS) saves asking PyTorch's index.
 INSTALL_TORCH = $(PY) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
@@ -87,6 +89,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch | build
 # Code of others that tests compare with. verl pins a transformers older than TRL's, and needs little of what it pins to
 # have its losses imported: so it comes without its dependencies, and those few by the extra. Tests skip what is missing.
 $(VENV)/.peers: $(VENV)/.installed
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[peers]" || \
+		echo "Liger and cut-cross-entropy could not be installed: their tests will be skipped"
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl-losses]" && \
 	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
 	touch $@

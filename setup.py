@@ -6,7 +6,7 @@ serves every Python and every PyTorch from 2.10 on. Environment variables that s
 
     ERC_BUILD=0         compile nothing; the package then runs on its plain PyTorch backend
     ERC_BUILD_CUDA      1: build the CUDA library, an error where that is not possible; 0: do not;
-                        unset: build it where nvidia-smi finds a GPU and nvcc is there
+                        unset: build it where nvcc is found
     ERC_CUDA_ARCHS      what to compile it for, default the GPU that is there, else "8.0;9.0;10.0+PTX"
     ERC_NVCC            nvcc, default $CUDA_HOME/bin/nvcc, then the one on PATH
     CXX                 the C++ compiler, default c++, g++ or clang++
@@ -164,8 +164,6 @@ def why_no_cuda() -> str | None:
         reason = "no nvcc on PATH, in $CUDA_HOME or as $ERC_NVCC"
     if wanted and reason:
         raise PlatformError(f"ERC_BUILD_CUDA=1, but {reason}")
-    if wanted is None and not gpu_archs():
-        return "no GPU here; ERC_BUILD_CUDA=1 builds it all the same"
     return reason
 
 

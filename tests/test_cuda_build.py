@@ -60,6 +60,15 @@ def test_without_nvcc_the_build_says_so_and_goes_on(builder, monkeypatch, tmp_pa
     assert "the CUDA backend is not built: no nvcc" in capsys.readouterr().err
 
 
+def test_a_wheel_has_the_cuda_library_where_nvcc_is_found_and_nobody_objects(builder, monkeypatch):
+    monkeypatch.setattr(builder, "gpu_archs", list)
+    monkeypatch.setattr(builder, "nvcc", lambda: "nvcc")
+    assert builder.why_no_cuda() is None
+    builder.why_no_cuda.cache_clear()
+    monkeypatch.setenv("ERC_BUILD_CUDA", "0")
+    assert builder.why_no_cuda() == "ERC_BUILD_CUDA=0"
+
+
 def test_a_cuda_build_that_is_asked_for_and_impossible_is_an_error(builder, monkeypatch):
     monkeypatch.setattr(builder, "nvcc", lambda: None)
     monkeypatch.setenv("ERC_BUILD_CUDA", "1")
