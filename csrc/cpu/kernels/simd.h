@@ -300,19 +300,19 @@ struct ScaledExp<float> {
   // For any clamped d; below 2^-126.5 the result is exactly 0.
   ERC_INLINE f32v operator()(f32v d) const {
     const Parts parts = split(d);
-    return parts.fraction * (f32v)((parts.integer << 23) + 0x3f800000);
+    return parts.fraction * (f32v)((parts.integer << 23) + 0x3f800000u);
   }
 
   // The same bits where the result is a normal number, which its exponent's integer addition makes.
   ERC_INLINE f32v near(f32v d) const {
     const Parts parts = split(d);
-    return (f32v)((i32v)parts.fraction + (parts.integer << 23));
+    return (f32v)((u32v)parts.fraction + (parts.integer << 23));
   }
 
  private:
   struct Parts {
     f32v fraction;  // 2^(d * rate - integer)
-    i32v integer;   // in the low bits
+    u32v integer;   // in the low bits, modulo 2^9
   };
 
   static float finite(double x) { return x < FLT_MAX ? float(x) : FLT_MAX; }
@@ -328,7 +328,7 @@ struct ScaledExp<float> {
     q = q * f + 0x1.ebf9bcp-3f;
     q = q * f + 0x1.62e42ap-1f;
     q = q * f + 1.0f;
-    return {q, (i32v)shifted};
+    return {q, (u32v)shifted};
   }
 };
 
