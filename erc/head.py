@@ -11,6 +11,7 @@ from torch import Tensor
 from erc.inputs import LOGITS_DTYPES
 from erc.ops import stats_dtype
 from erc.parallel import VocabShard
+from erc.rows import large_empty
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of logits that exist at a time."""
@@ -38,38 +39,41 @@ class HeadGradients:
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
         needs_hidden, needs_weight, needs_bias = needs
-        accumulator = torch.promote_types(head.weight.dtype, torch.float32)
+        self._accumulator = torch.promote_types(head.weight.dtype, torch.float32)
         self.hidden = torch.zeros_like(head.hidden) if needs_hidden else None
-        self.weight = torch.empty_like(head.weight, dtype=accumulator) if needs_weight else None
-        self._weight_is_set = (
-            False  # the first product writes it: zeros would cost a pass over [V, D], and adding another
-        )
-        self.bias = torch.zeros_like(head.bias, dtype=accumulator) if needs_bias else None
+        self.weight: Tensor | None = None
+        self._needs_weight = needs_weight
+        self.bias = torch.zeros_like(head.bias, dtype=self._accumulator) if needs_bias else None
 
     def add(self, head: Head, index: Tensor | slice, rows: Tensor, grad_logits: Tensor) -> None:
         """Add the contribution of the chunk `rows = head.hidden[index]` with the gradient `[n, V]` of its logits."""
         if self.hidden is not None:
             self.hidden[index] = grad_logits @ head.weight
-        if self.weight is not None:
+        if self._needs_weight:
             self._add_weight(grad_logits.t(), rows)
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
 
     def _add_weight(self, grad_logits: Tensor, rows: Tensor) -> None:
-        same, first, self._weight_is_set = self.weight.dtype == grad_logits.dtype, not self._weight_is_set, True
-        if same and first:
+        """The first product is written, not added to zeros, and stays in its dtype unless a second one comes: then the
+        sum is float32's business."""
+        shape, dtype = (grad_logits.shape[0], rows.shape[1]), grad_logits.dtype
+        if self.weight is None:
+            self.weight = large_empty(*shape, dtype=dtype, device=rows.device)
             torch.mm(grad_logits, rows, out=self.weight)
-        elif same:
+            return
+        if self.weight.dtype != self._accumulator:
+            first = self.weight
+            self.weight = large_empty(*shape, dtype=self._accumulator, device=rows.device).copy_(first)
+        if dtype == self._accumulator:
             torch.addmm(self.weight, grad_logits, rows, out=self.weight)
-        elif first:
-            self.weight.copy_(grad_logits @ rows)
         else:
             self.weight.add_(grad_logits @ rows)
 
-    def finish(self) -> None:
+    def finish(self, head: Head) -> None:
         """After the last chunk: without any, the gradient of the weight is 0."""
-        if self.weight is not None and not self._weight_is_set:
-            self.weight.zero_()
+        if self._needs_weight and self.weight is None:
+            self.weight = torch.zeros_like(head.weight)
 
     def scaled(
         self, factor: Tensor, like: tuple[Tensor, Tensor, Tensor | None], backend_operators: Any

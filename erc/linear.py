@@ -23,6 +23,7 @@ from erc.objectives import Objective
 from erc.ops import stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
 from erc.results import PolicyLoss, collect, policy_loss_result
+from erc.rows import large_empty
 from erc.token_loss import TokenLosses
 
 
@@ -155,7 +156,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             outputs = [torch.zeros(count, dtype=rows_dtype, device=hidden.device) for _ in range(4)]
             outputs.append(torch.zeros(count, dtype=torch.int32, device=hidden.device))
             size = max(1, min(call.chunk_rows, count))
-            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            buffer = large_empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
             for index in chunks(call.index, count, size):
                 rows = head.hidden[index]
                 logits = head.logits(rows, buffer)
@@ -167,7 +168,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                     results = call.operators.policy_loss(logits, *arguments, False)
                 for output, result in zip(outputs, results, strict=False):
                     output[index] = result
-            gradients.finish()
+            gradients.finish(head)
         if any(call.needs):
             outputs[0] = outputs[0].sum()
         ctx.gradients, ctx.operators = gradients, call.operators
