@@ -128,7 +128,7 @@ def quick_plan(device: str = "cpu") -> list[Entry]:
 def full_plan(device: str = "cpu") -> list[Entry]:
     """Every operator on the vocabularies of real models in three dtypes, and sweeps over N and V.
 
-    25 to 30 minutes on 2 cores: everybody meets everybody on Qwen's vocabulary, elsewhere the compiled and the
+    15 to 30 minutes on 2 cores: everybody meets everybody on Qwen's vocabulary, elsewhere the compiled and the
     float64 code stay away, and two of the three objectives meet plain code only.
     """
     budget = Budget(seconds=3, min_rounds=3)

@@ -169,6 +169,26 @@ def test_tied_embedding_accumulates_both_gradients():
     assert_close_to_oracle([tested], exact, 3e-5)
 
 
+@pytest.mark.parametrize("chunks", [0, 1, 2, 4])
+def test_a_bfloat16_weight_gradient_of_any_number_of_chunks(chunks):
+    """None gives zeros; one is never held in float32; a second one moves the sum there."""
+    rows, vocab = 12, 64
+    hidden, weight, _, _ = make_head(torch.bfloat16, rows, vocab, bias=False)
+    labels = torch.full((rows,), -100) if chunks == 0 else torch.arange(rows)
+    arguments = {"old_logprob": None, "advantages": torch.linspace(-1, 2, rows), "objective": "dapo", "normalizer": 4.0}
+    budget = rows // max(chunks, 1) * vocab * 2
+    erc.linear_policy_loss(hidden, weight, labels, memory_budget=budget, **arguments).loss.backward()
+    assert weight.grad.dtype == torch.bfloat16
+    if chunks == 0:
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+        return
+    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    erc.reference.policy_loss(exact_hidden @ exact_weight.T, labels, **arguments).loss.backward()
+    bound = 2.0**-6 * exact_weight.grad.abs().max()  # logits, their gradient and the products rounded to bfloat16
+    assert (weight.grad.double() - exact_weight.grad).abs().max() <= bound
+    assert (0.9 * weight.grad.double() - exact_weight.grad).abs().max() > bound, "a wrong gradient would be noticed"
+
+
 def test_weight_gradient_accumulates_in_float32_across_bfloat16_chunks():
     """512 chunks of one row: accumulated in bfloat16 the sum would lose most of its terms."""
     rows, vocab = 512, 32
