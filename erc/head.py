@@ -11,7 +11,6 @@ from torch import Tensor
 from erc.inputs import LOGITS_DTYPES
 from erc.ops import stats_dtype
 from erc.parallel import VocabShard
-from erc.rows import large_empty
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of logits that exist at a time."""
@@ -59,12 +58,12 @@ class HeadGradients:
         sum is float32's business."""
         shape, dtype = (grad_logits.shape[0], rows.shape[1]), grad_logits.dtype
         if self.weight is None:
-            self.weight = large_empty(*shape, dtype=dtype, device=rows.device)
+            self.weight = torch.empty(*shape, dtype=dtype, device=rows.device)
             torch.mm(grad_logits, rows, out=self.weight)
             return
         if self.weight.dtype != self._accumulator:
             first = self.weight
-            self.weight = large_empty(*shape, dtype=self._accumulator, device=rows.device).copy_(first)
+            self.weight = torch.empty(*shape, dtype=self._accumulator, device=rows.device).copy_(first)
         if dtype == self._accumulator:
             torch.addmm(self.weight, grad_logits, rows, out=self.weight)
         else:

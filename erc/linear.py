@@ -23,7 +23,6 @@ from erc.objectives import Objective
 from erc.ops import stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
 from erc.results import PolicyLoss, collect, policy_loss_result
-from erc.rows import large_empty
 from erc.token_loss import TokenLosses
 
 
@@ -156,7 +155,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             outputs = [torch.zeros(count, dtype=rows_dtype, device=hidden.device) for _ in range(4)]
             outputs.append(torch.zeros(count, dtype=torch.int32, device=hidden.device))
             size = max(1, min(call.chunk_rows, count))
-            buffer = large_empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
             for index in chunks(call.index, count, size):
                 rows = head.hidden[index]
                 logits = head.logits(rows, buffer)

@@ -17,7 +17,7 @@ from erc.inputs import RowScaling, check_labels, row_scaling
 from erc.ops import stats_dtype
 from erc.parallel import LOCAL_IGNORE_INDEX, VocabShard, agreement, check_shardable, merge_states, state_statistics
 from erc.results import TokenStats
-from erc.rows import large_empty, params_tensor
+from erc.rows import params_tensor
 
 
 def linear_token_stats(
@@ -136,7 +136,7 @@ class _LinearStats(torch.autograd.Function):
             # Rows that are not read keep the state of a single certain token: every statistic 0.
             state = torch.zeros(4, count, dtype=stats_dtype(call.dtype), device=hidden.device)
             size = max(1, min(call.chunk_rows, count))
-            buffer = large_empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
             gathered = []
             for index in chunks(call.index, count, size):
                 logits = head.logits(head.hidden[index], buffer)
@@ -175,7 +175,7 @@ class _LinearStats(torch.autograd.Function):
             gradients = HeadGradients(head, (needs_hidden and shard is None, needs_weight, needs_bias))
             count = len(head.hidden)
             size = max(1, min(call.chunk_rows, count))
-            buffer = large_empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
             reduced = []
             for index in chunks(call.index, count, size):
                 rows = head.hidden[index]

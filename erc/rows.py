@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
 import torch
 from torch import Tensor
 
 from erc.inputs import RowScaling
-
-_HUGE_PAGE = 2**21
-_MADV_HUGEPAGE = 14
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -44,16 +38,3 @@ def check_inplace(logits: Tensor) -> None:
 def params_tensor(scaling: RowScaling, *numbers: float) -> Tensor:
     """Everything that may change from step to step, in the order of `erc.ops.ParamIndex`, on the CPU."""
     return torch.tensor([*scaling.values, *numbers], dtype=torch.float64, device="cpu")
-
-
-def large_empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty` in huge pages where the CPU has them: page faults of 4 KiB each take a tenth of a linear loss."""
-    tensor = torch.empty(*shape, dtype=dtype, device=device)
-    real = type(tensor) is Tensor and not torch.compiler.is_compiling()
-    if real and device.type == "cpu" and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        stop = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        if start < stop:
-            madvise = ctypes.CDLL(None).madvise
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_HUGEPAGE)  # advice: it may fail
-    return tensor
