@@ -12,7 +12,7 @@ PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := triton,test,demo,bench,lint,trl
-SOURCES := $(wildcard erc triton_kernels tests benchmarks examples setup.py)
+SOURCES := $(wildcard erc tests benchmarks examples setup.py)
 
 ifeq ($(HAS_GPU),yes)
 TORCH ?= torch>=2.10
@@ -63,7 +63,7 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 
 clean: ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
-	find $(wildcard erc triton_kernels tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed $(VENV)/.peers
 
 # ---- how the environment is made -------------------------------------------------------------------------------------

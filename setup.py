@@ -250,7 +250,7 @@ def common_flags() -> list[str]:
 
 
 def cpu_library(sanitize: bool) -> Library:
-    """csrc/cpu/*.cpp and the bindings once, csrc/cpu/kernels/*.cpp once for each instruction set."""
+    """csrc/cpu/*.cpp and the bindings once, csrc/cpu/isa/*.cpp once for each instruction set."""
     build_dir = BUILD_DIR / ("cpu_asan" if sanitize else "cpu")
     compiler = cxx() or []
     optimise = ["-O1", "-g", *SANITIZE_FLAGS] if sanitize else ["-O3"]
@@ -262,7 +262,7 @@ def cpu_library(sanitize: bool) -> Library:
     for isa, flags in ISA_FLAGS.items():
         command = (*compile_, f"-DERC_ISA={isa}", *flags)
         objects += [
-            Object(source, build_dir / isa / f"{source.stem}.o", command) for source in sources("cpu/kernels/*.cpp")
+            Object(source, build_dir / isa / f"{source.stem}.o", command) for source in sources("cpu/isa/*.cpp")
         ]
     # A sanitized library leaves the run-time library's symbols undefined: they come from LD_PRELOAD.
     link = (*compiler, "-shared", *(SANITIZE_FLAGS if sanitize else ["-Wl,-z,defs"]))
@@ -405,7 +405,6 @@ class PlatformWheel(bdist_wheel):
 setup(
     distclass=NativeDistribution,
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-    packages=[*find_packages(include=["erc", "erc.*"]), "erc.triton_kernels"],
-    package_dir={"erc": "erc", "erc.triton_kernels": "triton_kernels"},
+    packages=find_packages(include=["erc", "erc.*"]),
     package_data={"erc": ["py.typed"]},
 )

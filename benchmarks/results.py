@@ -18,7 +18,7 @@ import torch
 
 import erc
 from benchmarks import hardware
-from erc.backends import cpu_isa
+from erc.backend import cpu_isa
 
 FORMAT = 1
 _PACKAGES = (
@@ -185,5 +185,5 @@ def _commit() -> str:
         return run.stdout.strip() if run.returncode == 0 else ""
 
     commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "erc", "csrc", "triton_kernels", "benchmarks")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "erc", "csrc", "benchmarks")
     return (commit + (" with changes" if changed else "")) or "unknown"

@@ -1,24 +1,23 @@
 """Fused loss and entropy kernels for reinforcement learning of language models: entropy-ratio clipping and friends."""
 
 from erc import reference, rlvr
-from erc.backends import backends, use_backend
-from erc.batch_rules import ClipCov, KLCov
-from erc.diagnose import Diagnosis, diagnose
-from erc.entropy_control import AdaptiveEntropyCoef
-from erc.explain import explain
-from erc.linear import linear_policy_loss
-from erc.linear_stats import linear_token_stats
+from erc.backend import backends, use_backend
+from erc.diagnosis import Diagnosis, diagnose
+from erc.explanation import explain
+from erc.linear.loss import linear_policy_loss
+from erc.linear.stats import linear_token_stats
 from erc.loss import policy_loss
-from erc.objectives import (
-    EntropyRatioClip,
-    KLPenalty,
-    Objective,
-    RolloutCorrection,
-    objective,
-    objectives,
-)
 from erc.parallel import VocabShard
-from erc.ratio_rules import (
+from erc.reference import objective_loss
+from erc.results import EntropyRatio, PolicyLoss, TokenStats
+from erc.stats import entropy_ratio, token_stats
+from erc.surrogate.batch_rules import ClipCov, KLCov
+from erc.surrogate.entropy_control import AdaptiveEntropyCoef
+from erc.surrogate.entropy_ratio import EntropyRatioClip
+from erc.surrogate.kl import KLPenalty
+from erc.surrogate.objective import Objective
+from erc.surrogate.presets import objective, objectives
+from erc.surrogate.ratio_rules import (
     CEGPPO,
     CISPO,
     DPPO,
@@ -32,11 +31,9 @@ from erc.ratio_rules import (
     RatioTerms,
     Reinforce,
 )
-from erc.reference import objective_loss
-from erc.results import EntropyRatio, PolicyLoss, TokenStats
-from erc.sequence_rules import GMPO, GSPO, VESPO
-from erc.stats import entropy_ratio, token_stats
-from erc.token_filters import HighEntropyMask, OffPolicySequenceMask
+from erc.surrogate.rollout import RolloutCorrection
+from erc.surrogate.sequence_rules import GMPO, GSPO, VESPO
+from erc.surrogate.token_filters import HighEntropyMask, OffPolicySequenceMask
 
 __version__ = "0.1.0"
 

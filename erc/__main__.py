@@ -10,7 +10,7 @@ import sys
 import torch
 
 from erc import __version__
-from erc.backends import backends, cpu_isa, library_path
+from erc.backend import backends, cpu_isa, library_path
 from erc.check import check
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from erc import reference
-from erc.backends import backends
+from erc.backend import backends
 from erc.loss import policy_loss
-from erc.objectives import objective
 from erc.stats import token_stats
+from erc.surrogate.presets import objective
 
 VOCAB_SIZE = 50_257  # GPT-2's: odd, so that rows are misaligned and end in a tail
 ROWS = 64

@@ -12,12 +12,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from erc.objectives import Objective
-from erc.objectives import objective as preset
 from erc.ops import stats_dtype
-from erc.reductions import token_weights
-from erc.sequences import Sequences
-from erc.token_loss import TokenBatch
+from erc.surrogate.objective import Objective
+from erc.surrogate.presets import objective as preset
+from erc.surrogate.reductions import token_weights
+from erc.surrogate.sequences import Sequences
+from erc.surrogate.token_loss import TokenBatch
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

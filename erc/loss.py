@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from erc import reference
-from erc.backends import operators, select
+from erc.backend import operators, select
 from erc.inputs import (
     RowScaling,
     TokenArguments,
@@ -22,11 +22,11 @@ from erc.inputs import (
     resolve_objective,
     row_scaling,
 )
-from erc.objectives import Objective
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import PolicyLoss, collect, policy_loss_result
 from erc.rows import as_rows, check_inplace, params_tensor
-from erc.token_loss import TokenBatch, TokenLosses
+from erc.surrogate.objective import Objective
+from erc.surrogate.token_loss import TokenBatch, TokenLosses
 
 
 def policy_loss(
@@ -96,7 +96,7 @@ def policy_loss(
         ValueError, TypeError, IndexError: naming the argument and what was expected, before any kernel runs.
 
     Sources: PPO arXiv 1707.06347, DAPO arXiv 2503.14476, entropy-ratio clipping arXiv 2512.05591; the other rules in
-    `erc.ratio_rules`.
+    `erc.surrogate.ratio_rules`.
 
     >>> import torch, erc
     >>> logits = torch.randn(2, 3, 11, requires_grad=True)

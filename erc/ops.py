@@ -28,7 +28,7 @@ ABSENT_LABEL = -(2**63)
 
 
 class ParamIndex(IntEnum):
-    """Positions in the `params` tensor. Mirrored by `csrc/common/params.h` and `triton_kernels/params.py`."""
+    """Positions in the `params` tensor. Mirrored by `csrc/common/params.h` and `erc/triton_kernels/params.py`."""
 
     TEMPERATURE = 0
     SOFTCAP = 1  # 0 means none

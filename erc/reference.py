@@ -24,9 +24,10 @@ from erc.inputs import (
     row_scaling,
     token_batch,
 )
-from erc.objectives import Objective, entropy_ratio_of
 from erc.ops import stats_dtype
 from erc.results import EntropyRatio, PolicyLoss, TokenStats, policy_loss_result
+from erc.surrogate.entropy_ratio import entropy_ratio_of
+from erc.surrogate.objective import Objective
 
 
 class Row:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from erc.metrics import policy_metrics
-from erc.objectives import Objective
-from erc.token_loss import TokenBatch, TokenLosses, exact_kl_terms, token_losses
+from erc.surrogate.metrics import policy_metrics
+from erc.surrogate.objective import Objective
+from erc.surrogate.token_loss import TokenBatch, TokenLosses, exact_kl_terms, token_losses
 
 
 class TokenStats(NamedTuple):
@@ -37,7 +37,7 @@ class PolicyLoss(NamedTuple):
     """The result of a policy loss. `loss` carries the gradient; everything else is detached.
 
     `loss` is a scalar, or `[*]` for reduction "none". `per_token_loss` `[*]` is unweighted and 0 where masked.
-    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.metrics.policy_metrics`).
+    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.surrogate.metrics.policy_metrics`).
     """
 
     loss: Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from erc import reference
-from erc.backends import operators, select
+from erc.backend import operators, select
 from erc.inputs import check_constant, check_labels, check_logits, row_scaling
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import EntropyRatio, TokenStats

@@ -4,7 +4,7 @@
 //   cluster  sm_90 and later: a cluster of blocks holds the row in shared memory, one segment a block. One DRAM read, one write.
 //   block    one block a row, which reads it again from the L2 cache; the grid is kept so small that the rows in flight fit there.
 //   split    few rows: a block a segment, statistics first, then loss and gradient.
-#include "common/policy_loss.h"
+#include "common/token_loss.h"
 
 #include "cuda/gradient.cuh"
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from erc.integrations.versions import require
-from erc.linear import linear_policy_loss
-from erc.linear_stats import linear_token_stats
+from erc.linear.loss import linear_policy_loss
+from erc.linear.stats import linear_token_stats
 from erc.results import PolicyLoss, TokenStats
 
 require("transformers", (4, 56), (6, 0))

@@ -21,10 +21,12 @@ from erc.inputs import TokenArguments, token_batch
 from erc.integrations.transformers import HeadInputs, head_inputs
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
-from erc.objectives import KLPenalty, Objective, objective
 from erc.ops import TokenFlag
 from erc.results import PolicyLoss, TokenStats
-from erc.token_loss import token_losses
+from erc.surrogate.kl import KLPenalty
+from erc.surrogate.objective import Objective
+from erc.surrogate.presets import objective
+from erc.surrogate.token_loss import token_losses
 
 require("trl", (1, 16), (2, 0))
 

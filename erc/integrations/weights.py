@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from erc.objectives import RolloutCorrection
+from erc.surrogate.rollout import RolloutCorrection
 
 GIVEN_WEIGHTS = RolloutCorrection("mask", low=1e-8, high=1e9)
 """Lets a weight pass as it is, with an exact 0 for a masked one."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erc.linear_stats import linear_token_stats
+from erc.linear.stats import linear_token_stats
 from erc.rlvr.demonstrations import Demonstration
 
 Message = dict[str, str]

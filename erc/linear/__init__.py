@@ -1,0 +1,1 @@
+"""From hidden states and the lm_head's weight, without ever holding the logits."""

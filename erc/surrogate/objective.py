@@ -1,0 +1,121 @@
+"""What to optimise, as data: a frozen, printable, comparable description. `erc.surrogate.presets` has the named ones.
+
+    >>> import erc
+    >>> erc.objective("erc-dapo").entropy_ratio
+    EntropyRatioClip(beta_low=0.05, beta_high=0.05, eps=1e-08, value='kept')
+    >>> erc.objective("dapo", kl=erc.KLPenalty("k3", 0.001)).kl.coef
+    0.001
+
+Order of composition: ratio rule -> dual clip -> rollout correction -> high-entropy mask and off-policy sequence mask ->
+entropy-ratio gate -> plus KL and entropy terms (never gated) -> reduction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+from erc.surrogate.entropy_ratio import EntropyRatioClip
+from erc.surrogate.kl import KLPenalty
+from erc.surrogate.ratio_rules import PPOClip, RatioRule
+from erc.surrogate.reductions import REDUCTIONS, needs_sequences
+from erc.surrogate.rollout import RolloutCorrection
+from erc.surrogate.token_filters import HighEntropyMask, OffPolicySequenceMask
+from erc.surrogate.validation import is_number, require
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Everything that `policy_loss` optimises. Validated on construction; see the module for the order of composition.
+
+    Attributes:
+        ratio: the rule on the sampled token's importance ratio.
+        entropy_ratio: the gate on the distribution's entropy ratio, or None.
+        kl: a penalty towards a reference policy, or None.
+        entropy_coef: the loss gains `-entropy_coef * H`.
+        entropy_reduction: "active-mean" takes the bonus's mean over active tokens (TRL), "loss" the loss's own
+            reduction (verl).
+        reduction: how tokens become one number; see `erc.surrogate.reductions.token_weights`.
+        max_length: the constant of "seq-mean-token-sum-norm"; None takes T of `[B, T]` rows.
+        rollout_correction: weights for rollouts that another engine sampled, or None.
+        high_entropy: restricts the policy term to high-entropy tokens, or None.
+        off_policy_mask: drops sequences that the policy has left, or None.
+        nll_coef: the loss gains `-nll_coef * logprob` on the rows of `nll_mask`, in the loss's own reduction (ERC's
+            public recipe adds 0.1 on rows with reward 1).
+    """
+
+    ratio: RatioRule = field(default_factory=PPOClip)
+    entropy_ratio: EntropyRatioClip | None = None
+    kl: KLPenalty | None = None
+    entropy_coef: float = 0.0
+    entropy_reduction: str = "active-mean"
+    reduction: str = "token-mean"
+    max_length: int | None = None
+    rollout_correction: RolloutCorrection | None = None
+    high_entropy: HighEntropyMask | None = None
+    off_policy_mask: OffPolicySequenceMask | None = None
+    nll_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("ratio", RatioRule),
+            ("entropy_ratio", EntropyRatioClip),
+            ("kl", KLPenalty),
+            ("rollout_correction", RolloutCorrection),
+            ("high_entropy", HighEntropyMask),
+            ("off_policy_mask", OffPolicySequenceMask),
+        ):
+            value = getattr(self, name)
+            if not (isinstance(value, kind) or (value is None and name != "ratio")):
+                raise TypeError(
+                    f"{name} must be a {kind.__name__}{' or None' if name != 'ratio' else ''}, got {value!r}"
+                )
+        require(is_number(self.entropy_coef), "entropy_coef", "a finite number", self.entropy_coef)
+        require(is_number(self.nll_coef), "nll_coef", "a finite number", self.nll_coef)
+        require(
+            self.entropy_reduction in ("active-mean", "loss"),
+            "entropy_reduction",
+            '"active-mean" or "loss"',
+            self.entropy_reduction,
+        )
+        require(self.reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", self.reduction)
+        require(
+            self.max_length is None or (isinstance(self.max_length, int) and self.max_length > 0),
+            "max_length",
+            "None or a positive int",
+            self.max_length,
+        )
+
+    @property
+    def two_phase_reason(self) -> str | None:
+        """Why the gradient of a token needs more than that token, or None: then one pass over the logits suffices."""
+        if self.ratio.kernel_id is None:
+            return f"{type(self.ratio).__name__} {self.ratio.two_phase_reason}"
+        if self.high_entropy is not None:
+            return "HighEntropyMask needs the entropies of the whole batch before any gradient"
+        if self.off_policy_mask is not None:
+            return "OffPolicySequenceMask needs all tokens of a sequence before any gradient"
+        return None
+
+    @property
+    def fused(self) -> bool:
+        """Whether one pass over the logits suffices."""
+        return self.two_phase_reason is None
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the rows must be `[B, T]` or packed with `cu_seqlens`."""
+        correction = self.rollout_correction
+        return (
+            needs_sequences(self.reduction)
+            or self.ratio.needs_sequences
+            or self.off_policy_mask is not None
+            or (correction is not None and correction.level == "sequence")
+        )
+
+    def kernel_params(self) -> tuple[float, ...]:
+        """The objective's numbers in the order of `erc.ops.ParamIndex`, after the scaling."""
+        rule = (self.ratio.kernel_params() + (0.0,) * 4)[:4]
+        gate = self.entropy_ratio or EntropyRatioClip()
+        kl = self.kl or KLPenalty(coef=0.0)
+        return (*rule, gate.beta_low, gate.beta_high, gate.eps, kl.coef, kl.clamp or inf)

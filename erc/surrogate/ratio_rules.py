@@ -1,0 +1,357 @@
+"""Layer 3: ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
+
+Every rule is a frozen dataclass with a `terms` method in plain PyTorch, the readable definition that the kernels are
+tested against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` the advantage. A tie exactly on a bound
+takes the unclipped branch, so every comparison is strict; `A = 0` is never clipped. The derivative outside the clamp
+is 0.
+
+A token-level rule also names its kernel (`kernel_id`, `kernel_params`), which runs it in the fused one-pass path.
+Rules that need a whole sequence (`sequence_rules`) or the whole batch (`batch_rules`) run two-phase, and so does a rule
+of your own: docs/custom_rules.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from erc.surrogate.sequences import Sequences
+
+MAX_LOG_RATIO = 20.0
+
+
+class RatioTerms(NamedTuple):
+    """Per-token policy loss, and which tokens the rule clipped below and above; all `[N]`."""
+
+    loss: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+
+
+class RatioInputs(NamedTuple):
+    """What a rule sees, all `[N]`: `logprob` and `entropy` carry the graph, the others are constants.
+
+    `mask` is the token's weight, 0 where it is not to be read; `sequences` is None for rows without sequence structure;
+    `old_divergence` is the caller's, None if not given; `generator` is what random choices draw from.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    old_logprob: Tensor
+    advantage: Tensor
+    mask: Tensor
+    sequences: Sequences | None = None
+    old_divergence: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
+def log_difference(a: Tensor, b: Tensor) -> Tensor:
+    """`a - b`, where -inf minus -inf counts as no difference."""
+    return torch.where(torch.isneginf(a) & torch.isneginf(b), 0.0, a - b)
+
+
+def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
+    """`exp(clamp(logprob - old_logprob, -20, 20))`; differentiable inside the clamp."""
+    return log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
+    """`coefficient * logprob`, where a zero coefficient silences an infinite log-prob."""
+    return torch.where(coefficient == 0, 0.0, coefficient * logprob)
+
+
+def nowhere(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool)
+
+
+def check_value(name: str, value: float | None, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_widths(rule: RatioRule, *names: str) -> None:
+    for name in names:
+        value = getattr(rule, name)
+        check_value(name, value, isinstance(value, (int, float)) and 0 <= value < inf, "a finite number >= 0")
+
+
+def check_optional_bound(rule: RatioRule, *names: str) -> None:
+    for name in names:
+        value = getattr(rule, name)
+        check_value(name, value, value is None or 1 < value < inf, "None or a number > 1")
+
+
+@dataclass(frozen=True)
+class RatioRule:
+    """Base of all ratio rules."""
+
+    kernel_id: ClassVar[int | None] = None
+    """The rule's number in the kernels (csrc/common/params.h), None for a rule that runs two-phase."""
+
+    two_phase_reason: ClassVar[str | None] = "is not in the kernels"
+    """Why a rule without `kernel_id` runs two-phase, as the end of a sentence."""
+
+    needs_sequences: ClassVar[bool] = False
+    needs_divergence: ClassVar[bool] = False
+    """Whether the caller must pass `old_divergence`."""
+
+    def kernel_params(self) -> tuple[float, ...]:
+        """Up to four numbers for the kernel, in the order that params.h gives."""
+        return ()
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        raise NotImplementedError
+
+
+def clip_sides(r: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return (advantage < 0) & (r < 1 - low), (advantage > 0) & (r > 1 + high)
+
+
+@dataclass(frozen=True)
+class PPOClip(RatioRule):
+    """`-min(r A, clamp(r, 1-eps_low, 1+eps_high) A)` (PPO, arXiv 1707.06347; clip-higher of DAPO, arXiv 2503.14476).
+
+    `dual_clip=c` (> 1, arXiv 1912.09729): where A < 0 the loss is at most `-c A`, without gradient beyond.
+    `delta` (> 1, two-sided clipping of INTELLECT-2): r in the unclipped branch is at most delta, without gradient
+    beyond.
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    dual_clip: float | None = None
+    delta: float | None = None
+    kernel_id: ClassVar[int | None] = 0
+
+    def __post_init__(self) -> None:
+        check_widths(self, "eps_low", "eps_high")
+        check_optional_bound(self, "dual_clip", "delta")
+        check_value("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.eps_low, self.eps_high, self.dual_clip or inf, self.delta or inf
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage = inputs.advantage
+        r = importance_ratio(inputs.logprob, inputs.old_logprob)
+        low, high = clip_sides(r, advantage, self.eps_low, self.eps_high)
+        cap = min(self.dual_clip or inf, self.delta or inf)
+        capped = (advantage < 0) & (r > cap)
+        loss = torch.where(low, -(1 - self.eps_low) * advantage, -r * advantage)
+        loss = torch.where(high, -(1 + self.eps_high) * advantage, loss)
+        if cap < inf:
+            loss = torch.where(capped, -cap * advantage, loss)
+        return RatioTerms(loss, low, high | capped)
+
+
+@dataclass(frozen=True)
+class GPPO(RatioRule):
+    """The value of `PPOClip`, but a clipped token keeps the gradient of the bound: d loss / d logprob = `-(1-eps_low)
+    A` below, `-(1+eps_high) A` above (Klear-Reasoner, arXiv 2508.07629 eq. 11-12). `dual_clip` as in `PPOClip`."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+    dual_clip: float | None = None
+    kernel_id: ClassVar[int | None] = 1
+
+    def __post_init__(self) -> None:
+        check_widths(self, "eps_low", "eps_high")
+        check_optional_bound(self, "dual_clip")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.eps_low, self.eps_high, self.dual_clip or inf
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        return _gradient_preserving(inputs, self.eps_low, self.eps_high, 1.0, 1.0, self.dual_clip or inf)
+
+
+@dataclass(frozen=True)
+class CEGPPO(RatioRule):
+    """GPPO whose clipped gradients are scaled: `-beta1 (1-eps_low) r/sg(r) A` below, `-beta2 (1+eps_high) r/sg(r) A`
+    above, else `-r A` (arXiv 2509.20712 eq. 8; (0.5, 1) is the general pick, (0.75, 1) the one for 7B)."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    beta1: float = 0.5
+    beta2: float = 1.0
+    kernel_id: ClassVar[int | None] = 2
+
+    def __post_init__(self) -> None:
+        check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.eps_low, self.eps_high, self.beta1, self.beta2
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        return _gradient_preserving(inputs, self.eps_low, self.eps_high, self.beta1, self.beta2, inf)
+
+
+def _gradient_preserving(
+    inputs: RatioInputs, eps_low: float, eps_high: float, beta_low: float, beta_high: float, dual_clip: float
+) -> RatioTerms:
+    advantage = inputs.advantage
+    r = importance_ratio(inputs.logprob, inputs.old_logprob)
+    low, high = clip_sides(r, advantage, eps_low, eps_high)
+    one = r / r.detach()  # value 1, the gradient of the log-prob
+    loss = torch.where(low, -beta_low * (1 - eps_low) * one * advantage, -r * advantage)
+    loss = torch.where(high, -beta_high * (1 + eps_high) * one * advantage, loss)
+    capped = (advantage < 0) & (r > dual_clip)
+    if dual_clip < inf:
+        loss = torch.where(capped, -dual_clip * advantage, loss)
+    return RatioTerms(loss, low, high | capped)
+
+
+@dataclass(frozen=True)
+class CISPO(RatioRule):
+    """`-sg(clamp(r, ratio_min, ratio_max)) A logprob`: the weight is clipped, the gradient never dropped
+    (MiniMax-M1, arXiv 2506.13585). Absolute bounds: (None, 5.0) is TRL's form, (1-lo, 1+hi) verl's."""
+
+    ratio_min: float | None = None
+    ratio_max: float = 5.0
+    kernel_id: ClassVar[int | None] = 3
+
+    def __post_init__(self) -> None:
+        check_widths(self, "ratio_max")
+        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= self.ratio_max
+        check_value("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.ratio_min or 0.0, self.ratio_max
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage = inputs.advantage
+        r = importance_ratio(inputs.logprob, inputs.old_logprob).detach()
+        low, high = self.ratio_min or 0.0, self.ratio_max
+        loss = scaled_logprob(-r.clamp(low, high) * advantage, inputs.logprob)
+        return RatioTerms(loss, (advantage != 0) & (r < low), (advantage != 0) & (r > high))
+
+
+@dataclass(frozen=True)
+class SAPO(RatioRule):
+    """`-A (4/tau) sigmoid(tau (r-1))` with tau by the sign of A: a soft gate in place of the clip (arXiv
+    2511.20347)."""
+
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    kernel_id: ClassVar[int | None] = 4
+
+    def __post_init__(self) -> None:
+        for name in ("tau_pos", "tau_neg"):
+            value = getattr(self, name)
+            check_value(name, value, 0 < value < inf, "a finite number > 0")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.tau_pos, self.tau_neg
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage = inputs.advantage
+        r = importance_ratio(inputs.logprob, inputs.old_logprob)
+        tau = torch.where(advantage > 0, torch.full_like(r, self.tau_pos), self.tau_neg)  # in r's dtype, not float32
+        loss = -advantage * (4 / tau) * torch.sigmoid(tau * (r - 1))
+        return RatioTerms(loss, nowhere(r), nowhere(r))
+
+
+_DPPO_KERNELS = {"tv": 5, "kl": 6, "full-tv": None, "full-kl": None}
+
+
+@dataclass(frozen=True)
+class DPPO(RatioRule):
+    """`-A sg(min(r, ratio_max)) logprob` while the token's probability stays in a divergence ball (arXiv 2602.04879).
+
+    `divergence="tv"`: blocked where A > 0 and p - p_old > high, or A < 0 and p - p_old < -low (0.15).
+    `divergence="kl"`: blocked where the KL(old||new) of (token, any other) exceeds the bound (0.05) and the update
+    moves further away. A blocked token has value and gradient 0.
+    `divergence="full-tv"` and `"full-kl"`: the same bounds on the exact divergence over the whole vocabulary, which the
+    caller passes as `old_divergence` (`total_variation` or `kl_old_new` of `erc.entropy_ratio`); blocked where it
+    exceeds the bound and the update moves the token's probability further away. These run two-phase.
+    """
+
+    divergence: str = "tv"
+    low: float | None = None
+    high: float | None = None
+    ratio_max: float = 20.0
+    two_phase_reason: ClassVar[str | None] = "compares the whole vocabulary, which the kernels do not"
+
+    def __post_init__(self) -> None:
+        check_value("divergence", self.divergence, self.divergence in _DPPO_KERNELS, f"one of {tuple(_DPPO_KERNELS)}")
+        bound = 0.15 if self.divergence.endswith("tv") else 0.05
+        for name in ("low", "high"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, bound)
+        check_widths(self, "low", "high", "ratio_max")
+
+    @property
+    def kernel_id(self) -> int | None:  # type: ignore[override]
+        return _DPPO_KERNELS[self.divergence]
+
+    @property
+    def needs_divergence(self) -> bool:  # type: ignore[override]
+        return self.divergence.startswith("full-")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.low, self.high, self.ratio_max
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage, logprob, old_logprob = inputs.advantage, inputs.logprob.detach(), inputs.old_logprob
+        r = importance_ratio(logprob, old_logprob)
+        moved = logprob.exp() - old_logprob.exp()
+        if self.divergence == "tv":
+            above, below = moved > self.high, moved < -self.low
+        else:
+            distance = inputs.old_divergence if self.needs_divergence else binary_kl(old_logprob, logprob)
+            above, below = (moved > 0) & (distance > self.high), (moved < 0) & (distance > self.low)
+        high, low = (advantage > 0) & above, (advantage < 0) & below
+        coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
+        return RatioTerms(scaled_logprob(coefficient, inputs.logprob), low, high)
+
+
+def binary_kl(old_logprob: Tensor, logprob: Tensor) -> Tensor:
+    """KL(old || new) of the two-point distributions (this token, any other)."""
+    p_old, rest_old, rest = old_logprob.exp(), -torch.expm1(old_logprob), -torch.expm1(logprob)
+    here = torch.where(p_old == 0, 0.0, p_old * log_difference(old_logprob, logprob))
+    elsewhere = torch.where(rest_old == 0, 0.0, rest_old * (rest_old.log() - rest.log()))
+    return here + elsewhere
+
+
+@dataclass(frozen=True)
+class Reinforce(RatioRule):
+    """`-A logprob`: the plain policy gradient (GPG, arXiv 2504.02546)."""
+
+    kernel_id: ClassVar[int | None] = 7
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        loss = scaled_logprob(-inputs.advantage, inputs.logprob)
+        return RatioTerms(loss, nowhere(loss), nowhere(loss))
+
+
+@dataclass(frozen=True)
+class DRO(RatioRule):
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl)."""
+
+    beta: float = 1.0
+    kernel_id: ClassVar[int | None] = 8
+
+    def __post_init__(self) -> None:
+        check_widths(self, "beta")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return (self.beta,)
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        difference = log_difference(inputs.logprob, inputs.old_logprob)
+        loss = scaled_logprob(-inputs.advantage, inputs.logprob) + self.beta / 2 * difference.square()
+        return RatioTerms(loss, nowhere(loss), nowhere(loss))
+
+
+@dataclass(frozen=True)
+class NoClip(RatioRule):
+    """`-r A`: importance sampling without any trust region."""
+
+    kernel_id: ClassVar[int | None] = 9
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        r = importance_ratio(inputs.logprob, inputs.old_logprob)
+        return RatioTerms(-r * inputs.advantage, nowhere(r), nowhere(r))

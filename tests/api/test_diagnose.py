@@ -1,0 +1,110 @@
+"""`erc.diagnose` against counts by hand."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+
+import pytest
+import torch
+
+import erc
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    shape = (20, 50)
+    old_logprob = -3 * torch.rand(shape, generator=generator)
+    old_entropy = 2 * torch.rand(shape, generator=generator)
+    stats = erc.TokenStats(
+        old_logprob + 0.3 * torch.randn(shape, generator=generator),
+        old_entropy * (1 + 0.1 * torch.randn(shape, generator=generator)),
+        torch.zeros(shape),
+    )
+    given = {
+        "old_logprob": old_logprob,
+        "old_entropy": old_entropy,
+        "advantages": torch.randn(20, generator=generator),
+        "mask": torch.rand(shape, generator=generator) < 0.9,
+    }
+    return stats, given
+
+
+@pytest.mark.parametrize("objective", ["erc-dapo", "dapo"])
+def test_groups_and_histogram(objective):
+    stats, given = batch()
+    found = erc.diagnose(stats, objective=objective, bins=10, span=0.5, **given)
+    active = given["mask"]
+    ratio = (stats.logprob - given["old_logprob"]).exp()
+    advantage = given["advantages"][:, None].expand(active.shape)
+    clipped = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & (ratio < 0.8))
+    rho = (stats.entropy + 1e-8) / (given["old_entropy"] + 1e-8)
+    dropped = ~((rho > 0.95) & (rho < 1.05))
+    counts = {
+        "kept": ~clipped & ~dropped,
+        "clipped": clipped & ~dropped,
+        "dropped": dropped & ~clipped,
+        "both": clipped & dropped,
+        "all": torch.ones_like(active),
+    }
+    for name, tokens in counts.items():
+        tokens, group = tokens & active, found.groups[name]
+        assert group.tokens == int(tokens.sum()) > 0
+        assert group.share == pytest.approx(group.tokens / int(active.sum()))
+        assert group.entropy == pytest.approx(float(stats.entropy[tokens].mean()), rel=1e-5)
+        assert group.median_entropy == pytest.approx(float(stats.entropy[tokens].median()), rel=1e-5)
+        assert group.ratio == pytest.approx(float(ratio[tokens].mean()), rel=1e-5)
+        assert group.entropy_ratio == pytest.approx(float(rho[tokens].mean()), rel=1e-5)
+    caught = clipped | dropped
+    assert found.overlap == pytest.approx(float((clipped & dropped & active).sum() / (caught & active).sum()))
+    assert found.histogram.sum() == active.sum() and found.histogram.shape == (10, 10)
+    high_ratio = (ratio.log() >= 0.4) & active
+    assert found.histogram[-1].sum() == high_ratio.sum(), "the outermost bins hold what lies beyond"
+    table = str(found)
+    assert "median entropy" in table and f"{found.groups['both'].tokens}" in table and "caught by both" in table
+
+
+def test_it_agrees_with_the_metrics_of_the_loss():
+    generator = torch.Generator().manual_seed(1)
+    logits, old_logits = torch.randn(2, 6, 30, 40, generator=generator)
+    labels = torch.randint(40, (6, 30), generator=generator)
+    old = erc.token_stats(logits + 0.1 * old_logits, labels)
+    given = {"old_logprob": old.logprob, "old_entropy": old.entropy, "advantages": torch.randn(6, generator=generator)}
+    out = erc.policy_loss(logits, labels, objective="erc-gspo", **given)
+    found = erc.diagnose(out, objective="erc-gspo", **given)
+    assert found.groups["clipped"].share + found.groups["both"].share == pytest.approx(
+        float(out.metrics["clip_fraction"])
+    )
+    assert found.groups["dropped"].share + found.groups["both"].share == pytest.approx(
+        float(out.metrics["erc_fraction"])
+    )
+
+
+def test_no_active_token():
+    stats, given = batch()
+    found = erc.diagnose(stats, **(given | {"mask": torch.zeros(20, 50)}))
+    assert found.overlap == 0 and found.groups["all"].tokens == 0 and "nan" in str(found)
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    stats, given = batch()
+    path = tmp_path / "joint.png"
+    figure = erc.diagnose(stats, **given).plot(str(path))
+    assert path.stat().st_size > 5000 and figure.axes[0].get_xlabel().startswith("entropy ratio")
+
+
+def test_bad_arguments_are_named():
+    stats, given = batch()
+    with pytest.raises(TypeError, match="stats"):
+        erc.diagnose(stats.logprob, **given)
+    with pytest.raises(TypeError, match="stats"):
+        erc.diagnose(stats._replace(logprob=None), **given)
+    with pytest.raises(ValueError, match="bins"):
+        erc.diagnose(stats, bins=0, **given)
+    with pytest.raises(ValueError, match="old_entropy"):
+        erc.diagnose(stats, **(given | {"old_entropy": None}))
+
+
+def test_the_example_runs():
+    assert doctest.testmod(sys.modules["erc.diagnosis"]).failed == 0
