@@ -21,6 +21,9 @@ _FLAGGED = {
     TokenFlag.ERC_HIGH: "erc_fraction_high",
     TokenFlag.FILTERED: "filtered_fraction",
 }
+# Plain data: on Python 3.12 torch.compile up to 2.11 cannot iterate an enum.
+_FRACTIONS = tuple(_FLAGGED[flag] for flag in TokenFlag)  # in the order of the bits
+_CLIPPED = int(TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH)
 
 
 @torch.no_grad()
@@ -37,11 +40,11 @@ def policy_metrics(
     missing = torch.full((), nan, dtype=logprob.dtype, device=logprob.device)
 
     # All flags, and below all means, at once: on a GPU a launch costs more than the work of one of them.
-    bits = torch.arange(len(TokenFlag), device=flags.device)
+    bits = torch.arange(len(_FRACTIONS), device=flags.device)
     fractions = ((flags.unsqueeze(-1) >> bits) & 1).sum(0) / count
-    clipped = (flags & int(TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH)) != 0
+    clipped = (flags & _CLIPPED) != 0
     metrics = {"clip_fraction": clipped.sum() / count}
-    metrics |= {_FLAGGED[flag]: fraction for flag, fraction in zip(TokenFlag, fractions.unbind(), strict=True)}
+    metrics |= dict(zip(_FRACTIONS, fractions.unbind(), strict=True))
     means = {"entropy": entropy}
     for name in ("old_entropy", "entropy_ratio", "entropy_ratio_min", "entropy_ratio_max", "kl"):
         metrics[name] = missing
