@@ -68,7 +68,7 @@ class Variant:
     def compile(self, arch: str) -> triton.compiler.CompiledKernel:
         """The compiled kernel, with the options that `launch` passes."""
         target = TARGETS[arch]
-        options = tuning.compile_options(target.warp_size, self.dtype, self.softcap)
+        options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, self.softcap)
         return triton.compile(self.source(), target=target, options=options)
 
 
