@@ -76,7 +76,7 @@ struct ClusterShared {
     const int64_t columns = partition.segments == 1 ? partition.vocab_size : partition.segment_size;
     return (columns * int64_t(sizeof(T)) + 15) / 16 * 16;
   }
-  static ERC_HOST_DEVICE int64_t bytes(const Partition& partition) {
+  static int64_t bytes(const Partition& partition) {
     return tile_bytes(partition) + stats_shared_bytes<Real>(1, 1 + kMaxSegments) + 64;
   }
   ERC_DEVICE ClusterShared(char* memory, const Partition& partition)
