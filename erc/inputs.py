@@ -136,7 +136,7 @@ def check_token_values(
             raise ValueError(f"{name} must be positive where a token is active, got {float(value)}")
 
 
-# ---- numbers and other things ------------------------------------------------------------------------------------------
+# ---- numbers and other things ----------------------------------------------------------------------------------------
 
 
 def positive(name: str, value: float, *, or_zero: bool = False) -> float:
