@@ -4,6 +4,7 @@ from erc import reference, rlvr
 from erc.backend import backends, use_backend
 from erc.diagnosis import Diagnosis, diagnose
 from erc.explanation import explain
+from erc.labels import shifted_labels
 from erc.linear.loss import linear_policy_loss
 from erc.linear.stats import linear_token_stats
 from erc.loss import policy_loss
@@ -79,6 +80,7 @@ __all__ = [
     "policy_loss",
     "reference",
     "rlvr",
+    "shifted_labels",
     "token_stats",
     "use_backend",
 ]

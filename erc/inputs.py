@@ -204,10 +204,8 @@ def _advantages(advantages: Tensor, leading, device, dtype, sequences: Sequences
     return rows.contiguous()
 
 
-def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torch.device) -> Sequences | None:
-    tokens = prod(leading)
-    if cu_seqlens is None:
-        return Sequences(tokens, length=leading[-1]) if len(leading) > 1 and leading[-1] > 0 else None
+def check_offsets(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Tensor:
+    """The offsets `[S + 1]` of packed rows, int64."""
     if (
         not isinstance(cu_seqlens, Tensor)
         or cu_seqlens.dtype not in (torch.int32, torch.int64)
@@ -216,13 +214,21 @@ def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torc
         raise TypeError("cu_seqlens must be a 1-D int32 or int64 tensor of offsets [S + 1]")
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens must be on {device} like logits, got {cu_seqlens.device}")
-    if len(leading) > 1 and prod(leading[:-1]) != 1:
-        raise ValueError(f"cu_seqlens goes with packed rows [N] or [1, N], got rows of shape {leading}")
     if values_are_readable(cu_seqlens):
         steps = cu_seqlens.diff()
         if len(cu_seqlens) < 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((steps < 0).any()):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {tokens}, got {cu_seqlens.tolist()}")
-    return Sequences(tokens, offsets=cu_seqlens.to(torch.int64))
+    return cu_seqlens.to(torch.int64)
+
+
+def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torch.device) -> Sequences | None:
+    tokens = prod(leading)
+    if cu_seqlens is None:
+        return Sequences(tokens, length=leading[-1]) if len(leading) > 1 and leading[-1] > 0 else None
+    offsets = check_offsets(cu_seqlens, tokens, device)
+    if len(leading) > 1 and prod(leading[:-1]) != 1:
+        raise ValueError(f"cu_seqlens goes with packed rows [N] or [1, N], got rows of shape {leading}")
+    return Sequences(tokens, offsets=offsets)
 
 
 def _mask(mask: Tensor | None, active: Tensor | None, leading, device, dtype) -> Tensor:

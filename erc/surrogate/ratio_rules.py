@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from erc.surrogate.sequences import Sequences
+from erc.surrogate.validation import check_band
 
 MAX_LOG_RATIO = 20.0
 
@@ -127,7 +128,7 @@ class PPOClip(RatioRule):
     kernel_id: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip", "delta")
         check_value("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
 
@@ -158,7 +159,7 @@ class GPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip")
 
     def kernel_params(self) -> tuple[float, ...]:
@@ -180,7 +181,8 @@ class CEGPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
+        check_band(self, "eps_low", "eps_high")
+        check_widths(self, "beta1", "beta2")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.beta1, self.beta2
@@ -215,8 +217,12 @@ class CISPO(RatioRule):
 
     def __post_init__(self) -> None:
         check_widths(self, "ratio_max")
-        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= self.ratio_max
-        check_value("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
+        if self.ratio_max < 1:
+            low = 0.0 if self.ratio_min is None else self.ratio_min
+            advice = f"for widths {low:g} and {self.ratio_max:g} write CISPO({1 - low:g}, {1 + self.ratio_max:g})"
+            raise ValueError(f"ratio_max must be a bound on the ratio >= 1, got {self.ratio_max!r}; {advice}")
+        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= 1
+        check_value("ratio_min", self.ratio_min, low_is_sane, "None or a bound on the ratio in [0, 1]")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.ratio_min or 0.0, self.ratio_max
