@@ -15,8 +15,8 @@ import erc
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SAME_RULE = ("grpo", "dr-grpo", "luspo")
-"""Presets whose rule another one shows already; they differ in the reduction."""
+SAME_RULE = ("grpo", "dr-grpo", "luspo", "ic-dapo-paper")
+"""Presets whose rule another one shows already; they differ in the reduction or by an NLL term."""
 OLD_LOGPROB = -1.0
 COLOURS = {1.0: "tab:blue", -1.0: "tab:red"}
 
