@@ -1,4 +1,4 @@
-// What a call passes to a kernel besides tensors. Mirrors erc/ops.py (ParamIndex, TokenFlag) and erc/objectives.py (rule ids).
+// What a call passes to a kernel besides tensors. Mirrors erc/ops.py (ParamIndex, TokenFlag) and erc/surrogate/ratio_rules.py (rule ids).
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,8 @@ enum class RatioRule : int {
   kReinforce = 7,  // rule: none
   kDRO = 8,        // rule: beta
   kNoClip = 9,     // rule: none
+  kIPO = 10,       // rule: eps, tau
+  kTOPR = 11,      // rule: none
 };
 
 enum class KLKind : int { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3, kAbs = 4, kK3Plus = 5 };

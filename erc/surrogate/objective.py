@@ -110,8 +110,14 @@ class Objective:
             needs_sequences(self.reduction)
             or self.ratio.needs_sequences
             or self.off_policy_mask is not None
-            or (correction is not None and correction.level == "sequence")
+            or (correction is not None and correction.needs_sequences)
         )
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a token's loss depends on statistics of all tokens of the call."""
+        quantile = self.high_entropy is not None and self.high_entropy.threshold is None
+        return self.ratio.needs_batch or quantile
 
     def kernel_params(self) -> tuple[float, ...]:
         """The objective's numbers in the order of `erc.ops.ParamIndex`, after the scaling."""

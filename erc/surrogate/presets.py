@@ -9,7 +9,7 @@ from typing import Any
 from erc.surrogate.batch_rules import ClipCov, KLCov
 from erc.surrogate.entropy_ratio import EntropyRatioClip
 from erc.surrogate.objective import Objective
-from erc.surrogate.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, SAPO, NoClip, PPOClip, Reinforce
+from erc.surrogate.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, IPO, SAPO, TOPR, NoClip, PPOClip, Reinforce
 from erc.surrogate.sequence_rules import GMPO, GSPO, VESPO
 
 _PRESETS: dict[str, Objective] = {
@@ -33,6 +33,9 @@ _PRESETS: dict[str, Objective] = {
     "kl-cov": Objective(KLCov()),
     "reinforce": Objective(Reinforce()),
     "dro": Objective(DRO()),
+    "kimi-k1.5": Objective(DRO(0.1)),
+    "ipo": Objective(IPO()),
+    "topr": Objective(TOPR()),
     "no-clip": Objective(NoClip()),
 }
 _PLAIN = tuple(_PRESETS)

@@ -24,6 +24,8 @@ DPPO_KL = tl.constexpr(6)
 REINFORCE = tl.constexpr(7)
 DRO = tl.constexpr(8)
 NO_CLIP = tl.constexpr(9)
+IPO = tl.constexpr(10)
+TOPR = tl.constexpr(11)
 
 KL_NONE = tl.constexpr(0)
 KL_K1 = tl.constexpr(1)
@@ -153,6 +155,18 @@ def ratio_term(RULE: tl.constexpr, p0, p1, p2, p3, logprob, old_logprob, advanta
         difference = log_difference(logprob, old_logprob)
         value = scaled_logprob(-advantage, logprob) + p0 / 2.0 * difference * difference
         d_logprob = p0 * difference - advantage
+    elif RULE == IPO:
+        moved = tl.exp(logprob) - tl.exp(old_logprob)
+        flags = tl.where(moved > p0, CLIP_HIGH, tl.where(moved < -p0, CLIP_LOW, 0))
+        flags = tl.where(advantage != 0.0, flags, 0)
+        difference = tl.where(p1 > 0.0, log_difference(logprob, old_logprob), 0.0)
+        value = tl.where(flags != 0, 0.0, value) + p1 * difference * difference
+        d_logprob = tl.where(flags != 0, 0.0, d_logprob) + 2.0 * p1 * difference
+    elif RULE == TOPR:
+        tapered = (advantage < 0.0) & (r > 1.0)
+        d_logprob = tl.where((advantage > 0.0) | tapered, -advantage, -r * advantage)
+        value = scaled_logprob(d_logprob, logprob)
+        flags = tl.where(tapered, CLIP_HIGH, 0)
     else:
         tl.static_assert(RULE == NO_CLIP)
     return value, d_logprob, flags
