@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.inputs import TokenArguments, resolve_objective, token_batch
@@ -110,6 +111,7 @@ def diagnose(
     objective: str | Objective = "erc-dapo",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     bins: int = 60,
     span: float = 1.5,
@@ -119,7 +121,7 @@ def diagnose(
     Args:
         stats: what `token_stats` or `policy_loss` returned for the new policy; its `logprob` and `entropy` `[*]` are
             read.
-        old_logprob, old_entropy, advantages, mask, cu_seqlens, generator: as `policy_loss`.
+        old_logprob, old_entropy, advantages, mask, cu_seqlens, sequence_group, generator: as `policy_loss`.
         objective: its ratio rule and gate are applied; without a gate the default `EntropyRatioClip()` is, to show
             what it would drop.
         bins, span: the histogram's bins a side, and the largest |log ratio| on its axes.
@@ -150,7 +152,15 @@ def diagnose(
         raise ValueError(f"bins must be a positive int and span positive, got {bins!r} and {span!r}")
     logprob, entropy = stats.logprob.reshape(-1), stats.entropy.reshape(-1)
     bare = Objective(objective.ratio, objective.entropy_ratio, reduction="none")
-    arguments = TokenArguments(old_logprob, advantages, mask, old_entropy, cu_seqlens=cu_seqlens, generator=generator)
+    arguments = TokenArguments(
+        old_logprob,
+        advantages,
+        mask,
+        old_entropy,
+        cu_seqlens=cu_seqlens,
+        generator=generator,
+        sequence_group=sequence_group,
+    )
     batch = token_batch(bare, arguments, tuple(stats.logprob.shape), logprob.device, logprob.dtype)
     flags = token_losses(bare, batch, logprob, entropy).flags
     active = batch.mask != 0

@@ -10,6 +10,7 @@ from math import isfinite, prod
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.ops import stats_dtype
@@ -162,6 +163,7 @@ class TokenArguments:
     cu_seqlens: Tensor | None = None
     normalizer: float | Tensor | None = None
     generator: torch.Generator | None = None
+    sequence_group: dist.ProcessGroup | None = None
 
 
 def _float_rows(name: str, tensor: Tensor | None, leading, device, dtype, *, exact: bool = False) -> Tensor | None:
@@ -221,14 +223,22 @@ def check_offsets(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Tens
     return cu_seqlens.to(torch.int64)
 
 
-def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torch.device) -> Sequences | None:
+def _sequences(
+    cu_seqlens: Tensor | None, group: dist.ProcessGroup | None, leading: tuple[int, ...], device: torch.device
+) -> Sequences | None:
     tokens = prod(leading)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"sequence_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if cu_seqlens is None:
-        return Sequences(tokens, length=leading[-1]) if len(leading) > 1 and leading[-1] > 0 else None
+        if len(leading) > 1 and leading[-1] > 0:
+            return Sequences(tokens, length=leading[-1], group=group)
+        if group is not None:
+            raise ValueError(f"sequence_group needs rows [B, T] or cu_seqlens, got rows of shape {leading}")
+        return None
     offsets = check_offsets(cu_seqlens, tokens, device)
     if len(leading) > 1 and prod(leading[:-1]) != 1:
         raise ValueError(f"cu_seqlens goes with packed rows [N] or [1, N], got rows of shape {leading}")
-    return Sequences(tokens, offsets=offsets)
+    return Sequences(tokens, offsets=offsets, group=group)
 
 
 def _mask(mask: Tensor | None, active: Tensor | None, leading, device, dtype) -> Tensor:
@@ -261,11 +271,13 @@ def token_batch(
     Raises:
         ValueError, TypeError: naming the argument and what was expected.
     """
-    sequences = _sequences(arguments.cu_seqlens, leading, device)
+    sequences = _sequences(arguments.cu_seqlens, arguments.sequence_group, leading, device)
     if objective.needs_sequences and sequences is None:
         raise ValueError(
             f"rows must be [B, T], or packed with cu_seqlens, for {objective}, got rows of shape {leading}"
         )
+    if sequences is not None and sequences.group is not None and objective.needs_batch:
+        raise ValueError(f"sequence_group does not go with {objective}: it reads statistics of the whole batch")
     mask = _mask(arguments.mask, active, leading, device, dtype)
     rows = {
         name: _float_rows(name, getattr(arguments, name), leading, device, dtype, exact=name == "old_entropy")
@@ -294,8 +306,10 @@ def token_batch(
 
     max_length = objective.max_length
     if objective.reduction == "seq-mean-token-sum-norm" and max_length is None:
-        if sequences.length is None:
-            raise ValueError("max_length must be set in the objective for packed rows with seq-mean-token-sum-norm")
+        if sequences.length is None or sequences.group is not None:
+            raise ValueError(
+                "max_length must be set in the objective for seq-mean-token-sum-norm with packed or split sequences"
+            )
         max_length = sequences.length
     normalizer = _normalizer(arguments.normalizer, device, dtype)
     weight = token_weights(objective.reduction, mask, sequences, normalizer, max_length)
@@ -303,7 +317,7 @@ def token_batch(
     entropy_weight = None
     if objective.entropy_coef:
         shared = objective.entropy_reduction == "loss" or objective.reduction == "none"
-        bonus = weight if shared else token_weights("token-mean", mask, None, None, None)
+        bonus = weight if shared else token_weights("token-mean", mask, sequences, None, None)
         entropy_weight = -objective.entropy_coef * bonus
     policy_weight = None
     if correction is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc import reference
@@ -44,6 +45,7 @@ def policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     grad_scale: float | None = None,
@@ -76,6 +78,10 @@ def policy_loss(
         ref_kl: `[*]` exact KL(policy || reference) with its graph, `erc.entropy_ratio(logits, ref_logits).kl_new_old`;
             required by `KLPenalty("full")`. It is added to the loss of whatever path runs.
         cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
+        sequence_group: the ranks over which sequences are split (context parallelism): each passes its part, `[B,
+            T_local]` or packed with its own offsets, of the same sequences in the same order. Sums per sequence and
+            every count are then over all ranks, and the ranks' losses and gradients add up to those of one process.
+            Metrics are of the local tokens.
         normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and
             gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
         generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
@@ -121,6 +127,7 @@ def policy_loss(
         cu_seqlens,
         normalizer,
         generator,
+        sequence_group,
     )
     with agreement(vocab_shard, validate, logits) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)

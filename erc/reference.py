@@ -11,6 +11,7 @@ from __future__ import annotations
 from math import nan
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.inputs import (
@@ -172,6 +173,7 @@ def policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     temperature: float | Tensor = 1.0,
@@ -196,6 +198,7 @@ def policy_loss(
         cu_seqlens,
         normalizer,
         generator,
+        sequence_group,
     )
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index)
@@ -218,6 +221,7 @@ def objective_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> PolicyLoss:
@@ -255,6 +259,7 @@ def objective_loss(
         cu_seqlens,
         normalizer,
         generator,
+        sequence_group,
     )
     batch = token_batch(objective, arguments, leading, logprob.device, logprob.dtype)
     return policy_loss_result(objective, batch, logprob.reshape(-1), entropy.reshape(-1), leading)

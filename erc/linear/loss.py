@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.backend import operators, select
@@ -43,6 +44,7 @@ def linear_policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     grad_scale: float | None = None,
@@ -108,6 +110,7 @@ def linear_policy_loss(
             cu_seqlens,
             normalizer,
             generator,
+            sequence_group,
         )
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         labels, batch = labelled_batch(objective, arguments, like, labels, ignore_index)

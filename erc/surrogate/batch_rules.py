@@ -49,6 +49,7 @@ def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float)
 class BatchRule(RatioRule):
     """Base of the rules that read statistics of the batch."""
 
+    needs_batch: ClassVar[bool] = True
     two_phase_reason: ClassVar[str | None] = "needs statistics of the whole batch before any gradient"
 
 

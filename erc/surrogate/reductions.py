@@ -35,7 +35,8 @@ def token_weights(
         reduction: one of `REDUCTIONS`. `token-mean` is DAPO's (arXiv 2503.14476), `seq-mean-token-mean` GRPO's,
             `seq-mean-token-sum-norm` Dr. GRPO's (arXiv 2503.20783): the sum over tokens divided by a constant length.
         mask: `[N]` weights; 0 takes the token out of numerator and denominator.
-        sequences: needed by the `seq-` reductions.
+        sequences: needed by the `seq-` reductions. Where they are split over ranks every count is that of all ranks,
+            so that the ranks' losses add up to the loss of one process.
         normalizer: replaces the count (of tokens, or of sequences), as data parallelism and gradient accumulation need.
         max_length: the constant of `seq-mean-token-sum-norm`.
 
@@ -44,7 +45,7 @@ def token_weights(
     if reduction == "none" or reduction == "token-sum":
         weights, count = mask, None
     elif reduction == "token-mean":
-        weights, count = mask, mask.sum()
+        weights, count = mask, mask.sum() if sequences is None else sequences.total(mask)
     else:
         per_sequence = sequences.sum(mask)
         count = (per_sequence != 0).sum().to(mask.dtype)
