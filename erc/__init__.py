@@ -7,9 +7,8 @@ from erc.explanation import explain
 from erc.labels import shifted_labels
 from erc.linear.loss import linear_policy_loss
 from erc.linear.stats import linear_token_stats
-from erc.loss import policy_loss
+from erc.loss import objective_loss, policy_loss
 from erc.parallel import VocabShard
-from erc.reference import objective_loss
 from erc.results import EntropyRatio, PolicyLoss, TokenStats
 from erc.stats import entropy_ratio, token_stats
 from erc.surrogate.batch_rules import ClipCov, KLCov

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erc.inputs import TokenArguments, resolve_objective, token_batch
-from erc.ops import TokenFlag
-from erc.results import PolicyLoss, TokenStats
+from erc.call import TokenArguments
+from erc.constants import TokenFlag
+from erc.inputs import resolve_objective
+from erc.reference import OPERATORS
+from erc.results import PolicyLoss, TokenStats, tokens_of
 from erc.surrogate.entropy_ratio import EntropyRatioClip, entropy_ratio_of
 from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import importance_ratio
-from erc.surrogate.token_loss import token_losses
 
 SUSPICIOUS_SHARE = 0.5
 """Updates drop a fifth of the tokens (the paper); where most tokens go on one side, the old statistics are suspect."""
@@ -150,19 +151,14 @@ def diagnose(
         raise TypeError(f"stats must be a TokenStats with log-probs or a PolicyLoss, got {type(stats).__name__}")
     if not isinstance(bins, int) or bins < 1 or not span > 0:
         raise ValueError(f"bins must be a positive int and span positive, got {bins!r} and {span!r}")
-    logprob, entropy = stats.logprob.reshape(-1), stats.entropy.reshape(-1)
     bare = Objective(objective.ratio, objective.entropy_ratio, reduction="none")
     arguments = TokenArguments(
-        old_logprob,
-        advantages,
-        mask,
-        old_entropy,
-        cu_seqlens=cu_seqlens,
-        generator=generator,
-        sequence_group=sequence_group,
-    )
-    batch = token_batch(bare, arguments, tuple(stats.logprob.shape), logprob.device, logprob.dtype)
-    flags = token_losses(bare, batch, logprob, entropy).flags
+        old_logprob, advantages, mask, old_entropy,
+        cu_seqlens=cu_seqlens, generator=generator, sequence_group=sequence_group,
+    )  # fmt: skip
+    tokens = tokens_of(OPERATORS, stats.logprob, stats.entropy, bare, arguments)
+    batch, losses = tokens.judged()
+    logprob, entropy, flags = tokens.logprob, tokens.entropy, losses.flags
     active = batch.mask != 0
     columns = {
         "entropy": entropy,

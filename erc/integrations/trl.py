@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from erc.inputs import TokenArguments, token_batch
+from erc.call import TokenArguments
+from erc.constants import TokenFlag
 from erc.integrations.transformers import HeadInputs, head_inputs
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
-from erc.ops import TokenFlag
-from erc.results import PolicyLoss, TokenStats
+from erc.reference import OPERATORS
+from erc.results import PolicyLoss, TokenStats, tokens_of
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective
-from erc.surrogate.token_loss import token_losses
 
 require("trl", (1, 16), (2, 0))
 
@@ -254,10 +254,8 @@ class ERCTrainer(GRPOTrainer):
         """The least and the largest share of clipped tokens in a sequence of any rank, which TRL logs."""
         bare = Objective(objective.ratio, reduction="none")
         given = replace(arguments, normalizer=None, ref_logprob=None, rollout_logprob=None)
-        shape = tuple(out.logprob.shape)
-        batch = token_batch(bare, given, shape, out.logprob.device, out.logprob.dtype)
-        flags = token_losses(bare, batch, out.logprob.flatten(), out.entropy.flatten()).flags.view(shape)
-        lengths = batch.mask.view(shape).sum(-1)
+        batch, losses = tokens_of(OPERATORS, out.logprob, out.entropy, bare, given).judged()
+        flags, lengths = losses.flags.view(out.logprob.shape), batch.mask.view(out.logprob.shape).sum(-1)
         for name, flag, extreme in (("low_min", TokenFlag.CLIP_LOW, min), ("high_max", TokenFlag.CLIP_HIGH, max)):
             shares = self.accelerator.gather(((flags & int(flag)) != 0).sum(-1) / lengths).tolist()
             shares = [share for share in shares if share == share]  # NaN where all of a sequence is masked

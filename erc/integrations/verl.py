@@ -25,7 +25,7 @@ from torch import Tensor
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
 from erc.linear.stats import linear_token_stats
-from erc.reference import objective_loss
+from erc.loss import objective_loss
 from erc.stats import token_stats
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective, objectives

@@ -8,6 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from erc.constants import IMPORTANCE_WEIGHTED_KL, KLKind
 from erc.surrogate.ratio_rules import MAX_LOG_RATIO, importance_ratio, log_difference
 from erc.surrogate.validation import is_number, require
 
@@ -41,11 +42,19 @@ class KLPenalty:
 
     @property
     def kernel_id(self) -> int:
-        """The estimator's number in the kernels (csrc/common/params.h); 0 for the exact one, which is added to their
+        """The estimator's number in the kernels (`erc.constants.KLKind`); 0 for the exact one, which is added to their
         loss."""
         if self.kind == "full":
-            return 0
-        return 1 + KL_KINDS.index(self.kind) + (16 if self.importance_weighted else 0)
+            return KLKind.NONE
+        return 1 + KL_KINDS.index(self.kind) + (IMPORTANCE_WEIGHTED_KL if self.importance_weighted else 0)
+
+    @classmethod
+    def of_kernel(cls, kernel_id: int, clamp: float) -> KLPenalty | None:
+        """The estimator that has this number, None for none; its coefficient is not in the number."""
+        if kernel_id == KLKind.NONE:
+            return None
+        kind = KL_KINDS[kernel_id % IMPORTANCE_WEIGHTED_KL - 1]
+        return cls(kind, clamp=clamp, importance_weighted=kernel_id > IMPORTANCE_WEIGHTED_KL)
 
     def estimate(self, logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor) -> Tensor:
         """The estimate per token, differentiable in `logprob`; `[N]`."""

@@ -1,10 +1,13 @@
-"""Checks that the frozen dataclasses of an objective share."""
+"""What checks share: of the frozen dataclasses of an objective, and of values."""
 
 from __future__ import annotations
 
 import warnings
 from math import isfinite
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def require(condition: bool, name: str, expected: str, value: Any) -> None:
@@ -34,3 +37,12 @@ def check_band(part: Any, low: str, high: str) -> None:
             warnings.warn(f"{advice}; as given, the band is {band}", UserWarning, stacklevel=4)
     if widths[0] > 1:
         raise ValueError(f"{low} must be at most 1, got {widths[0]!r}; {advice}")
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether reading values costs no synchronisation and breaks no trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(tensor)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .params import Rows, kernel, segment_columns
+from .params import Rows, compiled_layout, kernel, segment_columns
 from .row_algebra import Layout, Scaling, row_pointer, row_scale, sweep_segment
 
 
@@ -18,9 +18,12 @@ def launch(function, grid: int, device_tensor: Tensor, *args, L: Layout, **kwarg
         return
     on_device = torch.cuda.device(device_tensor.device) if device_tensor.is_cuda else nullcontext()
     with on_device:
-        warp_size = tuning.device_of(device_tensor).warp_size
-        options = tuning.compile_options(warp_size, device_tensor.dtype, L.SOFTCAP)
-        function[(grid,)](*args, L=L, **kwargs, **options)
+        device = tuning.device_of(device_tensor)
+        options = tuning.compile_options(
+            function.__name__, device.architecture, device.warp_size, device_tensor.dtype, L.SOFTCAP
+        )
+        layout = compiled_layout(L) if isinstance(function, triton.JITFunction) else L
+        function[(grid,)](*args, L=layout, **kwargs, **options)
 
 
 @kernel

@@ -6,6 +6,7 @@ strides as integers that Triton is told not to specialise, and `Layout` holds wh
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -111,6 +112,25 @@ def make_layout(dtype: torch.dtype, *, aligned: bool = True, softcap: bool = Fal
         PER_ROW=per_row,
         REAL=tl.float64 if dtype == torch.float64 else tl.float32,
     )
+
+
+class CompiledLayout:
+    """A `Layout` whose fields are constexprs. Compared and hashed by identity, at every launch, so made once each."""
+
+    def __init__(self, layout: Layout) -> None:
+        for name, value in layout._asdict().items():
+            setattr(self, name, tl.constexpr(value))
+
+    def __repr__(self) -> str:
+        """Part of the key under which Triton keeps compiled kernels on disk."""
+        return f"CompiledLayout({vars(self)})"
+
+
+@cache
+def compiled_layout(layout: Layout) -> CompiledLayout:
+    """The layout for a kernel that is compiled: before Triton 3.8 the compiler takes an attribute of a constexpr for a
+    plain number. The interpreter wants the plain numbers of `layout` itself."""
+    return CompiledLayout(layout)
 
 
 def segment_columns(layout: Layout) -> int:
