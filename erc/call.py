@@ -1,5 +1,5 @@
-"""Layer 2: the front desk of every loss. It checks what the caller gave, brings it into the form that operators take, and
-chooses the route.
+"""Layer 2: the front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
+and chooses the route.
 
 The route of a call, station by station: here -> token table -> rows -> token summary -> result (docs/architecture.md).
 """
@@ -277,6 +277,8 @@ def loss_call(
     for name, bit in _PRESENT.items():
         if rows[name] is not None and (penalised or bit != Present.REF_LOGPROB):
             present |= bit
+    if objective.rollout_correction is not None:
+        present |= Present.POLICY_WEIGHT
     numbers = (
         *scaling.values,
         *objective.numbers,

@@ -73,6 +73,7 @@ class Present(IntEnum):
     OLD_LOGPROB = 1
     OLD_ENTROPY = 2
     REF_LOGPROB = 4
+    POLICY_WEIGHT = 8
 
 
 class RuleId(IntEnum):
@@ -163,7 +164,7 @@ PAIRED_OUTPUTS = ("ratio", "entropy", "old_entropy", "kl_new_old", "kl_old_new",
 """Rows of `paired_forward`'s statistics."""
 
 PAIRED_SAVED = 8
-"""Rows of what its backward needs: (row_max, sum_rest, weighted_sum) of new and of old, KL(new||old), E_p[sign(p-q)]."""
+"""Rows of what its backward needs: (row_max, sum_rest, weighted_sum) of new and of old, KL(new||old), E_p[sign]."""
 
 
 _ACRONYMS = {"PPO", "GPPO", "CEGPPO", "CISPO", "SAPO", "DPPO", "TV", "KL", "DRO", "IPO", "TOPR"}

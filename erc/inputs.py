@@ -131,12 +131,14 @@ def check_token_values(
         bad = active & values.isnan()
         if bool(bad.any()):
             raise ValueError(f"{name} must not be NaN where a token is active, got NaN at position {_position(bad)}")
+    nll_mask = statistics.get("nll_mask")
     for name, value in normalizers.items():
-        if value is not None and not float(value) > 0 and bool(active.any()):
-            raise ValueError(f"{name} must be positive where a token is active, got {float(value)}")
+        counts = active & (nll_mask != 0) if name == "nll_normalizer" and nll_mask is not None else active
+        if value is not None and not float(value) > 0 and bool(counts.any()):
+            raise ValueError(f"{name} must be positive where a token counts, got {float(value)}")
 
 
-# ---- numbers and other things ------------------------------------------------------------------------------------------
+# ---- numbers and other things ----------------------------------------------------------------------------------------
 
 
 def positive(name: str, value: float, *, or_zero: bool = False) -> float:

@@ -87,8 +87,8 @@ def policy_loss(
             `entropy_reduction="active-mean"` (all active tokens) and the NLL (those of `nll_mask`). Required with
             `normalizer` where such a term is on.
         generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
-        grad_scale: GradScaler's current scale, a number or a 0-d tensor. float16 logits take the two-phase path without it, because a fused
-            gradient is rounded before it is scaled.
+        grad_scale: GradScaler's current scale, a number or a 0-d tensor, which is not read on the host. float16 logits
+            take the two-phase path without it, because a fused gradient is rounded before it is scaled.
         temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs
             two-phase. Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo
             compiles again for every new Python float.

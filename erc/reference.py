@@ -73,7 +73,7 @@ class Row:
         return self.exp_u / (1 + torch.expm1(self.log_sum))[:, None]
 
 
-# ---- the operators of the torch backend --------------------------------------------------------------------------------
+# ---- the operators of the torch backend ------------------------------------------------------------------------------
 
 
 class OPERATORS:

@@ -89,6 +89,7 @@ struct Present {
     kOldLogprob = 1,
     kOldEntropy = 2,
     kRefLogprob = 4,
+    kPolicyWeight = 8,
   };
 };
 

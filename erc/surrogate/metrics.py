@@ -33,8 +33,8 @@ _FLAGGED = {
 def metrics_by_name(metrics: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """The metrics of a summary as 0-d tensors, float64 but for the int64 `tokens`; views, nothing is computed.
 
-    Fractions and means are over the active tokens (`mask != 0`) of this rank, 0 where there are none; means and extremes
-    are NaN where an input is missing, extremes also without active tokens. `approx_kl` is the k3 estimate of
+    Fractions and means are over the active tokens (`mask != 0`) of this rank, 0 where there are none; means and
+    extremes are NaN where an input is missing, extremes also without active tokens. `approx_kl` is the k3 estimate of
     KL(old || new), `kl` the objective's own estimate to the reference, `nan_inputs` the number of tokens with a NaN
     among their rollout statistics, which on a GPU nothing else reports.
     """

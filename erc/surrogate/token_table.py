@@ -1,8 +1,8 @@
 """The token table in plain PyTorch: everything that is known of a token before its logits are read.
 
-The readable definition of the operator `token_table` (csrc/common/token_table.h, erc/triton_kernels/tokens.py), and what
-the `torch` backend runs. A token's weight in the reduction, its rollout statistics and the weights of the terms that do
-not go through the ratio become one row; `erc.constants.Column` names the columns.
+The readable definition of the operator `token_table` (csrc/common/token_table.h, erc/triton_kernels/tokens.py), and
+what the `torch` backend runs. A token's weight in the reduction, its rollout statistics and the weights of the terms
+that do not go through the ratio become one row; `erc.constants.Column` names the columns.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def token_table(
         Column.ENTROPY_WEIGHT: entropy_shares * scale,
         Column.LOGPROB_WEIGHT: logprob_shares * scale,
     }
-    # A NaN input makes its token's loss and gradient NaN, also where a clip or the gate would hide it. A NaN old entropy
-    # drops the token instead: it is what the gate compares with.
+    # A NaN input makes its token's loss and gradient NaN, also where a clip or the gate would hide it. A NaN old
+    # entropy drops the token instead: it is what the gate compares with.
     inputs = (Column.ADVANTAGE, Column.OLD_LOGPROB, Column.REF_LOGPROB, Column.POLICY_WEIGHT)
     broken = torch.stack([columns[name].isnan() for name in inputs]).any(0)
     columns[Column.WEIGHT] = torch.where(broken, torch.nan, columns[Column.WEIGHT])

@@ -12,8 +12,8 @@ from torch import Tensor
 import erc
 
 B, T, VOCAB, WIDTH = 4, 12, 19, 5
-BOUNDARIES = {1: (0, 12), 2: (0, 5, 12), 3: (0, 4, 9, 12), 4: (0, 3, 4, 7, 12)}
-"""The columns of `[B, T]` rows that each rank holds: uneven parts."""
+BOUNDARIES = {1: (0, 12), 2: (0, 5, 12), 3: (0, 4, 9, 12), 4: (0, 3, 3, 8, 12)}
+"""The columns of `[B, T]` rows that each rank holds: uneven parts, one of them empty."""
 LENGTHS = (12, 7, 2, 0)
 """The third sequence lies on the first rank alone, the last one has no active token."""
 

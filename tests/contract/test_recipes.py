@@ -112,6 +112,23 @@ def test_no_rewarded_rollout_leaves_the_policy_term():
     assert_like(ours(erc.objective("erc-dapo-paper"), given, nll_mask=nothing), expected, given)
 
 
+@pytest.mark.parametrize("nothing", [0.0, torch.tensor(0.0, dtype=torch.float64)], ids=["number", "tensor"])
+def test_a_micro_batch_without_a_rewarded_rollout_has_a_count_of_0(nothing):
+    """What a trainer counts over a batch may be nothing; on the CPU backend and in PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels, zeros = torch.randint(11, (2, 5), generator=generator), torch.zeros(2, 5, dtype=torch.float64)
+    given = {"old_logprob": None, "old_entropy": zeros + 2.0, "advantages": torch.tensor([1.0, -2.0]).double()}
+    plain = {"objective": erc.objective("erc-dapo-paper", nll_coef=0.0), "normalizer": 10.0}
+    recipe = {"objective": "erc-dapo-paper", "normalizer": 10.0, "nll_normalizer": nothing, "nll_mask": zeros}
+    for function in (erc.policy_loss, erc.reference.policy_loss):
+        losses = [function(logits, labels, **given, **settings).loss for settings in (plain, recipe)]
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+        assert losses[0] == losses[1] != 0 and torch.equal(*gradients) and gradients[0].any()
+        with pytest.raises(ValueError, match="nll_normalizer must be positive where a token counts"):
+            function(logits, labels, **given, **(recipe | {"nll_mask": zeros + 1}))
+
+
 def test_the_gate_as_the_papers_formula():
     """An indicator multiplied into the loss: `value="zero"`. Value and gradient differ from the code's only where the
     value of dropped tokens is reported."""
