@@ -159,6 +159,24 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logp
     case RuleId::kNoClip:
       term = {-r * advantage, -ratio.derivative * advantage, 0};
       break;
+    case RuleId::kIPO: {
+      const Real moved = std::exp(logprob) - std::exp(old_logprob);
+      const bool high = advantage != 0 && moved > p[0], low = advantage != 0 && moved < -p[0];
+      if (!high && !low) term = {-r * advantage, -ratio.derivative * advantage, 0};
+      if (p[1] > 0) {
+        const Real difference = log_difference(logprob, old_logprob);
+        term.value += p[1] * difference * difference;
+        term.d_logprob += 2 * p[1] * difference;
+      }
+      term.flags = high ? TokenFlag::kClipHigh : (low ? TokenFlag::kClipLow : 0);
+      break;
+    }
+    case RuleId::kTOPR: {
+      const bool tapered = advantage < 0 && r > 1;
+      const Real coefficient = advantage > 0 || tapered ? -advantage : -r * advantage;
+      term = {scaled_logprob(coefficient, logprob), coefficient, tapered ? TokenFlag::kClipHigh : 0};
+      break;
+    }
   }
   return term;
 }

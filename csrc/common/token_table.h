@@ -113,6 +113,7 @@ ERC_HOST_DEVICE bool needs_counts(const TokenTable& call) {
 
 template <class Real>
 ERC_HOST_DEVICE Real over(Real weight, double number, const Column& tensor, double count) {
+  if (weight == 0) return weight;  // a normalizer of 0 is right where it counts nothing
   if (tensor.given()) return weight / element<Real>(tensor, 0);
   if (number >= 0) return weight / Real(number);
   return weight / (count == 0 ? Real(1) : Real(count));

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from erc.surrogate.sequences import Sequences
+from erc.surrogate.validation import check_band
 
 MAX_LOG_RATIO = 20.0
 
@@ -96,6 +97,7 @@ class RatioRule:
     """Why a rule without `kernel_id` runs two-phase, as the end of a sentence."""
 
     needs_sequences: ClassVar[bool] = False
+    needs_batch: ClassVar[bool] = False
     needs_divergence: ClassVar[bool] = False
     """Whether the caller must pass `old_divergence`."""
 
@@ -127,7 +129,7 @@ class PPOClip(RatioRule):
     kernel_id: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip", "delta")
         check_value("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
 
@@ -158,7 +160,7 @@ class GPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip")
 
     def kernel_params(self) -> tuple[float, ...]:
@@ -180,7 +182,8 @@ class CEGPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
+        check_band(self, "eps_low", "eps_high")
+        check_widths(self, "beta1", "beta2")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.beta1, self.beta2
@@ -215,8 +218,12 @@ class CISPO(RatioRule):
 
     def __post_init__(self) -> None:
         check_widths(self, "ratio_max")
-        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= self.ratio_max
-        check_value("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
+        if self.ratio_max < 1:
+            low = 0.0 if self.ratio_min is None else self.ratio_min
+            advice = f"for widths {low:g} and {self.ratio_max:g} write CISPO({1 - low:g}, {1 + self.ratio_max:g})"
+            raise ValueError(f"ratio_max must be a bound on the ratio >= 1, got {self.ratio_max!r}; {advice}")
+        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= 1
+        check_value("ratio_min", self.ratio_min, low_is_sane, "None or a bound on the ratio in [0, 1]")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.ratio_min or 0.0, self.ratio_max
@@ -329,7 +336,10 @@ class Reinforce(RatioRule):
 
 @dataclass(frozen=True)
 class DRO(RatioRule):
-    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl)."""
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl).
+
+    With beta = 0.1 it is Kimi k1.5's policy mirror descent token by token, beta its tau (arXiv 2501.12599 eq. 3, ROLL).
+    """
 
     beta: float = 1.0
     kernel_id: ClassVar[int | None] = 8
@@ -355,3 +365,51 @@ class NoClip(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
         return RatioTerms(-r * inputs.advantage, nowhere(r), nowhere(r))
+
+
+@dataclass(frozen=True)
+class IPO(RatioRule):
+    """`-r A` while `|p - p_old| <= eps`, for either sign of A, plus `tau (logprob - old_logprob)^2` on every token:
+    prime-rl's loss (its pull requests 2798 and 3418; since 3586 the defaults there are 0.3 and 0).
+
+    `old_logprob` is the log-prob that the rollout engine reports, as there. A blocked token keeps the quadratic term;
+    the entropy-ratio gate drops both.
+    """
+
+    eps: float = 0.1
+    tau: float = 1e-3
+    kernel_id: ClassVar[int | None] = 10
+
+    def __post_init__(self) -> None:
+        check_widths(self, "eps", "tau")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.eps, self.tau
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage, logprob, old_logprob = inputs.advantage, inputs.logprob, inputs.old_logprob
+        moved = logprob.detach().exp() - old_logprob.exp()
+        high, low = (advantage != 0) & (moved > self.eps), (advantage != 0) & (moved < -self.eps)
+        loss = torch.where(high | low, 0.0, -importance_ratio(logprob, old_logprob) * advantage)
+        if self.tau > 0:
+            loss = loss + self.tau * log_difference(logprob, old_logprob).square()
+        return RatioTerms(loss, low, high)
+
+
+@dataclass(frozen=True)
+class TOPR(RatioRule):
+    """`-A logprob` where A > 0, `-sg(min(r, 1)) A logprob` else: good samples are imitated however far the policy is,
+    bad ones push only as long as the policy would sample them (tapered off-policy REINFORCE, arXiv 2503.14286 eq. 8).
+
+    The paper and ROLL part by the sign of the reward; here the advantage's sign decides, which is the same where the
+    advantage is the reward or its difference to a baseline between the two.
+    """
+
+    kernel_id: ClassVar[int | None] = 11
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage = inputs.advantage
+        r = importance_ratio(inputs.logprob, inputs.old_logprob).detach()
+        weight = torch.where(advantage > 0, 1.0, r.clamp(max=1.0))
+        loss = scaled_logprob(-weight * advantage, inputs.logprob)
+        return RatioTerms(loss, nowhere(r), (advantage < 0) & (r > 1))

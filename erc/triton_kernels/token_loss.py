@@ -30,6 +30,8 @@ DPPO_KL = tl.constexpr(int(RuleId.DPPO_KL))
 REINFORCE = tl.constexpr(int(RuleId.REINFORCE))
 DRO = tl.constexpr(int(RuleId.DRO))
 NO_CLIP = tl.constexpr(int(RuleId.NO_CLIP))
+IPO = tl.constexpr(int(RuleId.IPO))
+TOPR = tl.constexpr(int(RuleId.TOPR))
 
 KL_NONE = tl.constexpr(int(KLKind.NONE))
 KL_K1 = tl.constexpr(int(KLKind.K1))
@@ -185,6 +187,18 @@ def ratio_term(RULE: tl.constexpr, params, logprob, old_logprob, advantage):
         difference = log_difference(logprob, old_logprob)
         value = scaled_logprob(-advantage, logprob) + p0 / 2.0 * difference * difference
         d_logprob = p0 * difference - advantage
+    elif RULE == IPO:
+        moved = tl.exp(logprob) - tl.exp(old_logprob)
+        flags = tl.where(moved > p0, CLIP_HIGH, tl.where(moved < -p0, CLIP_LOW, 0))
+        flags = tl.where(advantage != 0.0, flags, 0)
+        difference = tl.where(p1 > 0.0, log_difference(logprob, old_logprob), 0.0)
+        value = tl.where(flags != 0, 0.0, value) + p1 * difference * difference
+        d_logprob = tl.where(flags != 0, 0.0, d_logprob) + 2.0 * p1 * difference
+    elif RULE == TOPR:
+        tapered = (advantage < 0.0) & (r > 1.0)
+        d_logprob = tl.where((advantage > 0.0) | tapered, -advantage, -r * advantage)
+        value = scaled_logprob(d_logprob, logprob)
+        flags = tl.where(tapered, CLIP_HIGH, 0)
     else:
         tl.static_assert(RULE == NO_CLIP)
     return value, d_logprob, flags
