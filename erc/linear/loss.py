@@ -16,7 +16,7 @@ from torch import Tensor
 
 from erc.backend import operators, select
 from erc.inputs import TokenArguments, labelled_batch, resolve_objective, row_scaling
-from erc.linear.head import HeadGradients, active_rows, cast_head, check_head, chunk_rows, chunks, needs_grad
+from erc.linear.head import ActiveRows, HeadGradients, active_rows, cast_head, check_head, chunk_rows, needs_grad
 from erc.linear.stats import linear_row_stats
 from erc.loss import FusedArguments, choose_path, fused_arguments
 from erc.ops import stats_dtype
@@ -66,8 +66,9 @@ def linear_policy_loss(
         vocab_shard: as `token_stats`; runs two-phase, with one all-reduce of the gradient of `hidden` in the backward.
         memory_budget: bytes of logits that exist at a time (default 256 MiB). Beyond them and the returned gradients,
             memory is the float32 accumulator of `weight`'s gradient.
-        num_active: how many rows have a label other than `ignore_index`. Ignored rows cost no flops: on the CPU
-            always, on a GPU, where counting them would synchronise, only with this number.
+        num_active: an upper bound of the rows that labels and mask leave active. Ignored rows cost no flops: on the CPU
+            always, on a GPU, where counting them would synchronise, only with this number. Too large a one costs flops;
+            too small a one raises, on a GPU by an assertion on the device.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
         The others: as `policy_loss`.
 
@@ -111,18 +112,19 @@ def linear_policy_loss(
         )
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         labels, batch = labelled_batch(objective, arguments, like, labels, ignore_index)
+        active = active_rows(labels, len(labels), ignore_index, num_active)
     needs = needs_grad(hidden, weight, bias)
     path = choose_path(name, objective, dtype, any(needs), grad_scale)
     fused = path.name == "fused" and vocab_shard is None and not (objective.reduction == "none" and any(needs))
     if not fused:
         logprob, entropy, _ = linear_row_stats(
-            hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, num_active
+            hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
         )
         return policy_loss_result(objective, batch, logprob, entropy, leading)
     call = _FusedCall(
         operators(name),
         fused_arguments(objective, batch, labels, scaling, ignore_index, grad_scale),
-        active_rows(labels, ignore_index, num_active),
+        active,
         chunk_rows(len(weight), dtype, memory_budget),
         dtype,
         needs,
@@ -136,7 +138,7 @@ def linear_policy_loss(
 class _FusedCall(NamedTuple):
     operators: Any
     arguments: FusedArguments
-    index: Tensor | None
+    active: ActiveRows
     chunk_rows: int
     dtype: torch.dtype
     needs: tuple[bool, bool, bool]
@@ -156,8 +158,8 @@ class _FusedLinearLoss(torch.autograd.Function):
             outputs.append(torch.zeros(count, dtype=torch.int32, device=hidden.device))
             size = max(1, min(call.chunk_rows, count))
             buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
-            for index in chunks(call.index, count, size):
-                rows = head.hidden[index]
+            for index in call.active.chunks(size):
+                rows = call.active.of(head.hidden, index)
                 logits = head.logits(rows, buffer)
                 arguments = call.arguments.rows(index)
                 if any(call.needs):

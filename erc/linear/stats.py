@@ -14,12 +14,12 @@ from erc import reference
 from erc.backend import operators, select
 from erc.inputs import RowScaling, check_labels, row_scaling
 from erc.linear.head import (
+    ActiveRows,
     HeadGradients,
     active_rows,
     cast_head,
     check_head,
     chunk_rows,
-    chunks,
     gemm_dtype,
     needs_grad,
 )
@@ -70,8 +70,9 @@ def linear_token_stats(
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         if labels is not None:
             labels = check_labels(labels, leading, hidden.device, like.shape[-1], ignore_index)
+        active = active_rows(labels, like.shape[:-1].numel(), ignore_index, num_active)
     stats = linear_row_stats(
-        hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, num_active
+        hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
     )
     return TokenStats(*(None if stat is None else stat.view(leading) for stat in stats))
 
@@ -86,11 +87,14 @@ def linear_row_stats(
     backend: str,
     vocab_shard: VocabShard | None,
     memory_budget: int | None,
-    num_active: int | None,
+    active: ActiveRows,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Log-prob, entropy and logsumexp of checked arguments, `[N]` each."""
     if backend == "torch":
-        logits = torch.nn.functional.linear(hidden, weight, bias)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if labels is not None:
+            rows = rows.masked_fill((labels == ignore_index)[:, None], 0)
+        logits = torch.nn.functional.linear(rows, weight, bias)
         return reference.row_stats(logits, labels, scaling, ignore_index)
     if vocab_shard is not None:
         weight, bias = vocab_shard.local_rows(weight), None if bias is None else vocab_shard.local_rows(bias)
@@ -102,7 +106,7 @@ def linear_row_stats(
         scaling.temperature,
         params_tensor(scaling),
         ignore_index,
-        active_rows(labels, ignore_index, num_active),
+        active,
         chunk_rows(columns, dtype, memory_budget),
         dtype,
         needs_grad(hidden, weight, bias),
@@ -118,7 +122,7 @@ class _StatsCall(NamedTuple):
     temperature: Tensor | None
     params: Tensor
     ignore_index: int
-    index: Tensor | None
+    active: ActiveRows
     chunk_rows: int
     dtype: torch.dtype
     needs: tuple[bool, bool, bool]
@@ -147,8 +151,8 @@ class _LinearStats(torch.autograd.Function):
             size = max(1, min(call.chunk_rows, count))
             buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
             gathered = []
-            for index in chunks(call.index, count, size):
-                logits = head.logits(head.hidden[index], buffer)
+            for index in call.active.chunks(size):
+                logits = head.logits(call.active.of(head.hidden, index), buffer)
                 arguments = call.arguments(index, call.labels, call.ignore_index)
                 part = call.operators.partial_stats(logits, *arguments, call.start)
                 if call.vocab_shard is None:
@@ -186,8 +190,8 @@ class _LinearStats(torch.autograd.Function):
             size = max(1, min(call.chunk_rows, count))
             buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
             reduced = []
-            for index in chunks(call.index, count, size):
-                rows = head.hidden[index]
+            for index in call.active.chunks(size):
+                rows = call.active.of(head.hidden, index)
                 logits = head.logits(rows, buffer)
                 chunk_grads = [None if grad is None else grad[index].contiguous() for grad in grads]
                 saved = state[:3, index].contiguous()
