@@ -491,7 +491,8 @@ def label_gradient(row_max, sum_rest, weighted_sum, scale, g_logprob, g_entropy,
     shift = (label_value - row_max) * scale
     at_max = (g_logprob * sum_rest + g_logsumexp + g_entropy * mean) * inverse_sum
     probability = tl.exp(shift) * inverse_sum
-    below = g_logprob * (1.0 - probability) + probability * (g_logsumexp + g_entropy * (mean - shift))
+    others = tl.where(probability == 0.0, 0.0, probability * (g_logsumexp + g_entropy * (mean - shift)))  # 0 * inf
+    below = g_logprob * (1.0 - probability) + others
     return tl.where(label_value == float("-inf"), 0.0, tl.where(shift == 0.0, at_max, below))
 
 
