@@ -9,6 +9,7 @@ from torch import Tensor
 
 from erc.ops import TokenFlag
 from erc.surrogate.entropy_ratio import EntropyRatioClip, entropy_ratio_of
+from erc.surrogate.kl import k3
 from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import MAX_LOG_RATIO, log_difference
 from erc.surrogate.token_loss import TokenBatch
@@ -54,7 +55,7 @@ def policy_metrics(
     old_logprob = logprob if batch.old_logprob is None else batch.old_logprob
     difference = log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     metrics["ratio_max"] = torch.where(active, difference, -inf).max().exp() if len(difference) else missing
-    means["approx_kl"] = torch.expm1(difference) - difference
+    means["approx_kl"] = k3(difference)
     if objective.kl is not None:
         exact = objective.kl.kind == "full"
         means["kl"] = batch.ref_kl.detach() if exact else objective.kl.estimate(logprob, old_logprob, batch.ref_logprob)
