@@ -129,20 +129,21 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logp
     }
     case RuleId::kSAPO: {
       const Real tau = advantage > 0 ? p[0] : p[1];
-      const Real gate = sigmoid(tau * (r - 1));
-      term = {-advantage * 4 / tau * gate, -advantage * 4 * gate * (1 - gate) * ratio.derivative, 0};
+      const Real x = tau * (r - 1), gate = sigmoid(x);
+      term = {-advantage * 4 / tau * gate, -advantage * 4 * gate * sigmoid(-x) * ratio.derivative, 0};  // 1 - gate cancels
       break;
     }
     case RuleId::kDPPOTV:
     case RuleId::kDPPOKL: {
-      const Real difference = std::exp(logprob) - std::exp(old_logprob);
       const bool up = advantage > 0, down = advantage < 0;
       bool blocked;
       if (rule == RuleId::kDPPOTV) {
+        const Real difference = std::exp(logprob) - std::exp(old_logprob);
         blocked = (up && difference > p[1]) || (down && difference < -p[0]);
       } else {
         const Real kl = binary_kl(old_logprob, logprob);
-        blocked = (up && difference > 0 && kl > p[1]) || (down && difference < 0 && kl > p[0]);
+        // The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
+        blocked = (up && logprob > old_logprob && kl > p[1]) || (down && logprob < old_logprob && kl > p[0]);
       }
       const Real coefficient = blocked ? Real(0) : -(r > p[2] ? p[2] : r) * advantage;
       term = {scaled_logprob(coefficient, logprob), coefficient, blocked ? (up ? TokenFlag::kClipHigh : TokenFlag::kClipLow) : 0};
@@ -200,7 +201,7 @@ ERC_HOST_DEVICE Term<Real> kl_term(KLKind kind, Real clamp_at, Real logprob, Rea
   }
   const Real limit = Real(kMaxLogRatio);
   const Real x = clamp(-k1, -limit, limit);
-  const Real value = std::expm1(x) - x;
+  const Real value = Real(std::expm1(double(x)) - double(x));  // the two cancel where policy and reference all but agree
   Term<Real> term{value > clamp_at ? clamp_at : value, 0, 0};
   if (kind == KLKind::kK3Plus) {
     term.d_logprob = k1;  // the value of k3, the gradient of k2
