@@ -134,7 +134,7 @@ class LossCall:
     arguments: TokenArguments
     sequence_length: int
     present: int
-    scale: float | Tensor = 1.0  # what the table's weights, hence gradients, are multiplied by
+    scale: float | Tensor | None = None  # what the table's weights, hence gradients, are multiplied by
 
     @property
     def count(self) -> int:
@@ -182,9 +182,11 @@ class LossCall:
 
     def batch(self, table: Tensor, labels: Tensor) -> TokenBatch:
         """The table with all that two-phase rules look at."""
-        given, mask = self.arguments, (labels != self.tokens.ignore_index).to(self.dtype)
-        if given.mask is not None:
-            mask = torch.where(mask == 0, 0.0, given.mask.reshape(-1).to(self.dtype))
+        given, ignored = self.arguments, labels == self.tokens.ignore_index
+        if given.mask is None:
+            mask = (~ignored).to(self.dtype)
+        else:
+            mask = given.mask.reshape(-1).to(self.dtype).masked_fill(ignored, 0.0)
         divergence = given.old_divergence
         return TokenBatch.of_table(
             table,
@@ -260,7 +262,9 @@ def loss_call(
     entropy_normalizer, entropy_tensor = scalar("entropy_normalizer", given.entropy_normalizer, device)
     nll_normalizer, nll_tensor = scalar("nll_normalizer", given.nll_normalizer, device)
     grad_scale, scale_tensor = scalar("grad_scale", given.grad_scale, device)
-    scale = (scale_tensor if scale_tensor is not None else abs(grad_scale)) if fused else 1.0
+    scale = None
+    if fused and given.grad_scale is not None:
+        scale = grad_scale if scale_tensor is None else scale_tensor
     shares = objective.entropy_reduction == "loss" or objective.reduction == "none"
     if given.normalizer is not None and objective.reduction != "none":
         for name, coef, own in (

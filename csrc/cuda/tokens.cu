@@ -85,6 +85,20 @@ cudaError_t token_table(const TokenTable& call, bool wide, cudaStream_t stream) 
   return wide ? launch_table<double>(call, stream) : launch_table<float>(call, stream);
 }
 
+// ---- losses of tokens whose statistics exist -------------------------------------------------------------------------
+
+template <class Real>
+__global__ void __launch_bounds__(kTokenThreads) losses_kernel(TokenLosses call) {
+  const int64_t token = int64_t(blockIdx.x) * kTokenThreads + threadIdx.x;
+  if (token < call.num_tokens) judge_token<Real>(call, token);
+}
+
+cudaError_t token_losses(const TokenLosses& call, bool wide, cudaStream_t stream) {
+  const LaunchShape shape{(call.num_tokens + kTokenThreads - 1) / kTokenThreads, kTokenThreads, 1, 0, stream};
+  if (call.num_tokens == 0) return cudaSuccess;
+  return wide ? launch(losses_kernel<double>, shape, call) : launch(losses_kernel<float>, shape, call);
+}
+
 // ---- the summary ---------------------------------------------------------------------------------------------------
 
 // The states of the block's threads in one, which thread 0 gets.

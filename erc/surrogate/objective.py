@@ -98,6 +98,11 @@ class Objective:
             return "OffPolicySequenceMask needs all tokens of a sequence before any gradient"
         return None
 
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are taken out of the policy term by more than what is known of each."""
+        return self.high_entropy is not None or self.off_policy_mask is not None
+
     @cached_property
     def fused(self) -> bool:
         """Whether one pass over the logits suffices."""
