@@ -65,6 +65,21 @@ def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
     return torch.where(coefficient == 0, 0.0, coefficient * logprob)
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float64; MPS has none."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 by way of float64: `torch.expm1` compiled for a CPU is that difference, which rounds small x away."""
+    return torch.expm1(widened(x)).to(x.dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The logistic function, whose autograd keeps its relative accuracy in both tails: there 1 - sigmoid(x) cancels."""
+    return torch.where(x > 0, 1 - torch.sigmoid(-x), torch.sigmoid(x))
+
+
 def nowhere(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool)
 
@@ -257,7 +272,7 @@ class SAPO(RatioRule):
         advantage = inputs.advantage
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
         tau = torch.where(advantage > 0, torch.full_like(r, self.tau_pos), self.tau_neg)  # in r's dtype, not float32
-        loss = -advantage * (4 / tau) * torch.sigmoid(tau * (r - 1))
+        loss = -advantage * (4 / tau) * sigmoid(tau * (r - 1))
         return RatioTerms(loss, nowhere(r), nowhere(r))
 
 
@@ -304,12 +319,14 @@ class DPPO(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         advantage, logprob, old_logprob = inputs.advantage, inputs.logprob.detach(), inputs.old_logprob
         r = importance_ratio(logprob, old_logprob)
-        moved = logprob.exp() - old_logprob.exp()
         if self.divergence == "tv":
+            moved = logprob.exp() - old_logprob.exp()
             above, below = moved > self.high, moved < -self.low
         else:
             distance = inputs.old_divergence if self.needs_divergence else binary_kl(old_logprob, logprob)
-            above, below = (moved > 0) & (distance > self.high), (moved < 0) & (distance > self.low)
+            # The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
+            up, down = logprob > old_logprob, logprob < old_logprob
+            above, below = up & (distance > self.high), down & (distance > self.low)
         high, low = (advantage > 0) & above, (advantage < 0) & below
         coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
         return RatioTerms(scaled_logprob(coefficient, inputs.logprob), low, high)
@@ -317,7 +334,7 @@ class DPPO(RatioRule):
 
 def binary_kl(old_logprob: Tensor, logprob: Tensor) -> Tensor:
     """KL(old || new) of the two-point distributions (this token, any other)."""
-    p_old, rest_old, rest = old_logprob.exp(), -torch.expm1(old_logprob), -torch.expm1(logprob)
+    p_old, rest_old, rest = old_logprob.exp(), -expm1(old_logprob), -expm1(logprob)
     here = torch.where(p_old == 0, 0.0, p_old * log_difference(old_logprob, logprob))
     elsewhere = torch.where(rest_old == 0, 0.0, rest_old * (rest_old.log() - rest.log()))
     return here + elsewhere

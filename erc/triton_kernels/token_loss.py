@@ -98,6 +98,11 @@ def scaled_logprob(coefficient, logprob):
 
 
 @triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def importance_ratio(logprob, old_logprob):
     """(exp(clamp(logprob - old_logprob)), its derivative by the log-prob)."""
     difference = log_difference(logprob, old_logprob)
@@ -165,18 +170,20 @@ def ratio_term(RULE: tl.constexpr, params, logprob, old_logprob, advantage):
         flags = tl.where(advantage != 0.0, flag, 0)
     elif RULE == SAPO:
         tau = tl.where(advantage > 0.0, p0, p1)
-        gate = 1.0 / (1.0 + tl.exp(-tau * (r - 1.0)))
+        x = tau * (r - 1.0)
+        gate = sigmoid(x)
         value = -advantage * 4.0 / tau * gate
-        d_logprob = -advantage * 4.0 * gate * (1.0 - gate) * d_r
+        d_logprob = -advantage * 4.0 * gate * sigmoid(-x) * d_r  # 1 - gate cancels
     elif RULE == DPPO_TV or RULE == DPPO_KL:
-        difference = tl.exp(logprob) - tl.exp(old_logprob)
         up = advantage > 0.0
         down = advantage < 0.0
         if RULE == DPPO_TV:
+            difference = tl.exp(logprob) - tl.exp(old_logprob)
             blocked = (up & (difference > p1)) | (down & (difference < -p0))
         else:
             kl = binary_kl(old_logprob, logprob)
-            blocked = (up & (difference > 0.0) & (kl > p1)) | (down & (difference < 0.0) & (kl > p0))
+            # The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
+            blocked = (up & (logprob > old_logprob) & (kl > p1)) | (down & (logprob < old_logprob) & (kl > p0))
         d_logprob = tl.where(blocked, 0.0, -tl.where(r > p2, p2, r) * advantage)
         value = scaled_logprob(d_logprob, logprob)
         flags = tl.where(blocked, tl.where(up, CLIP_HIGH, CLIP_LOW), 0)
@@ -217,7 +224,8 @@ def kl_term(KIND: tl.constexpr, clamp_at, logprob, ref_logprob):
     else:
         x = clamp(-k1, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         slope = expm1(x)
-        value = slope - x
+        wide = x.to(tl.float64)  # the two cancel where policy and reference all but agree
+        value = (expm1(wide) - wide).to(x.dtype)
         capped = tl.where(value > clamp_at, clamp_at, value)
         if KIND == KL_K3_PLUS:
             return capped, k1  # the value of k3, the gradient of k2
