@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erc.inputs import check_logits, label_rows
+from erc.call import TokenArguments, loss_call
+from erc.inputs import check_logits, label_rows, resolve_objective
 from erc.ops import stats_dtype
-from erc.reference import Row
+from erc.reference import OPERATORS, Row
+from erc.results import PolicyLoss, TokenCall, two_phase_result
 from erc.rows import row_scaling
+from erc.surrogate.objective import Objective
 from erc.surrogate.validation import values_are_readable
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -270,3 +273,35 @@ def support_stats(
     )
     dtype = stats_dtype(logits.dtype)
     return SupportStats(*(torch.where(active, stat, 0.0).to(dtype).view(leading) for stat in stats))
+
+
+def support_loss(
+    logits: Tensor,
+    labels: Tensor,
+    support: SamplingSupport,
+    *,
+    objective: str | Objective = "erc-dapo",
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    **arguments: Any,
+) -> PolicyLoss:
+    """`policy_loss` of rows whose sampling was cut, whose other arguments are these.
+
+    Ratio rules, rollout corrections and `approx_kl` take the log-prob over the kept tokens, and old and rollout values
+    must be over the same; gate, entropy bonus and exact KL are of the full vocabulary; KL estimates and the NLL say
+    which they take (`KLPenalty(over=)`, `Objective.nll_over`). `out.logprob` is over the kept tokens; the metric
+    `kept_mass` is the mean probability that the full distribution gives them.
+    """
+    objective, leading = resolve_objective(objective), logits.shape[:-1]
+    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
+    given, vocab_size = TokenArguments(**arguments), logits.shape[-1]
+    call = loss_call(objective, given, labels, ignore_index, logits, scaling, vocab_size, fused=False)
+    table = call.token_table(OPERATORS)
+    scale = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    stats = support_stats(logits, table[1].view(leading), support, ignore_index=ignore_index, **scale)
+    logprob, entropy, logprob_full = (
+        getattr(stats, name).reshape(-1) for name in ("logprob", "entropy", "logprob_full")
+    )
+    return two_phase_result(TokenCall(call, OPERATORS, table, logprob, entropy, logprob_full))

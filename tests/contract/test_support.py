@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import erc
-from erc.support import SamplingSupport, support_stats
+from erc.support import SamplingSupport, support_loss, support_stats
 from tests.oracle import gradients_that_must_fail
 
 N, V = 7, 23
@@ -179,6 +179,74 @@ def test_replaying_the_support_removes_the_bias_of_the_kept_mass():
     biased = (stats.logprob_full - rollout_logprob).exp()
     torch.testing.assert_close(biased, stats.kept_mass)
     assert biased.min() >= 0.9 and biased.mean() < 0.95
+
+
+@pytest.mark.parametrize("over", ["full", "support"])
+def test_each_term_of_a_loss_takes_its_own_log_prob(over):
+    """Ratio and rollout weight over the kept tokens, gate and bonus over the full vocabulary, KL and NLL as said."""
+    logits, labels, kept = problem()
+    logits.requires_grad_()
+    generator = torch.Generator().manual_seed(2)
+    noise = 0.2 * torch.randn(4, N, generator=generator, dtype=torch.float64)
+    cut, full = by_hand(logits, labels, kept), by_hand(logits, labels, [[]] * N)
+    compared = full if over == "full" else cut
+    p = logits.softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    given = {
+        "old_logprob": cut.detach() + noise[0],
+        "rollout_logprob": cut.detach() + noise[0] + noise[1],
+        "ref_logprob": compared.detach() + noise[2],
+        "old_entropy": entropy.detach() * (1 + 0.5 * noise[3]),
+        "advantages": torch.linspace(-1, 1.2, N, dtype=torch.float64),
+        "nll_mask": torch.tensor([1.0, 0, 1, 0, 1, 1, 0], dtype=torch.float64),
+    }
+    objective = erc.Objective(
+        erc.PPOClip(0.1, 0.1),
+        erc.EntropyRatioClip(),
+        erc.KLPenalty("k3", 0.3, over=over),
+        entropy_coef=0.1,
+        rollout_correction=erc.RolloutCorrection("mask"),
+        nll_coef=0.2,
+        nll_over=over,
+    )
+    r, advantage = (cut - given["old_logprob"]).exp(), given["advantages"]
+    policy = -torch.minimum(r * advantage, r.clamp(0.9, 1.1) * advantage)
+    policy = policy * (given["old_logprob"] - given["rollout_logprob"]).exp()
+    rho = entropy.detach() / given["old_entropy"]
+    inside = (rho > 0.95) & (rho < 1.05)
+    assert inside.any() and not inside.all()
+    policy = torch.where(inside, policy, policy.detach())
+    x = given["ref_logprob"] - compared
+    k3 = x.expm1() - x
+    expected = (policy + 0.3 * k3).mean() - 0.1 * entropy.mean()
+    expected = expected - 0.2 * (compared * given["nll_mask"]).sum() / given["nll_mask"].sum()
+    out = support_loss(logits, labels, support_of(kept), objective=objective, **given)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=0)
+    (gradient,) = torch.autograd.grad(out.loss, logits, retain_graph=True)
+    (exact,) = torch.autograd.grad(expected, logits)
+    scale = exact.abs().max()
+    assert (gradient - exact).abs().max() <= 1e-9 * scale
+    assert all((wrong - exact).abs().max() > 1e-9 * scale for wrong in gradients_that_must_fail(gradient))
+    torch.testing.assert_close(out.logprob, cut.detach())
+    torch.testing.assert_close(out.metrics["kl"], k3.mean().detach())
+    torch.testing.assert_close(out.metrics["kept_mass"], (full - cut).exp().mean().detach())
+    other = erc.KLPenalty("k3", 0.3, over="full" if over == "support" else "support")
+    swapped = support_loss(logits, labels, support_of(kept), objective=erc.Objective(kl=other), **given).loss
+    same = support_loss(logits, labels, support_of(kept), objective=erc.Objective(kl=objective.kl), **given).loss
+    assert abs(swapped - same) > 1e-3
+
+
+def test_a_loss_over_uncut_rows_is_the_loss_without_a_support():
+    logits, labels, _ = problem()
+    logits.requires_grad_()
+    arguments = {"old_logprob": torch.full((N,), -2.0).double(), "advantages": torch.linspace(-1, 1, N).double()}
+    entropy = erc.reference.token_stats(logits.detach()).entropy
+    arguments |= {"old_entropy": 1.02 * entropy, "mask": torch.tensor([1, 1, 0, 1, 1, 1, 1])}
+    plain = erc.reference.policy_loss(logits, labels, **arguments)
+    tested = support_loss(logits, labels, support_of([[]] * N), **arguments)
+    assert torch.equal(plain.loss, tested.loss) and torch.equal(plain.logprob, tested.logprob)
+    gradients = [torch.autograd.grad(out.loss, logits)[0] for out in (plain, tested)]
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
