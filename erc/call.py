@@ -252,8 +252,9 @@ def loss_call(
             f"rows must be [B, T], or packed with cu_seqlens, for {objective}, got rows of shape {tuple(leading)}"
         )
     advantages, advantage_length = _advantages(given.advantages, leading, device, offsets)
-    max_length = objective.max_length or (length if given.sequence_group is None else 0)
-    if objective.reduction == "seq-mean-token-sum-norm" and max_length == 0 and prod(leading) > 0:
+    split = given.sequence_group is not None
+    max_length = objective.max_length or (0 if split else length)
+    if objective.reduction == "seq-mean-token-sum-norm" and max_length == 0 and (split or prod(leading) > 0):
         raise ValueError(
             "max_length must be set in the objective for seq-mean-token-sum-norm with packed or split sequences"
         )

@@ -182,8 +182,8 @@ def refuse_double_backward(function: str) -> None:
     """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{function} has no second derivative: call backward without create_graph, or use backend='torch', which "
-            "PyTorch differentiates as often as you like"
+            f"{function} has no second derivative, which would be dropped without a word: call backward without "
+            "create_graph"
         )
 
 

@@ -53,18 +53,19 @@ class PolicyLoss(NamedTuple):
 
 class TokenCall(NamedTuple):
     """The stations of a two-phase loss up to its tokens: what the operator `token_table` returned, and the statistics
-    `[N]`, 0 where a token is not active."""
+    `[N]`, 0 where a token is not active. `logprob_full` is None unless `logprob` is over a sampling support."""
 
     call: LossCall
     operators: Any
     table: tuple[Tensor, Tensor, Tensor]
     logprob: Tensor
     entropy: Tensor
+    logprob_full: Tensor | None = None
 
     def judged(self) -> tuple[TokenBatch, TokenLosses]:
         """The batch, and what the objective makes of each token."""
         batch = self.call.batch(*self.table[:2])
-        return batch, token_losses(self.call.objective, batch, self.logprob, self.entropy)
+        return batch, token_losses(self.call.objective, batch, self.logprob, self.entropy, self.logprob_full)
 
 
 def two_phase_result(tokens: TokenCall) -> PolicyLoss:
@@ -77,7 +78,8 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
         inputs = batch.ratio_inputs(tokens.logprob, tokens.entropy)
         filtered = filtered_tokens(objective, inputs)
         terms = objective.ratio.terms(inputs) if objective.ratio.kernel_id is None else None
-    if tokens.operators.token_losses is None or (terms is not None and terms.derivative is None):
+    by_autograd = terms is not None and terms.derivative is None
+    if by_autograd or tokens.operators.token_losses is None or tokens.logprob_full is not None:
         batch, losses = tokens.judged()
         loss, flags = losses.loss, losses.flags
         per_token = torch.stack((loss.detach(), losses.token_loss, tokens.logprob.detach(), tokens.entropy.detach()))
@@ -101,7 +103,24 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
         d_entropy = derivatives[1] if objective.entropy_coef else None
         loss = with_derivatives(loss, derivatives[0], d_entropy, tokens.logprob, tokens.entropy)
     out = loss_result(call, loss, per_token[1:], *summed[1:])
+    if tokens.logprob_full is not None:
+        out = _support_metrics(tokens, batch, out)
     return add_exact_kl(call, out, tokens.operators, batch)
+
+
+@torch.no_grad()
+def _support_metrics(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
+    """With a support: the mean kept mass, and the KL estimate over what the objective compares. The summary of the
+    tokens knows the log-probs over the support alone."""
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
+
+    metrics = out.metrics | {"kept_mass": mean((tokens.logprob_full - tokens.logprob).exp())}
+    kl = tokens.call.objective.kl
+    if kl is not None and kl.kind != "full":
+        old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
+        metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, tokens.logprob_full))
+    return out._replace(metrics=metrics)
 
 
 def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor, count: Tensor) -> PolicyLoss:

@@ -110,9 +110,14 @@ class TokenLosses(NamedTuple):
     flags: Tensor
 
 
-def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor) -> TokenLosses:
+def token_losses(
+    objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor, logprob_full: Tensor | None = None
+) -> TokenLosses:
     """Compose the parts of `objective` for each token; differentiable in `logprob` and (for the entropy term)
     `entropy`.
+
+    With `logprob_full` `logprob` is over the tokens that the sampler kept, and the KL and NLL terms choose between the
+    two; old and rollout values are over the kept tokens, too.
 
     An inactive token (mask 0) must come with log-prob and entropy 0; it gives exactly 0 and an exactly zero gradient.
     """
@@ -143,7 +148,7 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
     token_loss = policy
     if objective.kl is not None and objective.kl.kind != "full":
         token_loss = token_loss + objective.kl.coef * objective.kl.estimate(
-            logprob, inputs.old_logprob, batch.ref_logprob
+            logprob, inputs.old_logprob, batch.ref_logprob, logprob_full
         )
     # A row without a distribution, or a token with a NaN input, stays NaN, value and gradient, also where a clip, a
     # zero advantage or the gate would hide it.
@@ -156,7 +161,8 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
         loss = loss + batch.entropy_weight * entropy
     if objective.nll_coef:
         weight = batch.logprob_weight
-        loss = loss + torch.where(weight == 0, 0.0, weight * logprob)
+        imitated = logprob if logprob_full is None or objective.nll_over == "support" else logprob_full
+        loss = loss + torch.where(weight == 0, 0.0, weight * imitated)
     flags = torch.where(active, flags, 0).to(torch.int32)
     return TokenLosses(loss, token_loss.detach(), flags)
 

@@ -120,6 +120,15 @@ def _totals(sums_ptr, groups, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _quotient(a, b):
+    """a / b, rounded to nearest as on a CPU: float64 always is, float32 by an operation that float64 has not."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
 def _over(weight, number, tensor_ptr, count, COUNTED: tl.constexpr):
     """weight / normalizer: a tensor, what was counted, or a number. Rounded to nearest, as on a CPU."""
     if tensor_ptr is not None:
@@ -128,7 +137,7 @@ def _over(weight, number, tensor_ptr, count, COUNTED: tl.constexpr):
         divisor = tl.where(count == 0.0, 1.0, count).to(weight.dtype)
     else:
         divisor = tl.full((), number, weight.dtype)
-    return tl.where(weight == 0.0, 0.0, tl.div_rn(weight, divisor + tl.zeros_like(weight)))
+    return tl.where(weight == 0.0, 0.0, _quotient(weight, divisor + tl.zeros_like(weight)))
 
 
 @triton.jit
@@ -188,9 +197,9 @@ def table_kernel(
     weight = mask
     if REDUCTION == SEQ_MEAN_TOKEN_MEAN:
         count = tl.load(sums_ptr + 2 * sequence, mask=inside, other=0.0).to(REAL)
-        weight = tl.div_rn(weight, tl.where(count == 0.0, 1.0, count))
+        weight = _quotient(weight, tl.where(count == 0.0, 1.0, count))
     elif REDUCTION == SEQ_MEAN_TOKEN_SUM_NORM:
-        weight = tl.div_rn(weight, tl.zeros_like(weight) + tl.full((), max_length, REAL))
+        weight = _quotient(weight, tl.zeros_like(weight) + tl.full((), max_length, REAL))
     if REDUCTION == TOKEN_MEAN:
         weight = _over(weight, normalizer, normalizer_ptr, tokens, COUNTED)
     elif REDUCTION == TOKEN_SUM or REDUCTION == NO_REDUCTION:

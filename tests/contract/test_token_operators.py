@@ -157,7 +157,11 @@ def test_columns_of_every_dtype(wide, operators):  # noqa: F811
     patterns = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(torch.float16)
     patterns = patterns[~patterns.isnan()]
     tokens = len(patterns)
-    for dtype, label_dtype in ((torch.float16, torch.int32), (torch.bfloat16, torch.int16), (torch.float64, torch.uint8)):
+    for dtype, label_dtype in (
+        (torch.float16, torch.int32),
+        (torch.bfloat16, torch.int16),
+        (torch.float64, torch.uint8),
+    ):
         arguments, numbers = given(tokens, per_sequence=False)
         arguments["labels"] = (arguments["labels"].clamp(min=0) % 120).to(label_dtype)
         arguments["advantages"] = arguments["advantages"].to(dtype)
@@ -277,7 +281,9 @@ def compare_summaries(ops: Any, values: dict, **numbers: float) -> Tensor:
     assert torch.equal(tokens, exact_tokens) and tokens.dtype == torch.int64
     assert metrics.dtype == torch.float64 and loss.dtype == exact_loss.dtype and loss.shape == ()
     for metric in Metric:
-        torch.testing.assert_close(metrics[metric], exact[metric], rtol=1e-11, atol=1e-14, equal_nan=True, msg=metric.name)
+        torch.testing.assert_close(
+            metrics[metric], exact[metric], rtol=1e-11, atol=1e-14, equal_nan=True, msg=metric.name
+        )
     torch.testing.assert_close(loss, exact_loss, rtol=torch.finfo(loss.dtype).eps, atol=1e-14, equal_nan=True)
     return metrics
 
@@ -368,4 +374,6 @@ def test_the_fused_operator_is_its_parts(per_row, operators):  # noqa: F811
     for a, b in zip(fused, parts, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert loss.isfinite() and loss != 0 and (grad != 0).any()
-    assert float(metrics[Metric.LOSS]) == pytest.approx(float(loss)) == pytest.approx(float(per_token[0].double().sum()))
+    assert (
+        float(metrics[Metric.LOSS]) == pytest.approx(float(loss)) == pytest.approx(float(per_token[0].double().sum()))
+    )
