@@ -112,6 +112,7 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
 def _support_metrics(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
     """With a support: the mean kept mass, and the KL estimate over what the objective compares. The summary of the
     tokens knows the log-probs over the support alone."""
+
     def mean(values: Tensor) -> Tensor:
         return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
 

@@ -525,7 +525,8 @@ struct Operators {
     const TableParams& p = call.params;
     const int64_t sequences = cu_seqlens ? call.num_sequences : p.sequence_length > 0 ? n / p.sequence_length : 0;
     call.num_groups = counts_sequences(p.reduction) ? sequences : (n + kCountRun - 1) / kCountRun;
-    const int64_t advantage_count = p.advantage_length == 0 ? call.num_sequences : n / p.advantage_length;
+    int64_t advantage_count = p.advantage_length == 0 ? call.num_sequences : n / p.advantage_length;
+    if (n == 0) advantage_count = advantages.numel();  // [B, 0] rows have B
     call.labels = like.column(labels, "labels", n);
     call.advantages = like.column(advantages, "advantages", advantage_count);
     call.mask = like.column(mask, "mask", n);
