@@ -26,7 +26,7 @@ places; a block that leaves while a peer may still touch its memory, or is touch
 division by zero.
 
 What is not modelled: time, caches and their hints, the order in which a GPU runs blocks, weak memory between threads
-that nothing orders (it is a fault instead), ordering by plain `mbarrier.arrive` (only transactions order; other uses are
-reported as races), functions, textures, tensor cores, grids of more than one dimension. PTX is not machine code: what
+that nothing orders (it is a fault instead), ordering by plain `mbarrier.arrive` (only transactions order; the rest is
+reported as a race), functions, textures, tensor cores, grids of more than one dimension. PTX is not machine code: what
 `ptxas` makes of it is the subject of tests/machine_code.
 """

@@ -80,6 +80,7 @@ class Block:
     values: dict[str, Value] = field(default_factory=dict)
     specials: dict[str, str] = field(default_factory=dict)
     uniform: set[str] = field(default_factory=set)  # variables that are scalars
+    relaxed: bool = False  # the instruction that is translated takes wider registers
     guard: str | None = None  # of the instruction that is translated: which threads execute it
     result: str | None = None
     count: int = 0
@@ -92,6 +93,7 @@ class Block:
         """
         for instruction in self.instructions:
             self.guard = None
+            self.relaxed = instruction.opcode.partition(".")[0] in ("ld", "st", "cvt")
             if instruction.guard is not None:
                 condition = self.use(instruction.guard, "pred")
                 condition = self.full(f"~{condition}" if instruction.unless else condition)
@@ -142,8 +144,11 @@ class Block:
     # ---- operands ----
 
     def use(self, operand, type_: str) -> str:
-        """An operand's value in `type_`."""
-        return self.view(self.value(operand, type_), type_)
+        """An operand's value in `type_`. Only loads, stores and conversions take a wider register (PTX ISA, 9.4.1)."""
+        value = self.value(operand, type_)
+        if value.size != SIZES[type_] and not self.relaxed:
+            raise UnknownInstruction(f"operand of {value.size} bytes")
+        return self.view(value, type_)
 
     def held_type(self, type_: str, *sources) -> str:
         """Of the types of `type_`'s size the one in which a source is at hand: a move needs no view."""
@@ -161,7 +166,7 @@ class Block:
         if not isinstance(target, Register):
             raise UnknownInstruction("destination")
         size = SIZES[self.kernel.registers[target.name]]
-        if SIZES[type_] > size:
+        if SIZES[type_] > size or (SIZES[type_] < size and not self.relaxed):
             raise UnknownInstruction(f"destination of {size} bytes")
         if SIZES[type_] < size:
             signed = (extend or type_)[0] == "s"

@@ -119,6 +119,11 @@ def float_pipe(type_: str) -> str:
     return "fp64" if type_ == "f64" else "fp32"
 
 
+def takes_ftz(modifiers: Modifiers, type_: str) -> bool:
+    """Whether `.ftz` is there; float64 and integers have none."""
+    return type_ in ("f32", "f32x2") and bool(modifiers.take("ftz"))
+
+
 def flushed(expression: str, ftz: bool) -> str:
     """`.ftz`: a subnormal number becomes a zero of its sign."""
     return f"flush({expression})" if ftz else expression

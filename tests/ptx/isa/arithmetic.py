@@ -14,6 +14,7 @@ from tests.ptx.isa import (
     flushed,
     instruction,
     operands,
+    takes_ftz,
 )
 from tests.ptx.source import SIZES, Instruction
 
@@ -55,7 +56,7 @@ def _add_sub_mul(symbol: str) -> Callable:
             same = "u" + type_[1:]  # modulo 2^n the sign changes nothing
             block.define(d, same, f"{block.use(a, same)} {symbol} {block.use(b, same)}")
             return "integer"
-        rounding, ftz = mods.take("rn", "rz", "rm", "rp") or "rn", bool(mods.take("ftz"))
+        rounding, ftz = mods.take("rn", "rz", "rm", "rp") or "rn", takes_ftz(mods, type_)
         if rounding != "rn" and type_ != "f32":
             raise UnknownInstruction(f"modifier .{rounding}")
         if type_ == "f32x2":
@@ -100,7 +101,8 @@ def _mad(block: Block, mods: Modifiers, ins: Instruction) -> str:
 
 @instruction("fma", "9.7.3.6")
 def _fma(block: Block, mods: Modifiers, ins: Instruction) -> str:
-    type_, rounding, ftz = mods.type(*FLOATS, "f32x2"), mods.need("rn", "rz", "rm", "rp"), bool(mods.take("ftz"))
+    type_, rounding = mods.type(*FLOATS, "f32x2"), mods.need("rn", "rz", "rm", "rp")
+    ftz = takes_ftz(mods, type_)
     if rounding != "rn" and type_ != "f32":
         raise UnknownInstruction(f"modifier .{rounding}")
     if type_ == "f32x2":
@@ -118,7 +120,7 @@ def _div(block: Block, mods: Modifiers, ins: Instruction) -> str:
     if type_ in INTEGERS:
         block.define(d, type_, f"M.quotient(g, {ins.index}, {block.use(a, type_)}, {block.use(b, type_)})")
         return "integer"
-    kind, ftz = mods.need(*(("rn",) if type_ == "f64" else ("rn", "full", "approx"))), bool(mods.take("ftz"))
+    kind, ftz = mods.need(*(("rn",) if type_ == "f64" else ("rn", "full", "approx"))), takes_ftz(mods, type_)
     x, y = (flushed(block.use(o, type_), ftz) for o in (a, b))
     block.define(d, type_, flushed(f"{x} / {y}" if kind == "rn" else f"div_{kind}({x}, {y})", ftz))
     return float_pipe(type_) if kind == "rn" else "special"
@@ -152,7 +154,7 @@ def _rcp(block: Block, mods: Modifiers, ins: Instruction) -> str:
 def _sqrt(block: Block, mods: Modifiers, ins: Instruction) -> str:
     type_ = mods.type(*FLOATS)
     kind = mods.need(*(("rn",) if type_ == "f64" else ("rn", "approx")))
-    ftz = type_ == "f32" and bool(mods.take("ftz"))
+    ftz = takes_ftz(mods, type_)
     d, a = operands(ins, 2)
     x = flushed(block.use(a, type_), ftz)
     block.define(d, type_, flushed(f"np.sqrt({x})" if kind == "rn" else f"sqrt({x})", ftz))
@@ -189,8 +191,7 @@ def _extremum(name: str) -> Callable:
         if type_ in ("bf16x2", "f16x2"):
             block.define(d, "u32", f"{name}_{type_}({', '.join(block.use(o, 'u32') for o in sources)})")
             return "fp32"
-        single = type_ == "f32"
-        ftz, nan = single and bool(mods.take("ftz")), "nan" if single and mods.take("NaN") else "num"
+        ftz, nan = takes_ftz(mods, type_), "nan" if type_ == "f32" and mods.take("NaN") else "num"
         first, *rest = (flushed(block.use(o, type_), ftz) for o in sources)
         for other in rest:
             first = f"{name}_{nan}({first}, {other})"
@@ -207,7 +208,7 @@ instruction("min", "9.7.1.12, 9.7.3.11, 9.7.4.7")(_extremum("min"))
 def _unary(form: str) -> Callable:
     def translator(block: Block, mods: Modifiers, ins: Instruction) -> str:
         type_ = mods.type(*FLOATS, "s16", "s32", "s64")
-        ftz = type_ == "f32" and bool(mods.take("ftz"))
+        ftz = takes_ftz(mods, type_)
         d, a = operands(ins, 2)
         block.define(d, type_, flushed(form.format(block.use(a, type_)), ftz))
         return float_pipe(type_) if type_ in FLOATS else "integer"

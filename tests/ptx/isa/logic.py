@@ -14,6 +14,7 @@ from tests.ptx.isa import (
     flushed,
     instruction,
     operands,
+    takes_ftz,
 )
 from tests.ptx.source import SIZES, Float, Instruction, Integer, Pair, Vector
 
@@ -121,7 +122,7 @@ def _setp(block: Block, mods: Modifiers, ins: Instruction) -> str:
     if type_ in ("bf16", "f16"):
         x, y = (block.keep(f"from_{type_}({block.use(o, 'u16')})") for o in (a, b))
     else:
-        ftz = type_ == "f32" and bool(mods.take("ftz"))
+        ftz = takes_ftz(mods, type_)
         x, y = (block.keep(flushed(block.use(o, type_), ftz)) for o in (a, b))
     result = _compared(comparison, type_ not in (*INTEGERS, *BITS), x, y)
     if combine:

@@ -109,7 +109,8 @@ class Machine(Barriers):
             size = self.shape.cluster
             arrivals = np.where(self.alive, self.arrived, np.iinfo(np.int32).max)
             slowest = arrivals.reshape(self.blocks // size, size * self.threads).min(1)
-            return slowest[slots // size] > self.waited[group.threads]
+            waited = self.waited[group.threads]
+            return (slowest[slots // size] > waited) | (self.arrived[group.threads] == waited)  # the last is a fault
         _, address, parity = instruction.operands
         bars = self.mbarriers(group, instruction.index, self.operand(group, address), None)
         complete = self.phases_complete(bars, self.operand(group, parity))

@@ -68,4 +68,4 @@ class Warps(Threads):
                 "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
                 "xor": np.bitwise_xor,
             }[operation]  # fmt: skip
-        return function.reduceat(values, starts)[sets]
+        return function.reduceat(values, starts).astype(values.dtype)[sets]  # NumPy adds in a wider type
