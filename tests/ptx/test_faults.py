@@ -36,7 +36,7 @@ def replaced(kernel: str, old: str, new: str, times: int = 1) -> str:
 @pytest.mark.parametrize("offset", [-4, 128, 1 << 20])
 def test_global_memory_out_of_bounds(offset):
     message = finds("out of bounds", MINE + f"ld.global.u32 %r10, [%q1+{offset}];" + STORE, words(32))
-    assert f"thread {0 if offset < 0 or offset > 128 else 0} of block 0" in message and "array 0" in message
+    assert "thread 0 of block 0" in message and "array 0" in message
     assert f"[%q1+{offset}]" in message and "line" in message
 
 
