@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 from tests.ptx import isa
 from tests.ptx.block import Block
@@ -33,14 +34,10 @@ class Program:
         for block in self.blocks:
             block.translate()
         _find_live_registers(self.blocks)
-        accessed = [ins.opcode.split(".") for ins in kernel.instructions]
-        sizes = [SIZES.get(parts[-1], 4) for parts in accessed if parts[0] in ("ld", "st", "atom", "red")]
-        self.granule = min([4, *sizes])  # the fewest bytes that an instruction accesses
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether all that a thread does is leave."""
-        return [instruction.opcode for instruction in self.kernel.instructions] in (["ret"], ["exit"])
+        opcodes = {ins.opcode for ins in kernel.instructions}
+        accesses = (opcode.split(".") for opcode in opcodes if opcode.startswith(("ld.", "st.", "atom.", "red.")))
+        self.granule = min([4, *(SIZES.get(parts[-1], 4) for parts in accesses)])  # the fewest bytes of an access
+        self.is_empty = opcodes <= set(_LEAVE)  # all that a thread does is leave
 
 
 def _layout(kernel: Kernel) -> tuple[dict[str, int], int, int]:
@@ -57,11 +54,11 @@ def _held_types(kernel: Kernel) -> dict[str, str]:
     """The NumPy type in which each register is stored between blocks: float where most instructions want a float."""
     votes: Counter = Counter()
     for instruction in kernel.instructions:
-        parts = instruction.opcode.split(".")
         for position, operand in enumerate(instruction.operands):
+            vote = _wants_float(instruction.opcode, position)
             for element in operand.elements if isinstance(operand, Vector) else (operand,):
-                if isinstance(element, Register):
-                    votes[element.name] += _wants_float(parts, position)
+                if vote and isinstance(element, Register):
+                    votes[element.name] += vote
     held = {}
     for name, type_ in kernel.registers.items():
         floating = SIZES[type_] >= 4 and (votes[name] > 0 or (votes[name] == 0 and type_[0] == "f"))
@@ -69,9 +66,11 @@ def _held_types(kernel: Kernel) -> dict[str, str]:
     return held
 
 
-def _wants_float(parts: list[str], position: int) -> int:
+@cache
+def _wants_float(opcode: str, position: int) -> int:
     """1 if an operand is a float, -1 if it is an integer, 0 if the instruction does not care."""
-    name, type_ = parts[0], parts[-1]
+    name, *parts = opcode.split(".")
+    type_ = parts[-1] if parts else "b32"
     if name == "cvt" and position == 0:
         type_ = parts[-2]
     if name in ("mov", "ld", "st", "selp") and type_[0] in "bu":
@@ -83,7 +82,7 @@ def _basic_blocks(program: Program) -> list[Block]:
     kernel = program.kernel
     code, starts = kernel.instructions, {0, *kernel.labels.values()}
     for i, instruction in enumerate(code):
-        if isa.waits_for(instruction):
+        if isa.waits_for(instruction.opcode):
             starts.add(i)
         if instruction.opcode.partition(".")[0] in ("bra", *_LEAVE):
             starts.add(i + 1)
@@ -91,7 +90,7 @@ def _basic_blocks(program: Program) -> list[Block]:
     number = {start: i for i, start in enumerate(bounds)}
     blocks = []
     for i, (start, end) in enumerate(zip(bounds, [*bounds[1:], len(code)], strict=True)):
-        block = Block(i, kernel, program, code[start:end], isa.waits_for(code[start]))
+        block = Block(i, kernel, program, code[start:end], isa.waits_for(code[start].opcode))
         block.following = i + 1 if end < len(code) else None
         last = code[end - 1]
         name = last.opcode.partition(".")[0]

@@ -253,7 +253,9 @@ class _Body:
         return match.end()
 
     def own_name(self, name: str) -> str:
-        """A register's name, made unique if the innermost scopes declare it."""
+        """A register's name, made unique if one of the innermost scopes declares it."""
+        if not self.scopes:
+            return name
         for number, names in reversed(self.scopes):
             if name in names:
                 return f"{name}@{number}"
@@ -263,13 +265,13 @@ class _Body:
         return name if name.startswith("$") or not self.scopes else f"{name}@{self.scopes[-1][0]}"
 
     def operand(self, text: str) -> Operand:
-        if text[0] == "%" or self.own_name(text) in self.kernel.registers:
-            name = self.own_name(text)
-            if name in self.kernel.registers:
-                return Register(name)
-            if "|" in name:
-                return Pair(*(self.operand(part.strip()) for part in name.split("|")))
-            return Name(name)
+        name = self.own_name(text)
+        if name in self.kernel.registers:
+            return Register(name)
+        if "|" in text:
+            return Pair(*(self.operand(part.strip()) for part in text.split("|")))
+        if text[0] == "%":
+            return Name(text)
         if text[0] == "{":
             return Vector(tuple(self.operand(part.strip()) for part in text[1:-1].split(",")))
         if text[0] == "[":
@@ -281,8 +283,6 @@ class _Body:
             return Negated(self.operand(text[1:].strip()))
         if text == "_":
             return Sink()
-        if "|" in text:
-            return Pair(*(self.operand(part.strip()) for part in text.split("|")))
         if text[:2] in ("0f", "0F", "0d", "0D"):
             return Float(int(text[2:], 16), 4 if text[1] in "fF" else 8)
         if _INTEGER.match(text):

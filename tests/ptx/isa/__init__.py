@@ -13,6 +13,7 @@ as much as the document allows, up or down by a hash of the operand.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from tests.ptx.source import Instruction
@@ -92,10 +93,10 @@ def translate(block: Block, instruction: Instruction) -> str:
     return pipe
 
 
-def waits_for(instruction: Instruction) -> str | None:
+@cache
+def waits_for(opcode: str) -> str | None:
     """What an instruction waits for: threads of its warp, its block or its cluster, or an mbarrier. It begins a basic
     block, which runs when they are there."""
-    opcode = instruction.opcode
     name = opcode.partition(".")[0]
     if opcode.startswith(("bar.warp.sync", "barrier.cluster.arrive")) or name in ("shfl", "vote", "redux"):
         return "warp"
