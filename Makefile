@@ -26,7 +26,7 @@ INSTALL_TORCH = $(PY) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(PY) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test lint format bench bench-gpu sanitize clean
+.PHONY: help setup build demo test ptx lint format bench bench-gpu sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ demo: setup ## train a small language model with the fused erc-dapo loss (minute
 
 test: setup $(VENV)/.peers ## every test that this machine can run
 	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+
+ptx: setup ## compiled GPU code executed without a GPU, whole: every architecture, dtype and form (half an hour at first)
+	ERC_PTX=all $(PY) -m pytest tests/ptx -q $(PYTEST_ARGS)
 
 lint: setup ## ruff, without changing anything
 	$(BIN)/ruff check $(SOURCES)

@@ -69,6 +69,7 @@ class Device(NamedTuple):
 
 # The interpreter runs programs one after another, so a row is never worth sharing.
 _INTERPRETER = Device("interpreter", 1, 32, 1 << 20)
+_cpu_devices = [_INTERPRETER]
 
 
 @lru_cache
@@ -82,7 +83,17 @@ def _gpu(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    return _gpu(tensor.get_device()) if tensor.is_cuda else _INTERPRETER
+    return _gpu(tensor.get_device()) if tensor.is_cuda else _cpu_devices[-1]
+
+
+@contextmanager
+def cpu_as(device: Device) -> Iterator[None]:
+    """CPU tensors inside count as memory of `device` and get its launches: for compiled kernels without a GPU."""
+    _cpu_devices.append(device)
+    try:
+        yield
+    finally:
+        _cpu_devices.pop()
 
 
 def tuning_of(device: Device, row_bytes: int) -> Tuning:

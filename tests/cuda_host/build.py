@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,12 @@ ROOT = HERE.parent.parent
 BUILD_DIR = ROOT / "build" / "cuda_host"
 NAMESPACE = "erc_cuda_host"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
+_EXECUTOR = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64),
+)  # fmt: skip
+_WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
 
 KERNELS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 FIBERS = HERE / "cuda_host" / "fibers.cpp"
@@ -80,6 +87,9 @@ class Host:
         self._fault = handle.erc_cuda_host_fault
         self._fault.restype = ctypes.c_char_p
         self._launches = handle.erc_cuda_host_launches
+        self._execute_with = handle.erc_cuda_host_execute_with
+        self._complain = handle.erc_cuda_host_complain
+        self._tensors = handle.erc_cuda_host_tensors
         self.ops = getattr(torch.ops, NAMESPACE)
 
     def configure(
@@ -101,6 +111,27 @@ class Host:
         count = self._launches(shapes, 16)
         return [tuple(shape) for shape in shapes[:count]]
 
+    def execute_with(self, executor: Callable[[str, int, int, int, int, list[bytes]], None] | None) -> None:
+        """Hand every launch to `executor(kernel's symbol, grid, block, cluster, bytes of shared memory, parameters)`
+        instead of running it on fibers; None: fibers again. What it raises becomes the launch's error."""
+
+        def call(name, grid, block, cluster, shared, count, data, sizes) -> int:
+            try:
+                parameters = [ctypes.string_at(data[i], sizes[i]) for i in range(count)]
+                executor(name.decode(), grid, block, cluster, shared, parameters)
+            except Exception as error:  # must not pass through C++
+                self._complain(f"{type(error).__name__}: {error}".encode())
+                return 0
+            return 1
+
+        self._executor = _EXECUTOR(call) if executor else _EXECUTOR()
+        self._execute_with(self._executor)
+
+    def tensors(self) -> list[tuple[int, int]]:
+        """(address, bytes) of every tensor that the bindings took the address of since the last call."""
+        extents = (ctypes.c_int64 * 2 * 256)()
+        return [tuple(extents[i]) for i in range(self._tensors(extents, 256))]
+
     def fault(self, name: str, out: torch.Tensor) -> str:
         """Run the kernel `name` of faults.cpp on `out` `[>= 32]` float32; returns what the harness found, "" for
         nothing."""
@@ -120,8 +151,9 @@ def load() -> Host:
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
     name, optimise = ("torch_asan", ("-O1", *SANITIZE)) if sanitized else ("torch", ("-O2",))
     flags = (*optimise, "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    sources = [*KERNELS, FIBERS, HERE / "faults.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    sources = [*KERNELS, FIBERS, HERE / "faults.cpp", HERE / "tensors.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
     objects = compile_objects(sources, flags, name)
-    libraries = (f"-L{torch_dir / 'lib'}", "-ltorch_cpu")
+    wrapped = (f"-Wl,--wrap={name}" for name in _WRAPPED)
+    libraries = (f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl", *wrapped)
     path = BUILD_DIR / name / "liberc_cuda_host.so"
     return Host(link(objects, path, ("-shared", *(SANITIZE if sanitized else ())), libraries))

@@ -140,7 +140,16 @@ inline DeviceInfo device_info() {
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, Args... args) {
-  const bool fine = erc_host::run(shape.grid, shape.block, shape.cluster, shape.shared_bytes, [&] { kernel(Params(args)...); });
+  const auto fibers = [&] {
+    return erc_host::run(shape.grid, shape.block, shape.cluster, shape.shared_bytes, [&] { kernel(Params(args)...); });
+  };
+  const auto elsewhere = [&](const Params&... parameters) {
+    const void* const data[] = {&parameters...};
+    const int64_t sizes[] = {int64_t(sizeof parameters)...};
+    return erc_host::execute(reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.cluster, shape.shared_bytes,
+                             int(sizeof...(Params)), data, sizes);
+  };
+  const bool fine = erc_host::executor != nullptr ? elsewhere(Params(args)...) : fibers();
   return fine ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

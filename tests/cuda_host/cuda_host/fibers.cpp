@@ -1,5 +1,6 @@
 #include "cuda_host/fibers.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -79,6 +80,7 @@ struct Fiber {
 Thread* current = nullptr;
 Machine machine;
 std::vector<Launch> launches;
+Executor executor = nullptr;
 
 namespace {
 
@@ -264,6 +266,15 @@ bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::func
   return !failed;
 }
 
+bool execute(const void* kernel, int64_t grid, int block, int cluster, int shared_bytes, int count,
+             const void* const* parameters, const int64_t* sizes) {
+  message = "the kernel has no symbol";
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return false;
+  launches.push_back({grid, block, cluster, shared_bytes});
+  return executor(info.dli_sname, grid, block, cluster, shared_bytes, count, parameters, sizes) != 0;
+}
+
 char* shared_memory() { return current->block->shared; }
 
 void sync_threads(const char* file, int line) {
@@ -358,6 +369,10 @@ extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, u
   erc_host::machine.l2_bytes = l2_bytes;
   erc_host::launches.clear();
 }
+
+extern "C" void erc_cuda_host_execute_with(erc_host::Executor executor) { erc_host::executor = executor; }
+
+extern "C" void erc_cuda_host_complain(const char* text) { erc_host::message = text; }
 
 // Copies the first launches to `out` and returns how many there were.
 extern "C" int erc_cuda_host_launches(int64_t (*out)[4], int capacity) {

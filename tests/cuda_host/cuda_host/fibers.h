@@ -43,6 +43,14 @@ extern std::vector<Launch> launches;
 // Returns false, and keeps a message, if the kernel did something undefined.
 bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::function<void()>& kernel);
 
+// Runs a kernel by other means than fibers: the symbol of its function, its launch, and its parameters as a GPU gets them.
+// Returns whether it went well; what went wrong it tells by erc_cuda_host_complain.
+using Executor = int (*)(const char* kernel, int64_t grid, int block, int cluster, int shared_bytes, int count,
+                         const void* const* parameters, const int64_t* sizes);
+extern Executor executor;  // null: fibers
+bool execute(const void* kernel, int64_t grid, int block, int cluster, int shared_bytes, int count,
+             const void* const* parameters, const int64_t* sizes);
+
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* format, ...);
 
