@@ -1,6 +1,6 @@
 # make setup, make demo, make test: `make help` lists everything.
 # Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
-# BENCH_ARGS; what steers the compiled backends stands at the top of setup.py.
+# BENCH_ARGS, COMPAT_ARGS; what steers the compiled backends stands at the top of setup.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -26,10 +26,10 @@ INSTALL_TORCH = $(PY) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(PY) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test lint format bench bench-gpu sanitize clean
+.PHONY: help setup build demo test compat compat-quick lint format bench bench-gpu sanitize clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backends and everything that tests and demo need
 
@@ -38,6 +38,12 @@ demo: setup ## train a small language model with the fused erc-dapo loss (minute
 
 test: setup $(VENV)/.peers ## every test that this machine can run
 	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+
+compat: setup ## every supported PyTorch and Triton, in throw-away environments: gigabytes of wheels, the better part of an hour
+	$(PY) -m tests.compat $(COMPAT_ARGS)
+
+compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
+	$(PY) -m tests.compat --quick
 
 lint: setup ## ruff, without changing anything
 	$(BIN)/ruff check $(SOURCES)

@@ -132,7 +132,7 @@ def policy_loss(
             raise ValueError(f"grad_scale must be positive, got {grad_scale!r}")
         name, _ = select(logits, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward)
+            check_shardable(name, inplace_backward, facts)
         leading = tuple(logits.shape[:-1])
         scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
         labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index, vocab_size)

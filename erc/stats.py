@@ -73,7 +73,7 @@ def token_stats(
         if labels is not None:
             labels = check_labels(labels, leading, logits.device, vocab_size, ignore_index)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward)
+            check_shardable(name, inplace_backward, facts)
     if name == "torch":
         logprob, entropy, logsumexp = reference.row_stats(logits, labels, scaling, ignore_index)
         return TokenStats(
