@@ -1,6 +1,6 @@
 # make setup, make demo, make test: `make help` lists everything.
 # Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
-# BENCH_ARGS; what steers the compiled backends stands at the top of setup.py.
+# BENCH_ARGS, COMPAT_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -26,10 +26,10 @@ INSTALL_TORCH = $(PY) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(PY) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test ptx lint format bench bench-gpu sanitize clean
+.PHONY: help setup build demo test ptx compat compat-quick lint format bench bench-gpu gpu-report sanitize clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backends and everything that tests and demo need
 
@@ -41,6 +41,12 @@ test: setup $(VENV)/.peers ## every test that this machine can run
 
 ptx: setup ## compiled GPU code executed without a GPU, whole: every architecture, dtype and form (half an hour at first)
 	ERC_PTX=all $(PY) -m pytest tests/ptx -q $(PYTEST_ARGS)
+
+compat: setup ## every supported PyTorch and Triton, in throw-away environments: gigabytes of wheels, the better part of an hour
+	$(PY) -m tests.compat $(COMPAT_ARGS)
+
+compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
+	$(PY) -m tests.compat --quick
 
 lint: setup ## ruff, without changing anything
 	$(BIN)/ruff check $(SOURCES)
@@ -55,6 +61,9 @@ bench: setup ## the benchmarks of the CPU backend, the short form
 
 bench-gpu: setup ## the benchmarks of the GPU backends
 	$(PY) -m benchmarks gpu $(BENCH_ARGS)
+
+gpu-report: ## all that a GPU machine can say, without a network or .venv: PYTHON=python3, PART=build, check, tests-cuda, ...
+	$(PYTHON) -m benchmarks.gpu_report $(if $(PART),--part $(PART)) $(GPU_REPORT_ARGS)
 
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
 # finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.

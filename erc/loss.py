@@ -130,7 +130,7 @@ def policy_loss(
             check_inplace(logits)
         name, _ = select(logits, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward)
+            check_shardable(name, inplace_backward, facts)
         scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
         route = choose_route(
             name, objective, logits.dtype,

@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from erc.backend import NAMES
 from erc.constants import ABSENT_LABEL, Param
 from erc.inputs import check_logits
 from erc.ops import refuse_double_backward, stats_dtype
+
+_BACKENDS = (*NAMES, "another one")
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
@@ -104,14 +107,14 @@ class VocabShard:
     def agreement(self, validate: bool, device: torch.device) -> Iterator[dict[str, int]]:
         """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed.
 
-        The body enters its number of `rows` and of local `columns`, and a linear form its `memory_budget`, on which the
-        number of collectives depends.
+        The body enters its number of `rows` and of local `columns`, its `backend`, whose order of summation is its own,
+        and a linear form its `memory_budget`, on which the number of collectives depends.
 
         Raises:
-            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows or budgets differ, or
-                shards do not tile the vocabulary.
+            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows, backends or budgets
+                differ, or shards do not tile the vocabulary.
         """
-        facts = {"rows": 0, "columns": 0, "memory_budget": 0}
+        facts = {"rows": 0, "columns": 0, "memory_budget": 0, "backend": 0}
         try:
             yield facts
         except (ValueError, TypeError, IndexError):
@@ -141,6 +144,9 @@ class VocabShard:
             values = [facts[name] for facts in ranks]
             if len(set(values)) > 1:
                 return f"{name} must be the same on every rank, got {values}"
+        backends = [facts["backend"] for facts in ranks]
+        if len(set(backends)) > 1:
+            return f"backend must be the same on every rank, got {[_BACKENDS[number] for number in backends]}"
         expected, vocab_size = 0, ranks[0]["vocab_size"]
         for rank, facts in enumerate(ranks):
             start, columns = facts["start"], max(0, min(facts["columns"], vocab_size - facts["start"]))
@@ -173,8 +179,9 @@ def check_columns(logits: Tensor, shard: VocabShard | None, facts: dict[str, int
     return shard.vocab_size
 
 
-def check_shardable(backend: str, inplace_backward: bool) -> None:
-    """Refuse what a sharded call does not do."""
+def check_shardable(backend: str, inplace_backward: bool, facts: dict[str, int]) -> None:
+    """Refuse what a sharded call does not do; enter the backend into what the ranks agree on."""
+    facts["backend"] = _BACKENDS.index(backend) if backend in _BACKENDS else len(_BACKENDS) - 1
     if backend == "torch":
         raise ValueError("vocab_shard needs a backend with kernels: the torch backend has no partial statistics")
     if inplace_backward:

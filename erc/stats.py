@@ -74,7 +74,7 @@ def token_stats(
         if labels is not None:
             labels = label_rows(labels, leading, logits.device, ignore_index).to(torch.int64)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward)
+            check_shardable(name, inplace_backward, facts)
             if labels is not None:
                 check_label_values(labels, vocab_size, ignore_index)
     with labels_explained(labels, leading, vocab_size, ignore_index):

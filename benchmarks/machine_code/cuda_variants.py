@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
 _CACHE = _ROOT / "build" / "machine_code"
 SOURCES = ("stats", "policy_loss", "paired", "partial", "scale")
-_FLAGS = ("-std=c++17", "-O3", "-lineinfo")  # as setup.py
+_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as setup.py
 
 # bfloat16, without softcap, aligned rows: the variant that a training step runs, by its template arguments.
 _TRAINING = "8bfloat16ELb0ELb1E"

@@ -33,7 +33,7 @@ struct LaunchShape {
 // What the launchers ask about the current device.
 struct DeviceInfo {
   int multiprocessors, l2_bytes, shared_bytes_per_block;
-  bool has_clusters;  // sm_90 and later
+  bool has_clusters;  // sm_90 and later, whatever the code was compiled for
 };
 
 }  // namespace cuda
@@ -241,6 +241,19 @@ inline DeviceInfo device_info() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   info.has_clusters = major == 9 || major == 10;
   return info;
+}
+
+// Whether a cluster of blocks can run this kernel. Code for sm_80 alone, compiled by the driver for a later GPU, has the kernel's name
+// and an empty body: what counts is what the kernel was compiled for.
+template <class... Params>
+bool runs_in_clusters(void (*kernel)(Params...), const DeviceInfo& device) {
+  if (!device.has_clusters) return false;
+  cudaFuncAttributes code{};
+  if (cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
+    cudaGetLastError();  // the kernel that is launched instead reports what is wrong
+    return false;
+  }
+  return code.ptxVersion >= 90 && code.binaryVersion >= 90;
 }
 
 template <class... Params, class... Args>

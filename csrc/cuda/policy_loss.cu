@@ -226,7 +226,7 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
     const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
     if constexpr (V::aligned) {
       const int64_t bytes = ClusterShared<V>::bytes(partition);
-      if (wants_grad && device.has_clusters && bytes <= device.shared_bytes_per_block) {
+      if (wants_grad && bytes <= device.shared_bytes_per_block && runs_in_clusters(loss_cluster_kernel<V>, device)) {
         return launch(loss_cluster_kernel<V>, {n * partition.segments, kLanes, partition.segments, int(bytes), stream}, call,
                       partition);
       }

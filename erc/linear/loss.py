@@ -97,7 +97,7 @@ def linear_policy_loss(
         objective = resolve_objective(objective)
         name, _ = select(like, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward=False)
+            check_shardable(name, False, facts)
             facts["memory_budget"] = memory_budget or 0
         arguments = TokenArguments(
             old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy,

@@ -64,7 +64,7 @@ def linear_token_stats(
         like = check_head(hidden, weight, bias, vocab_shard, facts)
         name, _ = select(like, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward=False)
+            check_shardable(name, False, facts)
             facts["memory_budget"] = memory_budget or 0
         leading = like.shape[:-1]
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)

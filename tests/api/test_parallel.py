@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import erc
+from erc.backend import register_namespace
 from tests import processes
 from tests.api.split_sequences import split_losses
 
@@ -151,7 +152,10 @@ class MismatchBody:
             if self.kind == "memory_budget":
                 hidden, weight = torch.zeros(rows, 3), torch.zeros(10, 3)
                 erc.linear_token_stats(hidden, weight, vocab_shard=shard, validate=True, memory_budget=40 + rank)
-            erc.token_stats(torch.zeros(rows, 10), labels, vocab_shard=shard, validate=True)
+            backend = None
+            if self.kind == "backend" and rank == 1:
+                register_namespace(backend := "the same by another name", "erc_cpu")
+            erc.token_stats(torch.zeros(rows, 10), labels, vocab_shard=shard, validate=True, backend=backend)
         except (ValueError, IndexError) as error:
             return str(error)
         return "no error"
@@ -163,6 +167,7 @@ MISMATCHES = {
     "rows": "rows must be the same",
     "vocab_size": "vocab_size must be the same",
     "memory_budget": "memory_budget must be the same",
+    "backend": "backend must be the same on every rank, got ['cpu', 'another one']",
     "failed": "rank(s) [1] did not pass",
 }
 

@@ -409,6 +409,19 @@ def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
     assert seen[False, 132] == [segment, merge, gradient, segment, assumed["loss gradient of shared rows"]]
 
 
+def test_code_for_sm_80_runs_in_no_cluster_whatever_the_machine(host):
+    """There the cluster kernel has an empty body: it would return garbage, and success."""
+    logits, labels = random_logits(1, 2, 4096, dtype=torch.bfloat16), random_labels(2, V=4096)
+    results = []
+    for compiled_for in (90, 80):
+        host.configure(clusters=True, compiled_for=compiled_for)
+        results.append(loss_call(host, logits, labels))
+        (launch,) = host.launches()
+        assert (launch[3] > logits[0, 0].nbytes) == (compiled_for == 90), "a cluster keeps its row in shared memory"
+    for cluster, block in zip(*results, strict=True):
+        assert torch.equal(bits(cluster), bits(block))
+
+
 # ---- the fused loss --------------------------------------------------------------------------------------------------
 
 RULES = {

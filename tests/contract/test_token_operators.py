@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erc.constants import COUNT_RUN, INVALID_VALUE, Column, KLKind, Metric, Param, Present, Reduction, TokenFlag
+from erc.constants import COUNT_RUN, INVALID_VALUE, Column, KLKind, Metric, Present, Reduction, TokenFlag
 from erc.constants import IMPORTANCE_WEIGHTED_KL as WEIGHTED
 from erc.surrogate import metrics as definition_of_summary
 from erc.surrogate import token_table as definition_of_table
@@ -73,7 +73,7 @@ def table_of(ops: Any, arguments: dict, numbers: dict, wide: bool = False, vocab
 
 
 def assert_tables(tested: tuple[Tensor, ...], exact: tuple[Tensor, ...], whole: bool = True) -> None:
-    """The same labels, counter and table: bit by bit, or where sums of fractions were rounded, their last bits apart."""
+    """The same labels, counter and table: bit by bit, or where fractions were added, their last bits apart."""
     assert torch.equal(tested[1], exact[1]) and torch.equal(tested[2], exact[2])
     table, expected = tested[0], exact[0]
     assert table.dtype == expected.dtype and table.shape == expected.shape

@@ -7,7 +7,8 @@
 #include "cuda/rows.cuh"
 #include "cuda_host/fibers.h"
 
-extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison, int l2_bytes);
+extern "C" void erc_cuda_host_configure(int has_clusters, int compiled_for, int multiprocessors, unsigned order, int poison,
+                                        int l2_bytes);
 
 namespace {
 
@@ -95,7 +96,7 @@ void exercise_all(DType dtype) {
 
 int main() {
   for (int machine = 0; machine < 3; ++machine) {  // cluster; block; split
-    erc_cuda_host_configure(machine == 0, machine == 2 ? 132 : 1, machine, 0xff, 1 << 20);
+    erc_cuda_host_configure(machine == 0, 90, machine == 2 ? 132 : 1, machine, 0xff, 1 << 20);
     exercise_all<float>(DType::kFloat32);
     exercise_all<bfloat16>(DType::kBFloat16);
     exercise_all<float16>(DType::kFloat16);

@@ -138,6 +138,11 @@ inline DeviceInfo device_info() {
   return {m.multiprocessors, m.l2_bytes, m.shared_bytes_per_block, m.has_clusters};
 }
 
+template <class... Params>
+bool runs_in_clusters(void (*)(Params...), const DeviceInfo& device) {
+  return device.has_clusters && erc_host::machine.compiled_for >= 90;
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, Args... args) {
   const auto fibers = [&] {

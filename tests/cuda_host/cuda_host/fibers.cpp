@@ -361,8 +361,10 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? erc_host::message.c_str() : error == cudaSuccess ? "no error" : "invalid value";
 }
 
-extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison, int l2_bytes) {
+extern "C" void erc_cuda_host_configure(int has_clusters, int compiled_for, int multiprocessors, unsigned order, int poison,
+                                        int l2_bytes) {
   erc_host::machine.has_clusters = has_clusters != 0;
+  erc_host::machine.compiled_for = compiled_for;
   erc_host::machine.multiprocessors = multiprocessors;
   erc_host::machine.order = order;
   erc_host::machine.poison = static_cast<unsigned char>(poison);
