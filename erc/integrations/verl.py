@@ -1,9 +1,10 @@
-"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one call in each process that trains:
+"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one of verl's own settings:
 
-    erc.integrations.verl.install()
+    actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin
 
-or, as verl's own setting, `actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin`. Then
-`actor.policy_loss.loss_mode=erc_dapo actor.calculate_entropy=True` trains with the entropy-ratio gate.
+which every process of verl's trainers reads. A loop of one's own calls `erc.integrations.verl.install()` in each
+process that trains. Then `actor.policy_loss.loss_mode=erc_dapo actor.calculate_entropy=True` trains with the
+entropy-ratio gate.
 
 verl hands a registered loss neither entropies nor old ones, so `install` also puts a loss function around verl's
 `ppo_loss` that takes both from the batch. Supported: verl 0.9.
@@ -12,10 +13,11 @@ verl hands a registered loss neither entropies nor old ones, so `install` also p
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, wraps
 from typing import Any
 
@@ -35,6 +37,7 @@ require("verl", (0, 9), (0, 10))
 import verl.utils.experimental.torch_functional as verl_linear  # noqa: E402
 import verl.utils.torch_functional as verl_functional  # noqa: E402
 from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402
+from verl.workers.config import ActorConfig  # noqa: E402
 
 OLD_ENTROPIES = "old_entropys"
 """The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
@@ -43,6 +46,29 @@ _KEYS = (OLD_ENTROPIES, "entropy")
 """Where they are found: verl's trainer of today keeps what its old-log-prob pass found under the second name."""
 
 _entropies: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("erc_entropies", default=None)
+
+_missing: ContextVar[str] = ContextVar(
+    "erc_missing",
+    default="nobody handed them over. Set actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin; a loop of "
+    "your own sets erc.integrations.verl.entropies",
+)
+"""Why there are none."""
+
+_CLIPS = {
+    "clip_ratio": "eps_low",
+    "clip_ratio_low": "eps_low",
+    "clip_ratio_high": "eps_high",
+    "clip_ratio_c": "dual_clip",
+}
+"""verl's settings that an objective takes over, with their names there."""
+
+
+_NO_ENTROPY = "the actor computes none. Set actor_rollout_ref.actor.calculate_entropy=True"
+_NO_OLD_ENTROPY = (
+    "the batch has no old ones, which verl's pass for old log-probs records. In bypass mode there is no such pass: set "
+    "algorithm.rollout_correction.bypass_mode=False. A trainer of your own puts them into "
+    f"data[{OLD_ENTROPIES!r}]"
+)
 
 
 @contextmanager
@@ -71,8 +97,10 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     """`objective` as a function with the signature of verl's policy losses, for `register_policy_loss`.
 
     The function takes `[B, T]` tensors and returns a scalar loss, differentiable in `log_prob`, and verl's metrics. It
-    raises RuntimeError if the objective has a gate and no `entropies` are set.
+    raises RuntimeError if the objective has a gate and no `entropies` are set, and warns once of clip widths in verl's
+    config that are neither verl's defaults nor the objective's: they are not read.
     """
+    warned: set[str] = set()
 
     def policy_loss(
         old_log_prob: Tensor,
@@ -85,11 +113,11 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     ) -> tuple[Tensor, dict[str, float]]:
         carried = _entropies.get()
         if carried is None and objective.entropy_ratio is not None:
-            raise RuntimeError(
-                f"the entropy-ratio gate needs entropies and old entropies: call erc.integrations.verl.install() and "
-                f"set actor.calculate_entropy=True; a batch carries data[{OLD_ENTROPIES!r}], a loop of your "
-                f"own sets erc.integrations.verl.entropies"
-            )
+            raise RuntimeError(f"the entropy-ratio gate needs entropies and old entropies: {_missing.get()}")
+        ignored = _ignored_clips(config, objective)
+        if ignored and ignored not in warned:
+            warned.add(ignored)
+            warnings.warn(ignored, stacklevel=2)
         entropy, old_entropy = carried or (torch.zeros_like(log_prob), None)
         weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
@@ -119,6 +147,24 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     return policy_loss
 
 
+def _ignored_clips(config: Any, objective: Objective) -> str:
+    """What to say of clip widths in verl's config that somebody set, and that the objective does not have."""
+    defaults = {field.name: field.default for field in fields(ActorConfig)}
+    given = {name: getattr(config, name, defaults[name]) for name in _CLIPS}
+    ignored = [
+        f"{name}={value}"
+        for name, value in given.items()
+        if value not in (defaults[name], getattr(objective.ratio, _CLIPS[name], None))
+    ]
+    if not ignored:
+        return ""
+    return (
+        f"verl's {', '.join(ignored)} are not read: the objective has {objective.ratio}. For other widths register one "
+        f"of your own, in a module that external_lib names: register_policy_loss('mine')(erc.integrations.verl."
+        f"policy_loss_function(erc.objective('erc-dapo', ratio=erc.PPOClip(0.2, 0.28, dual_clip=10.0))))"
+    )
+
+
 def _normalizer(
     loss_agg_mode: str,
     dp_size: int = 1,
@@ -146,7 +192,11 @@ def with_old_entropies(ppo_loss: Callable[..., tuple[Tensor, dict]]) -> Callable
         entropy = model_output.get("entropy")
         key = next((key for key in _KEYS if key in data.keys()), None)  # noqa: SIM118
         if entropy is None or key is None:
-            return ppo_loss(config, model_output, data, dp_group)
+            token = _missing.set(_NO_ENTROPY if entropy is None else _NO_OLD_ENTROPY)
+            try:
+                return ppo_loss(config, model_output, data, dp_group)
+            finally:
+                _missing.reset(token)
         if not config.entropy_coeff:  # else a zero gradient would go through the vocabulary once more
             model_output = {**model_output, "entropy": entropy.detach()}
         old_entropy = data.select(key).to_padded_tensor()[key]
@@ -171,7 +221,8 @@ def _keeping_entropies(compute_old_log_prob: Callable[..., tuple]) -> Callable[.
 @cache
 def install() -> None:
     """All of it: `register()`, `use_fused_statistics()`, and old entropies carried by the batch and handed to the loss.
-    Every process that trains calls it, before workers are built; a second call does nothing.
+    Every process calls it, before workers are built, as verl does where `external_lib` names
+    `erc.integrations.verl_plugin`; a second call does nothing.
 
     Raises:
         ImportError: if what verl needs for training is not installed.

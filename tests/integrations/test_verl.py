@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -86,7 +87,7 @@ def test_registered_losses_gate_by_the_carried_entropies():
     function, batch = core_algos.get_policy_loss_fn("erc_dapo"), make_batch()
     old = torch.ones(SHAPE)
     new = torch.tensor([1.0, 1.2, 0.8]).repeat(3, 2)
-    with pytest.raises(RuntimeError, match="old entropies"):
+    with pytest.raises(RuntimeError, match=r"external_lib=erc\.integrations\.verl_plugin"):
         function(**batch, config=config())
     with integration.entropies(new, old):
         _, gradient = run(function, batch, config=config())
@@ -154,6 +155,36 @@ def test_a_batch_without_old_entropies_is_left_to_verls_own_loss():
     assert loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, data) == "loss"
     assert loss(config(), {"log_probs": torch.zeros(SHAPE)}, data | {"old_entropys": torch.zeros(SHAPE)}) == "loss"
     assert len(calls) == 2 and calls[0][2] is data
+
+
+def test_a_gate_without_entropies_says_what_to_set():
+    integration.register()
+    function, batch = core_algos.get_policy_loss_fn("erc_dapo"), make_batch()
+    loss = integration.with_old_entropies(lambda *_: function(**batch, config=config()))
+    with pytest.raises(RuntimeError, match=r"actor_rollout_ref\.actor\.calculate_entropy=True"):
+        loss(config(), {"log_probs": torch.zeros(SHAPE)}, {"old_entropys": torch.zeros(SHAPE)})
+    with pytest.raises(RuntimeError, match=r"algorithm\.rollout_correction\.bypass_mode=False"):
+        loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, {})
+
+
+def test_clip_widths_that_are_not_read_are_warned_of_once():
+    batch = make_batch()
+    widths = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0}
+
+    def warned_of(function, **other) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(**batch, config=ActorConfig(**widths | other, global_batch_info={}))
+        return [str(warning.message) for warning in caught if "not read" in str(warning.message)]
+
+    function = integration.policy_loss_function(erc.objective("dapo"))
+    assert warned_of(function) == []  # verl's defaults, and the objective's own widths
+    (message,) = warned_of(function, clip_ratio_high=0.3, clip_ratio_c=10.0)
+    assert "clip_ratio_high=0.3, clip_ratio_c=10.0 are not read" in message and "eps_high=0.28" in message
+    assert warned_of(function, clip_ratio_high=0.3, clip_ratio_c=10.0) == []
+    assert len(warned_of(function, clip_ratio_low=0.1)) == 1
+    mine = integration.policy_loss_function(erc.objective("dapo", ratio=erc.PPOClip(0.2, 0.3, dual_clip=10.0)))
+    assert warned_of(mine, clip_ratio_high=0.3, clip_ratio_c=10.0) == []
 
 
 def test_twenty_steps_with_a_verifier_raise_the_reward():
