@@ -87,6 +87,10 @@ class ERCConfig(GRPOConfig):
         objective: a name of `erc.objectives()`; `ERCTrainer(objective=...)` takes any other `erc.Objective`.
         padding_free: pack the rows of a forward pass, prompts and completions without their padding, into one that
             position ids part. TRL pads. The model's attention must take packed rows, as transformers' own does.
+        keep_groups: the share of each generation's groups that is trained on, those with unequal rewards first; what is
+            kept beyond them is masked. Every process filters its own rows, which must be whole groups. DAPO's dynamic
+            sampling in one round: 0.5 makes 128 prompts of 256. TRL trains on all.
+        nll_reward: the NLL term of an objective that has one covers the rollouts whose reward is at least this.
 
     Raises:
         ValueError: for a name that erc does not know, an objective that `ERCTrainer` does not take, or a field whose
@@ -96,6 +100,8 @@ class ERCConfig(GRPOConfig):
 
     objective: str = "erc-dapo"
     padding_free: bool = False
+    keep_groups: float = 1.0
+    nll_reward: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +119,8 @@ class ERCConfig(GRPOConfig):
                     f"{name} belongs to the objective: leave it at {neutral[0]!r} and set it by "
                     f"{_place(named, self.objective, place, value)}, got {value!r}"
                 )
+        if not 0 < self.keep_groups <= 1:
+            raise ValueError(f"keep_groups must be in (0, 1], got {self.keep_groups!r}")
         loss_type = _loss_type(named)
         if self.loss_type not in ("dapo", loss_type):
             raise ValueError(f"loss_type follows the objective: leave it out, got {self.loss_type!r}")
@@ -142,8 +150,10 @@ def _check_objective(objective: Objective) -> None:
     for name in ("kl", "rollout_correction", "entropy_coef"):
         if getattr(objective, name):
             raise ValueError(f"objective must leave {name} to the trainer's config, got {objective}")
-    if objective.ratio.needs_divergence or objective.nll_coef:
-        raise ValueError(f"objective must not need old_divergence or nll_mask, got {objective}")
+    if objective.ratio.needs_divergence:
+        raise ValueError(f"objective must not need old_divergence, got {objective}")
+    if objective.nll_coef and objective.reduction != "token-mean":
+        raise ValueError(f"objective must have the reduction token-mean with an NLL term, got {objective}")
     _loss_type(objective)
 
 
@@ -184,6 +194,7 @@ class ERCTrainer(GRPOTrainer):
             warnings.warn(_GATE_IS_OFF, stacklevel=2)
         self.loss_type = self.args.loss_type = _loss_type(self.objective)
         self._old_entropies: Tensor | None = None
+        self._rewards: Tensor | None = None
         self._records_old = False
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -202,6 +213,53 @@ class ERCTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._old_entropies is not None:
             output["old_entropies"], self._old_entropies = self._old_entropies, None
+        if self.model.training:
+            if self.objective.nll_coef:
+                output["nll_mask"] = self._loss_mask(output) * self._rewarded(len(inputs))[:, None]
+            if getattr(self.args, "keep_groups", 1.0) < 1:
+                output = self._informative(output)
+            if self.objective.nll_coef:
+                output["num_nll_in_batch"] = self.accelerator.gather(output["nll_mask"].sum()).sum()
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's method; the rewards of all ranks are kept for the NLL term."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        return rewards
+
+    def _rewarded(self, count: int) -> Tensor:
+        first = self.accelerator.process_index * count
+        return self._rewards[first : first + count] >= self.args.nll_reward
+
+    @staticmethod
+    def _loss_mask(batch: dict[str, Any]) -> Tensor:
+        mask = batch["completion_mask"]
+        return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+    def _informative(self, output: dict[str, Any]) -> dict[str, Any]:
+        """`keep_groups` of the groups, those first in which an advantage is not 0."""
+        size, rows = self.num_generations, len(output["advantages"])
+        kept = round(self.args.keep_groups * rows / size)
+        if rows % size or kept == 0 or kept * size % self.args.steps_per_generation:
+            raise ValueError(
+                f"keep_groups={self.args.keep_groups} must leave whole groups of {size} in each process, in "
+                f"steps_per_generation={self.args.steps_per_generation} equal parts, got {rows} rows"
+            )
+        informative = (output["advantages"].view(-1, size) != 0).any(-1)
+        groups = (~informative).int().argsort(stable=True)[:kept]
+        index = (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+        output = {
+            name: value[index] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+            for name, value in output.items()
+        }
+        trained = informative[groups].repeat_interleave(size)[:, None]
+        for name in ("completion_mask", "nll_mask"):
+            if name in output:
+                output[name] = output[name] * trained
+        output["num_items_in_batch"] = self.accelerator.gather(self._loss_mask(output).sum()).sum()
+        share = self.accelerator.gather(informative.float().mean()).mean().item()
+        self._metrics["train"]["informative_groups"].append(share)
         return output
 
     def _demonstrated(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -262,9 +320,7 @@ class ERCTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         _refuse_images({name: inputs.get(name) for name in ("pixel_values", "token_type_ids", "mm_token_type_ids")})
-        completion, mask = inputs["completion_ids"], inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        completion, mask = inputs["completion_ids"], self._loss_mask(inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         objective = self._objective_of(inputs, accumulation)
@@ -276,6 +332,7 @@ class ERCTrainer(GRPOTrainer):
             "mask": mask,
             "ref_logprob": inputs.get("ref_per_token_logps"),
             "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
+            "nll_mask": self._nll_mask(inputs),
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
         }
         out = self._call_head(
@@ -290,6 +347,12 @@ class ERCTrainer(GRPOTrainer):
         self._record_bonus(out, mode, accumulation)
         return out.loss
 
+    def _nll_mask(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Weights by which the NLL term becomes a mean over its own tokens, where the loss's is one over all."""
+        if "nll_mask" not in inputs:
+            return None
+        return inputs["nll_mask"] * (inputs["num_items_in_batch"] / inputs["num_nll_in_batch"].clamp(min=1))
+
     def _objective_of(self, inputs: dict[str, Any], accumulation: float) -> Objective:
         """The objective with the terms of TRL's config, as far as this batch has what they need."""
         gated = inputs.get("old_entropies") is not None
@@ -299,6 +362,7 @@ class ERCTrainer(GRPOTrainer):
             self.objective,
             entropy_ratio=self.objective.entropy_ratio if gated else None,
             kl=kl,
+            nll_coef=self.objective.nll_coef if "nll_mask" in inputs else 0.0,
             entropy_coef=self.entropy_coef / accumulation,
             max_length=self.max_completion_length,
             rollout_correction=GIVEN_WEIGHTS if corrected else None,

@@ -99,13 +99,13 @@ def train(
     if options.get("beta"):  # TRL loads the reference from where the model came from
         model.save_pretrained(path / "reference")
         model.config._name_or_path = str(path / "reference")
+    given = {"reward_funcs": verifier} | (trainer or {})
     trainer = trainer_class(
         model,
-        verifier,
         args=config_class(**(settings | options)),
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(),
-        **(trainer or {}),
+        **given,
     )
     if prepare is not None:
         prepare(trainer)
@@ -482,6 +482,102 @@ def test_in_context_updates_equal_those_of_the_reference_under_the_same_prompts(
     assert len(prompts) > 2, "the rollouts of a group see different prompts"
 
 
+def recorded_batch(path, **options) -> tuple[dict[str, torch.Tensor], list, dict]:
+    """What a training was given for its first generation, its log, and its parameters at the end."""
+    seen: list[dict] = []
+
+    def noting(trainer) -> None:
+        score = trainer._generate_and_score_completions
+
+        def scoring(inputs):
+            seen.append(score(inputs))
+            return dict(seen[-1])
+
+        trainer._generate_and_score_completions = scoring
+
+    logs, parameters, _ = train(path, ERCTrainer, ERCConfig, prepare=noting, optim="sgd", **options)
+    return seen[0], logs, parameters
+
+
+def reference_logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    kept = batch["completion_ids"].shape[1]
+    return model(tokens, attention_mask=attention).logits[:, -kept - 1 : -1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_nll_term_is_a_mean_over_its_own_tokens(tmp_path, accumulation):
+    """Against its formula on the logits: 0.5 times the mean negative log-prob of the rollouts with a reward."""
+    objective = erc.objective("dapo", nll_coef=0.5)
+    options = {"steps": 1, "num_iterations": 1, "nll_reward": 0.25, "per_device_train_batch_size": 8}
+    options |= {"gradient_accumulation_steps": accumulation, "steps_per_generation": 2 * accumulation}
+    options |= {"per_device_train_batch_size": 8 // accumulation, "max_grad_norm": 1e9}
+    given = {"trainer": {"objective": objective}} | options
+    batch, _, parameters = recorded_batch(tmp_path, **given)
+    rows = batch["nll_mask"].any(1)
+    assert 0 < rows.sum() < len(rows)
+    first = slice(0, 8)  # the first of the generation's two updates
+    seen = trained_rows(batch, tmp_path, given, first)
+    model = make_model()
+    logits = reference_logits(model, seen)
+    arguments = {"old_logprob": seen["old_per_token_logps"], "advantages": seen["advantages"]}
+    normalizer = batch["num_items_in_batch"] / 2
+    out = erc.policy_loss(
+        logits,
+        seen["completion_ids"],
+        mask=seen["completion_mask"],
+        objective="dapo",
+        normalizer=normalizer,
+        backend="torch",
+        **arguments,
+    )
+    logprob = erc.token_stats(logits, seen["completion_ids"], backend="torch").logprob
+    nll = -(logprob * seen["nll_mask"]).sum() / (batch["nll_mask"].sum() / 2)
+    (out.loss + 0.5 * nll).backward()
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() - 3e-2 * parameter.grad
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(batch["num_nll_in_batch"], batch["nll_mask"].sum())
+    with pytest.raises(AssertionError):  # a term over all tokens would be seen
+        torch.testing.assert_close(nll, -(logprob * seen["nll_mask"]).sum() / normalizer, rtol=1e-2, atol=1e-2)
+
+
+def trained_rows(batch, path, given, first: slice) -> dict[str, torch.Tensor]:
+    """The rows of the first update: TRL shuffles those of a generation."""
+    seen: list[dict] = []
+
+    def noting(trainer) -> None:
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: (seen.append(inputs), compute(model, inputs))[1]
+
+    train(path / "again", ERCTrainer, ERCConfig, prepare=noting, optim="sgd", **given)
+    names = [name for name, value in seen[0].items() if isinstance(value, torch.Tensor) and value.dim()]
+    return {name: torch.cat([part[name] for part in seen])[first] for name in names}
+
+
+def test_half_of_the_groups_are_trained_on_the_informative_ones_first(tmp_path):
+    """Rewards of the first and the third group are all equal: the second and the fourth are kept."""
+    options = {"per_device_train_batch_size": 16, "num_iterations": 2, "keep_groups": 0.5, "steps": 2}
+
+    def verifier_of_groups(completions, **_):
+        return [float(i % 4) if (i // 4) % 2 else 1.0 for i in range(len(completions))]
+
+    batch, logs, _ = recorded_batch(tmp_path / "a", **options, trainer={"reward_funcs": verifier_of_groups})
+    assert batch["completion_ids"].shape[0] == 8
+    assert (batch["advantages"] != 0).sum() == 8 and batch["completion_mask"].any()
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+    assert logs[0]["informative_groups"] == 0.5 and logs[0]["grad_norm"] > 0
+
+    def equal_rewards(completions, **_):
+        return [1.0 if i // 4 else float(i % 4) for i in range(len(completions))]
+
+    batch, _, _ = recorded_batch(tmp_path / "b", **options, trainer={"reward_funcs": equal_rewards})
+    assert batch["completion_mask"][:4].any() and not batch["completion_mask"][4:].any(), "what fills up is masked"
+    with pytest.raises(ValueError, match=r"keep_groups=0\.5 must leave whole groups of 4"):
+        train(tmp_path / "c", ERCTrainer, ERCConfig, steps=1, keep_groups=0.5)
+
+
 def test_in_context_needs_messages(tmp_path):
     with pytest.raises(ValueError, match="prompts that are messages"):
         train(tmp_path, ERCTrainer, ERCConfig, steps=1, trainer={"in_context": ROLLOUTS})
@@ -502,6 +598,8 @@ def test_what_the_objective_has_taken_over_is_refused(tmp_path):
     for name in ("dppo-full-tv", "erc-dppo-full-kl"):
         with pytest.raises(ValueError, match="must not need old_divergence"):
             ERCConfig(**given, objective=name)
+    with pytest.raises(ValueError, match=r"keep_groups must be in \(0, 1\]"):
+        ERCConfig(**given, keep_groups=0.0)
     with pytest.raises(TypeError, match=r"pass an Objective to ERCTrainer\(objective=\.\.\.\)"):
         ERCConfig(**given, objective=erc.objective("erc-dapo"))
     with pytest.raises(ValueError, match="loss_type follows the objective"):

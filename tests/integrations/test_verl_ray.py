@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
-NEEDED = "verl ray transfer_queue torchdata cachetools uvicorn fastapi orjson hydra datasets transformers"
-if missing := [package for package in NEEDED.split() if find_spec(package) is None]:
-    pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
-import tensordict  # noqa: E402
+from tests.integrations.verl_environment import lacks
 
-if tensordict.__version__ != "0.10.0":
-    pytest.skip(
-        f"needs tensordict 0.10.0, as verl and TransferQueue do, not {tensordict.__version__}", allow_module_level=True
-    )
+if reason := lacks():
+    pytest.skip(reason, allow_module_level=True)
 
-from tests.integrations.verl_ray import GROUP, PROMPTS, REPORTED, Run, Twin, make_data, run_under_ray, twin  # noqa: E402
+from tests.integrations.verl_ray import GROUP, PROMPTS, REPORTED, Run, Twin, make_data, run_under_ray, twin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PADDED = ["actor_rollout_ref.model.use_remove_padding=False"]
