@@ -6,17 +6,15 @@ which every process of verl's trainers reads. A loop of one's own calls `erc.int
 process that trains. Then `actor.policy_loss.loss_mode=erc_dapo actor.calculate_entropy=True` trains with the
 entropy-ratio gate.
 
-verl hands a registered loss neither entropies nor old ones, so `install` also puts a loss function around verl's
-`ppo_loss` that takes both from the batch. Supported: verl 0.9.
+verl hands a registered loss neither entropies nor old ones, nor scores, so `install` also puts a loss function around
+verl's `ppo_loss` that takes them from the batch (`erc.integrations.verl_batch`). Supported: verl 0.9.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache, wraps
 from typing import Any
@@ -24,6 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erc.integrations.verl_batch import (
+    NOT_INSTALLED,
+    OLD_ENTROPIES,
+    carried_entropies,
+    carried_nll,
+    counting_nll,
+    entropies,
+    nll_rows,
+    with_batch,
+)
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
 from erc.linear.stats import linear_token_stats
@@ -39,20 +47,7 @@ import verl.utils.torch_functional as verl_functional  # noqa: E402
 from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402
 from verl.workers.config import ActorConfig  # noqa: E402
 
-OLD_ENTROPIES = "old_entropys"
-"""The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
-
-_KEYS = (OLD_ENTROPIES, "entropy")
-"""Where they are found: verl's trainer of today keeps what its old-log-prob pass found under the second name."""
-
-_entropies: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("erc_entropies", default=None)
-
-_missing: ContextVar[str] = ContextVar(
-    "erc_missing",
-    default="nobody handed them over. Set actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin; a loop of "
-    "your own sets erc.integrations.verl.entropies",
-)
-"""Why there are none."""
+__all__ = ["entropies", "install", "nll_rows", "policy_loss_function", "register", "use_fused_statistics"]
 
 _CLIPS = {
     "clip_ratio": "eps_low",
@@ -61,24 +56,6 @@ _CLIPS = {
     "clip_ratio_c": "dual_clip",
 }
 """verl's settings that an objective takes over, with their names there."""
-
-
-_NO_ENTROPY = "the actor computes none. Set actor_rollout_ref.actor.calculate_entropy=True"
-_NO_OLD_ENTROPY = (
-    "the batch has no old ones, which verl's pass for old log-probs records. In bypass mode there is no such pass: set "
-    "algorithm.rollout_correction.bypass_mode=False. A trainer of your own puts them into "
-    f"data[{OLD_ENTROPIES!r}]"
-)
-
-
-@contextmanager
-def entropies(entropy: Tensor, old_entropy: Tensor) -> Iterator[None]:
-    """Inside, a registered loss compares these, `[B, T]` each, in nats."""
-    token = _entropies.set((entropy, old_entropy))
-    try:
-        yield
-    finally:
-        _entropies.reset(token)
 
 
 def register() -> list[str]:
@@ -111,16 +88,17 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        carried = _entropies.get()
-        if carried is None and objective.entropy_ratio is not None:
-            raise RuntimeError(f"the entropy-ratio gate needs entropies and old entropies: {_missing.get()}")
+        carried = carried_entropies()
+        if isinstance(carried, str) and objective.entropy_ratio is not None:
+            raise RuntimeError(f"the entropy-ratio gate needs entropies and old entropies: {carried}")
         ignored = _ignored_clips(config, objective)
         if ignored and ignored not in warned:
             warned.add(ignored)
             warnings.warn(ignored, stacklevel=2)
-        entropy, old_entropy = carried or (torch.zeros_like(log_prob), None)
+        entropy, old_entropy = (torch.zeros_like(log_prob), None) if isinstance(carried, str) else carried
         weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
+        normalizer = _normalizer(loss_agg_mode, **batch_info)
         out = objective_loss(
             log_prob,
             entropy.detach(),
@@ -137,7 +115,8 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
             rollout_logprob=None
             if rollout_is_weights is None
             else rollout_logprob(old_log_prob.detach(), rollout_is_weights),
-            normalizer=_normalizer(loss_agg_mode, **batch_info),
+            normalizer=normalizer,
+            nll_mask=_nll_mask(objective, response_mask, loss_agg_mode, normalizer, **batch_info),
         )
         metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
         metrics |= {"actor/ppo_kl": "approx_kl", "actor/erc_fraction": "erc_fraction"}
@@ -145,6 +124,23 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         return out.loss, {name: out.metrics[ours].item() for name, ours in metrics.items()}
 
     return policy_loss
+
+
+def _nll_mask(
+    objective: Objective, response_mask: Tensor, loss_agg_mode: str, normalizer: Any, dp_size: int = 1, **_: Any
+) -> Tensor | None:
+    """Weights by which the NLL term becomes a mean over its own tokens, where the loss's is one over all."""
+    if not objective.nll_coef:
+        return None
+    if loss_agg_mode != "token-mean":
+        raise ValueError(f"loss_agg_mode must be token-mean for an objective with an NLL term, got {loss_agg_mode!r}")
+    carried = carried_nll()
+    if carried is None:
+        raise RuntimeError("the NLL term needs the rows with reward 1, which the batch's scores tell: " + NOT_INSTALLED)
+    rows, tokens = carried
+    total = response_mask.sum() if normalizer is None else normalizer
+    share = total * dp_size / torch.as_tensor(tokens, device=rows.device).clamp(min=1)
+    return (rows * share)[:, None].expand(response_mask.shape)
 
 
 def _ignored_clips(config: Any, objective: Objective) -> str:
@@ -181,31 +177,6 @@ def _normalizer(
     return None if count is None else count / dp_size
 
 
-def with_old_entropies(ppo_loss: Callable[..., tuple[Tensor, dict]]) -> Callable[..., tuple[Tensor, dict]]:
-    """verl's `ppo_loss`, or one of its signature, for batches that carry old entropies under `OLD_ENTROPIES` or, as
-    verl's trainer of today does, under `entropy`. Others pass through: a gated loss raises there."""
-
-    @wraps(ppo_loss)
-    def loss(config: Any, model_output: dict, data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
-        from verl.workers.utils.padding import no_padding_2_padding
-
-        entropy = model_output.get("entropy")
-        key = next((key for key in _KEYS if key in data.keys()), None)  # noqa: SIM118
-        if entropy is None or key is None:
-            token = _missing.set(_NO_ENTROPY if entropy is None else _NO_OLD_ENTROPY)
-            try:
-                return ppo_loss(config, model_output, data, dp_group)
-            finally:
-                _missing.reset(token)
-        if not config.entropy_coeff:  # else a zero gradient would go through the vocabulary once more
-            model_output = {**model_output, "entropy": entropy.detach()}
-        old_entropy = data.select(key).to_padded_tensor()[key]
-        with entropies(no_padding_2_padding(entropy, data), old_entropy):
-            return ppo_loss(config, model_output, data, dp_group)
-
-    return loss
-
-
 def _keeping_entropies(compute_old_log_prob: Callable[..., tuple]) -> Callable[..., tuple]:
     """`RayPPOTrainer._compute_old_log_prob`, which the trainer rids of its entropies once they are logged."""
 
@@ -229,10 +200,12 @@ def install() -> None:
     """
     import verl.workers.utils.losses as losses
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.workers.engine.base import BaseEngine
 
     register()
     use_fused_statistics()
-    _replace(losses.ppo_loss, with_old_entropies(losses.ppo_loss))
+    _replace(losses.ppo_loss, with_batch(losses.ppo_loss))
+    BaseEngine.train_batch = counting_nll(BaseEngine.train_batch)
     RayPPOTrainer._compute_old_log_prob = _keeping_entropies(RayPPOTrainer._compute_old_log_prob)
 
 

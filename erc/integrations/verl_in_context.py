@@ -67,8 +67,7 @@ class InContextAgentLoop(SingleTurnAgentLoop):
         """One rollout."""
         if "session_id" not in kwargs:
             raise ValueError("erc_in_context needs trainer.use_v1=True: the older trainer does not number rollouts")
-        group = kwargs.get("__rollout_n__", self.rollout_config.n)
         kwargs["raw_prompt"] = self.in_context.prompt(
-            list(kwargs["raw_prompt"]), int(kwargs["session_id"]), int(group), int(kwargs["global_steps"])
+            list(kwargs["raw_prompt"]), kwargs["session_id"], self.rollout_config.n, int(kwargs["global_steps"])
         )
         return await super().run(sampling_params, **kwargs)

@@ -18,6 +18,7 @@ except ImportError as error:
     pytest.skip(f"needs verl: {error}", allow_module_level=True)
 
 from erc.integrations import verl as integration
+from erc.integrations.verl_batch import with_batch
 
 SHAPE = (3, 6)
 
@@ -150,7 +151,7 @@ def test_chunked_compiled_and_linear_statistics_are_the_same():
 def test_a_batch_without_old_entropies_is_left_to_verls_own_loss():
     """A gated loss then raises; the loss around it must not."""
     calls = []
-    loss = integration.with_old_entropies(lambda *given: calls.append(given) or "loss")
+    loss = with_batch(lambda *given: calls.append(given) or "loss")
     data = {"old_log_probs": torch.zeros(SHAPE)}
     assert loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, data) == "loss"
     assert loss(config(), {"log_probs": torch.zeros(SHAPE)}, data | {"old_entropys": torch.zeros(SHAPE)}) == "loss"
@@ -160,11 +161,32 @@ def test_a_batch_without_old_entropies_is_left_to_verls_own_loss():
 def test_a_gate_without_entropies_says_what_to_set():
     integration.register()
     function, batch = core_algos.get_policy_loss_fn("erc_dapo"), make_batch()
-    loss = integration.with_old_entropies(lambda *_: function(**batch, config=config()))
+    loss = with_batch(lambda *_: function(**batch, config=config()))
     with pytest.raises(RuntimeError, match=r"actor_rollout_ref\.actor\.calculate_entropy=True"):
         loss(config(), {"log_probs": torch.zeros(SHAPE)}, {"old_entropys": torch.zeros(SHAPE)})
     with pytest.raises(RuntimeError, match=r"algorithm\.rollout_correction\.bypass_mode=False"):
         loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, {})
+
+
+@pytest.mark.parametrize("info", INFOS)
+def test_the_nll_term_is_a_mean_over_its_own_tokens(info):
+    """The loss without the term, and 0.1 times the mean negative log-prob of the rows with reward 1."""
+    batch, rows = make_batch(), torch.tensor([True, False, True])
+    function = integration.policy_loss_function(erc.objective("dapo", nll_coef=0.1))
+    with pytest.raises(RuntimeError, match="rows with reward 1"):
+        function(**batch, config=config(**INFOS[info]))
+    mask = batch["response_mask"] & rows[:, None]
+    dp_size = INFOS[info].get("dp_size", 1)
+    tokens = 20.0 if dp_size == 2 else mask.sum()
+    with integration.nll_rows(rows, tokens):
+        loss, gradient = run(function, batch, config=config(**INFOS[info]))
+        with pytest.raises(ValueError, match="token-mean"):
+            function(**batch, config=config(), loss_agg_mode="seq-mean-token-mean")
+    plain, plain_gradient = run(core_algos.get_policy_loss_fn("vanilla"), batch, config=config(**INFOS[info]))
+    term = -(batch["log_prob"] * mask).sum() * dp_size / tokens
+    torch.testing.assert_close(loss, plain + 0.1 * term, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, plain_gradient - 0.1 * mask * dp_size / tokens, rtol=1e-5, atol=1e-7)
+    assert term.abs() > 0.1
 
 
 def test_clip_widths_that_are_not_read_are_warned_of_once():

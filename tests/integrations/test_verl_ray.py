@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import erc
 from tests.integrations.verl_environment import lacks
 
 if reason := lacks():
     pytest.skip(reason, allow_module_level=True)
 
+from examples.recipes.paper import objective
 from tests.integrations.verl_ray import GROUP, PROMPTS, REPORTED, Run, Twin, make_data, run_under_ray, twin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,17 +28,23 @@ def largest_difference(run: Run, other: Twin) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for ours, theirs in pairs for name in ours)
 
 
-def assert_equals_its_twin(folder, run: Run, names=ALL) -> Twin:
-    same = twin(folder, run.rollouts)
+def assert_equals_its_twin(folder, run: Run, names=ALL, objective="erc-dapo", nll_coef=0.0) -> None:
+    same = twin(folder, run.rollouts, objective, nll_coef)
     assert [len(batch) for batch in run.rollouts] == [PROMPTS * GROUP] * len(run.logged)
     for logged, report in zip(run.logged, same.reports, strict=True):
         for name in names:
             assert logged[name] == pytest.approx(report[REPORTED[name]], rel=1e-3, abs=1e-4), name
     assert largest_difference(run, same) < 1e-4
     assert max(report["erc_fraction"] for report in same.reports) > 0.05, "a gate that never closes compares nothing"
-    ungated = twin(folder, run.rollouts, "dapo")
+    ungated = twin(folder, run.rollouts, replace(erc.objective("dapo"), ratio=_named(objective).ratio), nll_coef)
     assert largest_difference(run, ungated) > 1e-3, "a training without the gate would pass too"
-    return same
+    if nll_coef:
+        without = twin(folder, run.rollouts, objective)
+        assert largest_difference(run, without) > 1e-3, "a training without the NLL term would pass too"
+
+
+def _named(objective: str | erc.Objective) -> erc.Objective:
+    return erc.objective(objective) if isinstance(objective, str) else objective
 
 
 def test_two_workers_padded(tmp_path):
@@ -47,8 +57,9 @@ def test_two_workers_padded(tmp_path):
     assert run.logged[0]["actor/erc_fraction"] < 1
 
 
-def test_one_worker_packed_fused_with_demonstrations(tmp_path):
-    """Log-probs and entropies from hidden states, sequences of many lengths, and a prompt for every rollout."""
+def test_a_recipe_with_one_worker_packed_fused_and_demonstrated(tmp_path):
+    """The paper's loss with its NLL term, log-probs and entropies from hidden states, sequences of many lengths, and a
+    prompt for every rollout."""
     make_data(tmp_path, agent="erc_in_context")
     loops = tmp_path / "agent_loops.yaml"
     loops.write_text(
@@ -60,8 +71,14 @@ def test_one_worker_packed_fused_with_demonstrations(tmp_path):
         "actor_rollout_ref.model.fused_kernel_options.impl_backend=torch",
     ]
     agent = [f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}"]
-    run = run_under_ray(tmp_path, 1, [*PACKED, *fused, *agent])
-    assert_equals_its_twin(tmp_path, run)
+    losses = "[examples.verl_cpu.process_group,examples.recipes.verl_losses]"
+    recipe = [
+        f"actor_rollout_ref.model.external_lib={losses}",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=erc_dapo_paper",
+    ]
+    run = run_under_ray(tmp_path, 1, [*PACKED, *fused, *agent, *recipe])
+    paper = objective("erc-dapo-paper")
+    assert_equals_its_twin(tmp_path, run, objective=replace(paper, nll_coef=0.0), nll_coef=paper.nll_coef)
     assert len({len(told) for batch in run.rollouts for _, told in batch}) > 1
     for step, batch in enumerate(run.rollouts):
         assert_demonstrated(tmp_path, step + 1, [prompt for prompt, _ in batch])

@@ -167,8 +167,14 @@ class Twin(NamedTuple):
     weights: list[dict[str, torch.Tensor]]
 
 
-def twin(folder: Path, rollouts: list[list[tuple[list[int], list[int]]]], objective: str = "erc-dapo") -> Twin:
-    """Repeat a recorded training from its rollouts, which are scored, grouped and learned from anew."""
+def twin(
+    folder: Path,
+    rollouts: list[list[tuple[list[int], list[int]]]],
+    objective: str | erc.Objective = "erc-dapo",
+    nll_coef: float = 0.0,
+) -> Twin:
+    """Repeat a recorded training from its rollouts, which are scored, grouped and learned from anew. `nll_coef` weighs
+    the mean negative log-prob of the rollouts whose score is 1 or more."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
@@ -190,10 +196,13 @@ def twin(folder: Path, rollouts: list[list[tuple[list[int], list[int]]]], object
 
         with torch.no_grad():
             old = erc.token_stats(logits(), labels, temperature=TEMPERATURE, backend="torch")
+        rewarded = (labels != -100) & (scores >= 1)[:, None]
         updates = []
         for _ in range(EPOCHS):
+            found = logits()
+            nll = -erc.token_stats(found, labels, temperature=TEMPERATURE, backend="torch").logprob[rewarded].mean()
             out = erc.policy_loss(
-                logits(),
+                found,
                 labels,
                 old_logprob=old.logprob,
                 old_entropy=old.entropy,
@@ -203,13 +212,14 @@ def twin(folder: Path, rollouts: list[list[tuple[list[int], list[int]]]], object
                 temperature=TEMPERATURE,
                 backend="torch",
             )
-            out.loss.backward()
+            loss = out.loss + nll_coef * nll if nll_coef else out.loss
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            found = {"loss": out.loss.item(), "grad_norm": norm.item()}
-            found |= {name: out.metrics[name].item() for name in ("erc_fraction", "entropy_ratio", "approx_kl")}
-            updates.append(found)
+            names = ("erc_fraction", "entropy_ratio", "approx_kl")
+            metrics = {name: out.metrics[name].item() for name in names}
+            updates.append({"loss": loss.item(), "grad_norm": norm.item(), **metrics})
         report = {name: sum(update[name] for update in updates) / EPOCHS for name in updates[0]}
         result.reports.append(report | {"score": scores.mean().item()})
         result.weights.append(_copy(model))
