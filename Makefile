@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-EXTRAS := triton,test,demo,bench,lint,trl
+EXTRAS := triton,test,demo,bench,lint,trl,recipes
 VERL_VENV := .venv-verl
 VERL_PY := $(VERL_VENV)/bin/python
 VERL_TESTS := $(wildcard tests/integrations/test_verl*.py tests/examples/test_recipes.py)
@@ -108,5 +108,5 @@ $(VERL_PY):
 $(VERL_VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch | build $(VERL_PY)
 	$(VERL_PY) -m pip install -q "setuptools>=77" numpy
 	$(VERL_PY) -c "import torch" 2>/dev/null || { $(call install_torch,$(VERL_PY)); }
-	$(VERL_PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl,test,demo]"
+	$(VERL_PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl,recipes,test,demo]"
 	touch $@

@@ -44,11 +44,11 @@ SMOKE = Scale(
     generated=16,
     trained=8,
     per_update=4,
-    prompt_tokens=64,
+    prompt_tokens=1024,  # of characters
     response_tokens=4,
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     warmup_steps=2,
-    batches=4,
+    batches=8,
 )
 
 DEMONSTRATED, DEMONSTRATIONS_EACH, TEMPLATE = 6, 1, "in-context"

@@ -114,7 +114,7 @@ def main(
             paper.DEMONSTRATIONS_EACH,
             paper.TEMPLATE,
             tokenizer=tokenizer,
-            max_tokens=scale.prompt_tokens if not smoke_form else 1024,
+            max_tokens=scale.prompt_tokens,
         )
         if in_context
         else None
@@ -123,7 +123,7 @@ def main(
         AutoModelForCausalLM.from_pretrained(model) if smoke_form else model,
         reward,
         args=config,
-        train_dataset=read_problems(data, tokenizer, scale.prompt_tokens if not smoke_form else 1024),
+        train_dataset=read_problems(data, tokenizer, scale.prompt_tokens),
         processing_class=tokenizer,
         objective=paper.objective(recipe),
         in_context=rollouts,

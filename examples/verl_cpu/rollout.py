@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
-import erc
+from erc.integrations.sampler import sampled_logprobs
 
 RECORD = "ERC_VERL_RECORD"
 
@@ -81,8 +81,8 @@ class GenerateServer:
         )
         tokens = out.sequences[0, len(prompt_ids) :]
         logprobs = None
-        if sampling_params.get("logprobs"):  # by the kernels that the trainer uses
-            logprobs = erc.token_stats(torch.cat(out.logits), tokens, temperature=temperature or 1.0).logprob.tolist()
+        if sampling_params.get("logprobs"):
+            logprobs = sampled_logprobs(torch.cat(out.logits), tokens, temperature=temperature or 1.0).tolist()
         if self.record:
             with open(f"{self.record}/rollouts-{self.replica}.jsonl", "a") as file:
                 file.write(json.dumps([self.step, prompt_ids, tokens.tolist(), logprobs]) + "\n")

@@ -9,7 +9,7 @@ import pytest
 
 import erc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", [name for name in erc.objectives() if not name.startswith("erc-")])
@@ -42,7 +42,7 @@ def test_the_curves_of_ppo():
 
 
 @pytest.mark.parametrize(
-    "document", sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    "document", sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 )
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()

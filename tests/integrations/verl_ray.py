@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erc
 from examples.model import character_tokenizer, small_decoder
+from examples.verl_cpu import settings as cpu
 
-ROOT = Path(__file__).parents[2]
 TEMPERATURE, LEARNING_RATE, EPOCHS, PROMPTS, GROUP, NEW_TOKENS, STEPS = 0.8, 2e-2, 3, 4, 4, 8, 2
 REPORTED = {
     "actor/loss": "loss",
@@ -75,60 +75,34 @@ def run_under_ray(folder: Path, workers: int, overrides: list[str], timeout: int
     """Train for `STEPS` steps of one batch, `EPOCHS` updates each; `overrides` of verl's settings come last."""
     record = folder / "record"
     record.mkdir()
-    short = tempfile.mkdtemp(prefix="ray")  # names of sockets have at most 107 characters
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "VERL_USE_EXTERNAL_MODULES": "examples.verl_cpu.plugin",
+    short = tempfile.mkdtemp(prefix="ray")
+    environment = cpu.environment(short) | {
         "ERC_VERL_RECORD": str(record),
         "VERL_FILE_LOGGER_PATH": str(record / "log.jsonl"),
-        "RAY_TMPDIR": short,
-        "RAY_prestart_worker_first_driver": "0",
-        "RAY_enable_worker_prestart": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    sequences = PROMPTS * GROUP // workers
     settings = [
-        "ray_kwargs.ray_init.num_cpus=16",
-        f"+ray_kwargs.ray_init.num_gpus={workers}",
-        "+ray_kwargs.ray_init.object_store_memory=200000000",
-        "+ray_kwargs.ray_init.include_dashboard=False",
+        *cpu.overrides(workers, "erc.integrations.verl_plugin"),
         "algorithm.adv_estimator=grpo",
         f"data.train_files={folder}/train.parquet",
         f"data.val_files={folder}/train.parquet",
         f"data.train_batch_size={PROMPTS}",
         "data.max_prompt_length=32",
         f"data.max_response_length={NEW_TOKENS}",
-        "data.dataloader_num_workers=0",
         "data.seed=0",
         f"actor_rollout_ref.model.path={folder}/model",
-        "actor_rollout_ref.model.external_lib=[examples.verl_cpu.process_group,erc.integrations.verl_plugin]",
-        "+actor_rollout_ref.model.override_config.attn_implementation=eager",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-        "actor_rollout_ref.actor.strategy=fsdp2",
-        "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
-        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
-        f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={PROMPTS * GROUP // workers}",
-        f"actor_rollout_ref.actor.ppo_epochs={EPOCHS}",
-        f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
-        "actor_rollout_ref.actor.policy_loss.loss_mode=erc_dapo",
-        "actor_rollout_ref.actor.calculate_entropy=True",
-        "actor_rollout_ref.rollout.name=generate",
-        f"actor_rollout_ref.rollout.n={GROUP}",
-        f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
-        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
-        f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * GROUP // workers}",
-        "actor_rollout_ref.rollout.agent.num_workers=1",
-        "reward.num_workers=1",
+        f"{actor}.ppo_mini_batch_size={PROMPTS}",
+        f"{actor}.ppo_micro_batch_size_per_gpu={sequences}",
+        f"{actor}.ppo_epochs={EPOCHS}",
+        f"{actor}.optim.lr={LEARNING_RATE}",
+        f"{actor}.policy_loss.loss_mode=erc_dapo",
+        f"{actor}.calculate_entropy=True",
+        f"{rollout}.n={GROUP}",
+        f"{rollout}.temperature={TEMPERATURE}",
+        f"{rollout}.log_prob_micro_batch_size_per_gpu={sequences}",
         f"reward.custom_reward_function.path={Path(__file__)}",
-        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-        f"trainer.n_gpus_per_node={workers}",
-        "trainer.nnodes=1",
-        "trainer.device=cpu",
         "trainer.logger=[console,file]",
         "trainer.val_before_train=False",
         "trainer.save_freq=-1",
