@@ -194,7 +194,7 @@ def test_two_processes_under_torchrun_make_the_updates_and_the_log_of_trls_two(t
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for case in ("plain", "accumulation", "lora", "padding-free", "evaluation", "resumed"):
+    for case in ("plain", "accumulation", "lora", "padding-free", "evaluation", "resumed", "nll"):
         assert result.stdout.count(f"{case}: same") == 2, case
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
+import erc
 from tests.integrations.test_trl import (
     DAPO,
     ERCConfig,
@@ -20,6 +21,8 @@ from tests.integrations.test_trl import (
     GRPOConfig,
     GRPOTrainer,
     assert_same_training,
+    make_model,
+    reference_logits,
     train,
 )
 
@@ -75,6 +78,43 @@ def compare_resumed(path: Path) -> None:
         assert torch.equal(resumed[name], value), name
 
 
+def compare_nll(path: Path) -> None:
+    """An update of two ranks with the NLL term and half of the groups, against its formula on the rows of both."""
+    rank, seen = dist.get_rank(), []
+
+    def noting(trainer) -> None:
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: (seen.append(inputs), compute(model, inputs))[1]
+
+    options = SHARED | {"steps": 1, "num_iterations": 1, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
+    options |= {"per_device_train_batch_size": 8, "keep_groups": 0.5, "nll_reward": 0.125, "max_grad_norm": 1e9}
+    trainer = {"objective": erc.objective("dapo", nll_coef=0.5)}
+    _, parameters, moved = train(path, ERCTrainer, ERCConfig, trainer=trainer, prepare=noting, **options)
+    parts: list = [None, None]
+    dist.all_gather_object(parts, seen[0])
+    model = make_model()
+    loss = torch.zeros(())
+    for part in parts:  # of 2 groups each rank generated in each half, 1 is left
+        logits = reference_logits(model, part)
+        stats = erc.token_stats(logits, part["completion_ids"], backend="torch")
+        out = erc.policy_loss(
+            logits,
+            part["completion_ids"],
+            old_logprob=part["old_per_token_logps"],
+            advantages=part["advantages"],
+            mask=part["completion_mask"],
+            objective="dapo",
+            normalizer=part["num_items_in_batch"] / 2,
+            backend="torch",
+        )
+        loss = loss + out.loss - 0.5 * (stats.logprob * part["nll_mask"]).sum() / (part["num_nll_in_batch"] / 2)
+    loss.backward()
+    assert moved > 1e-3 and parts[0]["nll_mask"].sum() != parts[1]["nll_mask"].sum()
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() - 3e-2 * parameter.grad
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=1e-5, msg=f"{name} of rank {rank}")
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
@@ -86,6 +126,8 @@ def main(folder: Path) -> None:
     print("evaluation: same", flush=True)
     compare_resumed(folder / "resumed")
     print("resumed: same", flush=True)
+    compare_nll(own / "nll")
+    print("nll: same", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
