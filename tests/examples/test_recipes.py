@@ -26,7 +26,9 @@ def run(module: str, recipe: str, output: Path, timeout: int = 590) -> list[dict
     command = [sys.executable, "-m", f"examples.recipes.{module}", recipe, "--smoke", "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with open(output.parent / "out.log", "w") as out:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, timeout=timeout).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=timeout
+        ).returncode
     assert code == 0, (output.parent / "out.log").read_text()[-6000:]
     log = next(output.glob("log.json*"))
     if log.suffix == ".json":

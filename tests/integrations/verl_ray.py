@@ -113,7 +113,13 @@ def run_under_ray(folder: Path, workers: int, overrides: list[str], timeout: int
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings, *overrides]
     with open(folder / "out.log", "w") as out:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = process.wait(timeout)
