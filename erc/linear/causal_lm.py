@@ -86,7 +86,8 @@ def head_inputs(
             applies.
         ValueError: if the model's logits are another function of its head, as a hook or a mask of some tokens makes
             them; or for `position_ids` that the model's forward does not take.
-        RuntimeError: for a model that FSDP2 shards, outside a forward whose hooks gather its parameters.
+        RuntimeError: for a model that FSDP2 shards, outside a forward whose hooks gather its parameters, or whose head
+            holds no weight because another library parted it.
     """
     head = _linear_head(model)
     _check_fsdp(model, head)
@@ -119,14 +120,15 @@ _readings: WeakKeyDictionary[Any, tuple[tuple, LogitReading]] = WeakKeyDictionar
 
 
 def logit_reading(model: Any) -> LogitReading:
-    """What `model` does to the logits of its head: measured at the first call, and again when its head or a hook on
-    either has changed.
+    """What `model` does to the logits of its head: measured at the first call, and again when its head, or a forward or
+    hook of either, is another one.
 
     Raises:
         TypeError, ValueError: as `head_inputs`.
     """
     head = _linear_head(model)
-    state = (id(head), tuple(head._forward_hooks), tuple(model._forward_hooks))
+    forwards = (getattr(module.forward, "__func__", module.forward) for module in (model, head))
+    state = (id(head), tuple(head._forward_hooks), tuple(model._forward_hooks), *map(id, forwards))
     known = _readings.get(model)
     if known is None or known[0] != state:
         known = (state, _measure(model, head))
@@ -210,6 +212,11 @@ def _linear_head(model: Any) -> torch.nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise TypeError(f"model must have an nn.Linear as its lm_head, got {type(head).__name__}")
+    if head.weight.dim() != 2 or not head.weight.numel():
+        raise RuntimeError(
+            f"model must hold the weight of its lm_head, got shape {tuple(head.weight.shape)}: gather parameters that "
+            f"DeepSpeed or FSDP1 parted around the call"
+        )
     return head
 
 

@@ -282,6 +282,13 @@ def test_a_head_that_is_not_linear_is_refused():
         head_inputs(model, torch.ones(1, 2, dtype=torch.long))
 
 
+def test_a_head_without_its_weight_is_refused():
+    model = make_model("qwen3")
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match=r"must hold the weight of its lm_head, got shape \(0,\)"):
+        head_inputs(model, torch.ones(1, 2, dtype=torch.long))
+
+
 def test_versions_are_checked_with_a_clear_error():
     with pytest.raises(ImportError, match=r"torch>=99\.0,<100\.0, but torch .* is installed"):
         require("torch", (99, 0), (100, 0))
