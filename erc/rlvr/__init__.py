@@ -10,11 +10,13 @@ from erc.rlvr.demonstrations import (
     with_demonstrations,
 )
 from erc.rlvr.evidence import answer_logprobs, evidence_gain
+from erc.rlvr.in_context import InContextRollouts
 
 __all__ = [
     "Demonstration",
     "DemonstrationPool",
     "GroupPrompts",
+    "InContextRollouts",
     "InContextWording",
     "answer_logprobs",
     "evidence_gain",

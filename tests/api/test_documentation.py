@@ -44,7 +44,7 @@ def test_the_curves_of_ppo():
 
 
 @pytest.mark.parametrize(
-    "document", sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    "document", sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 )
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()
