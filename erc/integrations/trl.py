@@ -332,8 +332,10 @@ class ERCTrainer(GRPOTrainer):
             "mask": mask,
             "ref_logprob": inputs.get("ref_per_token_logps"),
             "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
-            "nll_mask": self._nll_mask(inputs),
+            "nll_mask": inputs.get("nll_mask"),
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
+            "entropy_normalizer": mask.sum().float().clamp(min=1.0),  # TRL's bonus is a mean of the micro-batch
+            "nll_normalizer": self._token_count(inputs.get("num_nll_in_batch"), accumulation, mode),
         }
         out = self._call_head(
             model,
@@ -346,12 +348,6 @@ class ERCTrainer(GRPOTrainer):
         self._record_extremes(out, mode, objective, TokenArguments(**arguments))
         self._record_bonus(out, mode, accumulation)
         return out.loss
-
-    def _nll_mask(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Weights by which the NLL term becomes a mean over its own tokens, where the loss's is one over all."""
-        if "nll_mask" not in inputs:
-            return None
-        return inputs["nll_mask"] * (inputs["num_items_in_batch"] / inputs["num_nll_in_batch"].clamp(min=1))
 
     def _objective_of(self, inputs: dict[str, Any], accumulation: float) -> Objective:
         """The objective with the terms of TRL's config, as far as this batch has what they need."""
@@ -372,7 +368,13 @@ class ERCTrainer(GRPOTrainer):
         """What TRL divides the sum over tokens, or over sequences, by."""
         if self.objective.reduction != "token-mean":
             return sequences * accumulation
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        return self._token_count(inputs["num_items_in_batch"], accumulation, mode)
+
+    def _token_count(self, total: Tensor | None, accumulation: float, mode: str) -> Tensor | None:
+        """What a sum over this rank's micro-batch is divided by to become a mean over `total` tokens of all of them."""
+        if total is None:
+            return None
+        tokens = total.clamp(min=1.0) / self.accelerator.num_processes
         return tokens * accumulation / self.args.steps_per_generation if mode == "train" else tokens
 
     def _record(self, out: PolicyLoss, mode: str, objective: Objective) -> None:
@@ -389,7 +391,14 @@ class ERCTrainer(GRPOTrainer):
     def _record_extremes(self, out: PolicyLoss, mode: str, objective: Objective, arguments: TokenArguments) -> None:
         """The least and the largest share of clipped tokens in a sequence of any rank, which TRL logs."""
         bare = Objective(objective.ratio, reduction="none")
-        given = replace(arguments, normalizer=None, ref_logprob=None, rollout_logprob=None)
+        given = replace(
+            arguments,
+            normalizer=None,
+            entropy_normalizer=None,
+            nll_normalizer=None,
+            ref_logprob=None,
+            rollout_logprob=None,
+        )
         batch, losses = tokens_of(OPERATORS, out.logprob, out.entropy, bare, given).judged()
         flags, lengths = losses.flags.view(out.logprob.shape), batch.mask.view(out.logprob.shape).sum(-1)
         for name, flag, extreme in (("low_min", TokenFlag.CLIP_LOW, min), ("high_max", TokenFlag.CLIP_HIGH, max)):

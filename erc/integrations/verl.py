@@ -100,6 +100,7 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
         normalizer = _normalizer(loss_agg_mode, **batch_info)
+        nll_mask, nll_tokens = _nll_terms(objective, response_mask, **batch_info)
         out = objective_loss(
             log_prob,
             entropy.detach(),
@@ -117,7 +118,8 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
             if rollout_is_weights is None
             else rollout_logprob(old_log_prob.detach(), rollout_is_weights),
             normalizer=normalizer,
-            nll_mask=_nll_mask(objective, response_mask, loss_agg_mode, normalizer, **batch_info),
+            nll_mask=nll_mask,
+            nll_normalizer=nll_tokens,
         )
         metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
         metrics |= {"actor/ppo_kl": "approx_kl", "actor/erc_fraction": "erc_fraction"}
@@ -127,21 +129,18 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     return policy_loss
 
 
-def _nll_mask(
-    objective: Objective, response_mask: Tensor, loss_agg_mode: str, normalizer: Any, dp_size: int = 1, **_: Any
-) -> Tensor | None:
-    """Weights by which the NLL term becomes a mean over its own tokens, where the loss's is one over all."""
+def _nll_terms(
+    objective: Objective, response_mask: Tensor, dp_size: int = 1, **_: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows that the NLL term covers, and by what it becomes a mean over their tokens on all ranks."""
     if not objective.nll_coef:
-        return None
-    if loss_agg_mode != "token-mean":
-        raise ValueError(f"loss_agg_mode must be token-mean for an objective with an NLL term, got {loss_agg_mode!r}")
+        return None, None
     carried = carried_nll()
     if carried is None:
         raise RuntimeError("the NLL term needs the rows with reward 1, which the batch's scores tell: " + NOT_INSTALLED)
     rows, tokens = carried
-    total = response_mask.sum() if normalizer is None else normalizer
-    share = total * dp_size / torch.as_tensor(tokens, device=rows.device).clamp(min=1)
-    return (rows * share)[:, None].expand(response_mask.shape)
+    count = torch.as_tensor(tokens, device=rows.device).float().clamp(min=1) / dp_size
+    return rows[:, None].expand(response_mask.shape), count
 
 
 def _ignored_clips(config: Any, objective: Objective) -> str:
