@@ -1,8 +1,8 @@
 """The operators of every backend that this process can run, as fixtures for the tests of the contract.
 
-`operators` gives each backend once; `every_form` also each form of the CUDA kernels (a row in a cluster of blocks, in one
-block, split over blocks). Both need no GPU: CUDA runs on the host (`tests.cuda_host`). Triton interprets for a whole
-process or not at all: with TRITON_INTERPRET=1 it is the only one.
+`operators` gives each backend once; `every_form` also each form of the CUDA kernels (a row in a cluster of blocks, in
+one block, split over blocks). Both need no GPU: CUDA runs on the host (`tests.cuda_host`). Triton interprets for a
+whole process or not at all: with TRITON_INTERPRET=1 it is the only one.
 """
 
 from __future__ import annotations

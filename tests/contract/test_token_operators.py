@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erc.constants import COUNT_RUN, INVALID_VALUE, Column, KLKind, Metric, Param, Present, Reduction, TokenFlag
+from erc.constants import COUNT_RUN, INVALID_VALUE, Column, KLKind, Metric, Present, Reduction, TokenFlag
 from erc.constants import IMPORTANCE_WEIGHTED_KL as WEIGHTED
 from erc.surrogate import metrics as definition_of_summary
 from erc.surrogate import token_table as definition_of_table
@@ -73,7 +73,7 @@ def table_of(ops: Any, arguments: dict, numbers: dict, wide: bool = False, vocab
 
 
 def assert_tables(tested: tuple[Tensor, ...], exact: tuple[Tensor, ...], whole: bool = True) -> None:
-    """The same labels, counter and table: bit by bit, or where sums of fractions were rounded, their last bits apart."""
+    """The same labels, counter and table: bit by bit, or, where fractions were added up, but for the last bits."""
     assert torch.equal(tested[1], exact[1]) and torch.equal(tested[2], exact[2])
     table, expected = tested[0], exact[0]
     assert table.dtype == expected.dtype and table.shape == expected.shape
@@ -157,7 +157,8 @@ def test_columns_of_every_dtype(wide, operators):  # noqa: F811
     patterns = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(torch.float16)
     patterns = patterns[~patterns.isnan()]
     tokens = len(patterns)
-    for dtype, label_dtype in ((torch.float16, torch.int32), (torch.bfloat16, torch.int16), (torch.float64, torch.uint8)):
+    dtypes = {torch.float16: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.uint8}
+    for dtype, label_dtype in dtypes.items():
         arguments, numbers = given(tokens, per_sequence=False)
         arguments["labels"] = (arguments["labels"].clamp(min=0) % 120).to(label_dtype)
         arguments["advantages"] = arguments["advantages"].to(dtype)
@@ -206,6 +207,28 @@ def test_no_active_token_weighs_nothing(operators):  # noqa: F811
         numbers |= {"reduction": reduction, "entropy_coef": 0.01, "nll_coef": 0.5}
         table = compare_tables(operators.ops, arguments, numbers)
         assert (table[:, Column.WEIGHT] == 0).all()
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_normalizer_of_zero_where_a_term_covers_nothing(tensor, operators):  # noqa: F811
+    arguments, numbers = given()
+    arguments["nll_mask"].zero_()
+    (arguments if tensor else numbers)["nll_normalizer"] = torch.tensor(0.0) if tensor else 0.0
+    table = compare_tables(operators.ops, arguments, numbers | {"nll_coef": 0.5})
+    assert (table[:, Column.LOGPROB_WEIGHT] == 0).all() and (table[:, Column.WEIGHT] != 0).any()
+
+
+def test_tokens_outside_of_every_sequence_are_an_error(operators):  # noqa: F811
+    if operators.name == "triton":
+        pytest.skip("checked in Python")
+    for changes in ({"sequence_length": T + 1}, {"advantage_length": T - 1}):
+        arguments, numbers = given()
+        with pytest.raises(RuntimeError, match="must be in a sequence|one value per token"):
+            table_of(operators.ops, arguments, numbers | changes)
+    arguments, numbers = given(packed=True)
+    arguments["cu_seqlens"], arguments["advantages"] = torch.zeros(1, dtype=torch.int64), torch.zeros(0)
+    with pytest.raises(RuntimeError, match="must be in a sequence"):
+        table_of(operators.ops, arguments, numbers)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 255, COUNT_RUN, COUNT_RUN + 1])
@@ -277,7 +300,8 @@ def compare_summaries(ops: Any, values: dict, **numbers: float) -> Tensor:
     assert torch.equal(tokens, exact_tokens) and tokens.dtype == torch.int64
     assert metrics.dtype == torch.float64 and loss.dtype == exact_loss.dtype and loss.shape == ()
     for metric in Metric:
-        torch.testing.assert_close(metrics[metric], exact[metric], rtol=1e-11, atol=1e-14, equal_nan=True, msg=metric.name)
+        a, b = metrics[metric], exact[metric]
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14, equal_nan=True, msg=f"{metric.name}: {a} {b}")
     torch.testing.assert_close(loss, exact_loss, rtol=torch.finfo(loss.dtype).eps, atol=1e-14, equal_nan=True)
     return metrics
 
@@ -368,4 +392,5 @@ def test_the_fused_operator_is_its_parts(per_row, operators):  # noqa: F811
     for a, b in zip(fused, parts, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert loss.isfinite() and loss != 0 and (grad != 0).any()
-    assert float(metrics[Metric.LOSS]) == pytest.approx(float(loss)) == pytest.approx(float(per_token[0].double().sum()))
+    total = float(per_token[0].double().sum())
+    assert total == pytest.approx(float(loss)) == pytest.approx(float(metrics[Metric.LOSS]))

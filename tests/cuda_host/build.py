@@ -91,8 +91,8 @@ class Host:
         l2_bytes: int = 1 << 20,
     ) -> None:
         """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows
-        are split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared
-        memory."""
+        are split over blocks; `order` of threads and blocks (0, 1 reversed, else a shuffle's seed); `poison` fills
+        shared memory."""
         self._configure(int(clusters), multiprocessors, order, poison, l2_bytes)
 
     def launches(self) -> list[tuple[int, int, int, int]]:
