@@ -13,12 +13,14 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.constants import INVALID_VALUE, Present
 from erc.inputs import (
     check_constant,
     check_label_values,
+    check_offsets,
     check_token_values,
     constant_rows,
     label_rows,
@@ -31,8 +33,7 @@ from erc.surrogate.objective import Objective
 from erc.surrogate.reductions import reduction_id
 from erc.surrogate.sequences import Sequences
 from erc.surrogate.token_loss import TokenBatch
-from erc.surrogate.token_table import sequences_of
-from erc.surrogate.validation import values_are_readable
+from erc.surrogate.token_table import sequences_of, token_table
 
 # ---- the route -------------------------------------------------------------------------------------------------------
 
@@ -53,6 +54,7 @@ def choose_route(
     grad_scale: float | Tensor | None = None,
     grad_dtype: torch.dtype | None = None,
     sharded: bool = False,
+    split: bool = False,
     linear: bool = False,
 ) -> Route:
     """The route of a call. Everything that decides it is here, for the logits forms, the linear forms and `explain`.
@@ -65,6 +67,8 @@ def choose_route(
         return Route("two-phase", "a sharded row needs the other ranks' columns before any gradient")
     if not objective.fused:
         return Route("two-phase", objective.two_phase_reason)
+    if split and not linear:
+        return Route("two-phase", "the weights of split sequences need the other ranks' sums before any row is read")
     if linear and needs_grad and objective.reduction == "none":
         return Route("two-phase", 'the gradients of a head have one upstream gradient, reduction "none" one per token')
     if (grad_dtype or logits_dtype) == torch.float16 and needs_grad and grad_scale is None:
@@ -94,6 +98,7 @@ class TokenArguments:
     nll_normalizer: float | Tensor | None = None
     grad_scale: float | Tensor | None = None
     generator: torch.Generator | None = None
+    sequence_group: dist.ProcessGroup | None = None
 
 
 class TokenTensors(NamedTuple):
@@ -137,7 +142,7 @@ class LossCall:
 
     @property
     def sequences(self) -> Sequences | None:
-        return sequences_of(self.count, self.sequence_length, self.tokens.cu_seqlens)
+        return sequences_of(self.count, self.sequence_length, self.tokens.cu_seqlens, self.arguments.sequence_group)
 
     def explain(self, error: RuntimeError) -> None:
         """Raise what an operator that reads the tokens has found as what it is, if that is what `error` is about."""
@@ -165,9 +170,12 @@ class LossCall:
         )
 
     def token_table(self, operators: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(table, labels, counter) of the operator."""
+        """(table, labels, counter) of the operator, or by PyTorch where other ranks hold parts of the sequences."""
+        arguments = (*self.tokens, self.vocab_size, self.dtype == torch.float64)
         try:
-            return operators.token_table(*self.tokens, self.vocab_size, self.dtype == torch.float64)
+            if self.arguments.sequence_group is not None:
+                return token_table(*arguments, self.arguments.sequence_group)
+            return operators.token_table(*arguments)
         except RuntimeError as error:
             self.explain(error)
             raise
@@ -236,15 +244,17 @@ def loss_call(
     constant_rows("old_divergence", given.old_divergence, leading, device)
     _check_needs(objective, given, leading, device)
 
-    offsets, length = _sequences(given.cu_seqlens, leading, device)
+    offsets, length = _sequences(given.cu_seqlens, given.sequence_group, leading, device)
     if objective.needs_sequences and offsets is None and length == 0 and prod(leading) > 0:
         raise ValueError(
             f"rows must be [B, T], or packed with cu_seqlens, for {objective}, got rows of shape {tuple(leading)}"
         )
     advantages, advantage_length = _advantages(given.advantages, leading, device, offsets)
-    max_length = objective.max_length or length
+    max_length = objective.max_length or (length if given.sequence_group is None else 0)
     if objective.reduction == "seq-mean-token-sum-norm" and max_length == 0 and prod(leading) > 0:
-        raise ValueError("max_length must be set in the objective for packed rows with seq-mean-token-sum-norm")
+        raise ValueError(
+            "max_length must be set in the objective for seq-mean-token-sum-norm with packed or split sequences"
+        )
 
     normalizer, normalizer_tensor = scalar("normalizer", given.normalizer, device)
     entropy_normalizer, entropy_tensor = scalar("entropy_normalizer", given.entropy_normalizer, device)
@@ -294,7 +304,7 @@ def loss_call(
             rows["old_logprob"].reshape(-1).to(dtype),
             rows["rollout_logprob"].reshape(-1).to(dtype),
             flat_mask,
-            sequences_of(prod(leading), length, offsets),
+            sequences_of(prod(leading), length, offsets, given.sequence_group),
         )
     tokens = TokenTensors(
         labels=labels,
@@ -352,30 +362,29 @@ def _check_needs(objective: Objective, given: TokenArguments, leading: tuple[int
         raise ValueError(
             "nll_mask must be given for an objective with nll_coef: 1 on the rows that the NLL term covers"
         )
+    if given.sequence_group is not None and objective.needs_batch:
+        raise ValueError(f"sequence_group does not go with {objective}: it reads statistics of the whole batch")
     if given.generator is not None and not isinstance(given.generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(given.generator).__name__}")
 
 
-def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torch.device) -> tuple[Tensor | None, int]:
+def _sequences(
+    cu_seqlens: Tensor | None, group: dist.ProcessGroup | None, leading: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, int]:
     """(offsets of packed sequences, length of padded ones): what the caller gave of the two, None and 0 for neither."""
-    if cu_seqlens is None:
-        return None, leading[-1] if len(leading) > 1 else 0
-    tokens = prod(leading)
-    if (
-        not isinstance(cu_seqlens, Tensor)
-        or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        or cu_seqlens.dim() != 1
-    ):
-        raise TypeError("cu_seqlens must be a 1-D int32 or int64 tensor of offsets [S + 1]")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be on {device} like logits, got {cu_seqlens.device}")
-    if len(leading) > 1 and prod(leading[:-1]) != 1:
-        raise ValueError(f"cu_seqlens goes with packed rows [N] or [1, N], got rows of shape {tuple(leading)}")
-    if values_are_readable(cu_seqlens):
-        steps = cu_seqlens.diff()
-        if len(cu_seqlens) < 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((steps < 0).any()):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {tokens}, got {cu_seqlens.tolist()}")
-    return cu_seqlens.contiguous(), 0
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"sequence_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if cu_seqlens is not None:
+        offsets = check_offsets(cu_seqlens, prod(leading), device)
+        if len(leading) > 1 and prod(leading[:-1]) != 1:
+            raise ValueError(f"cu_seqlens goes with packed rows [N] or [1, N], got rows of shape {tuple(leading)}")
+        return offsets, 0
+    if group is not None:
+        if len(leading) < 2:
+            raise ValueError(f"sequence_group needs rows [B, T] or cu_seqlens, got rows of shape {tuple(leading)}")
+        if leading[-1] == 0:  # this rank's parts are empty, but it takes part in the sums
+            return torch.zeros(prod(leading[:-1]) + 1, dtype=torch.int64, device=device), 0
+    return None, leading[-1] if len(leading) > 1 else 0
 
 
 def _advantages(

@@ -89,6 +89,8 @@ class RuleId(IntEnum):
     REINFORCE = 7
     DRO = 8  # beta
     NO_CLIP = 9
+    IPO = 10  # eps, tau
+    TOPR = 11
 
 
 class KLKind(IntEnum):
@@ -165,7 +167,7 @@ PAIRED_SAVED = 8
 """Rows of what its backward needs: (row_max, sum_rest, weighted_sum) of new and of old, KL(new||old), E_p[sign]."""
 
 
-_ACRONYMS = {"PPO", "GPPO", "CEGPPO", "CISPO", "SAPO", "DPPO", "TV", "KL", "DRO"}
+_ACRONYMS = {"PPO", "GPPO", "CEGPPO", "CISPO", "SAPO", "DPPO", "TV", "KL", "DRO", "IPO", "TOPR"}
 
 
 def _constant(name: str) -> str:

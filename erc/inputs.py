@@ -131,9 +131,11 @@ def check_token_values(
         bad = active & values.isnan()
         if bool(bad.any()):
             raise ValueError(f"{name} must not be NaN where a token is active, got NaN at position {_position(bad)}")
+    nll_mask = statistics.get("nll_mask")
     for name, value in normalizers.items():
-        if value is not None and not float(value) > 0 and bool(active.any()):
-            raise ValueError(f"{name} must be positive where a token is active, got {float(value)}")
+        counts = active & (nll_mask != 0) if name == "nll_normalizer" and nll_mask is not None else active
+        if value is not None and not float(value) > 0 and bool(counts.any()):
+            raise ValueError(f"{name} must be positive where a token counts, got {float(value)}")
 
 
 # ---- numbers and other things ----------------------------------------------------------------------------------------
@@ -168,3 +170,20 @@ def resolve_objective(objective: str | Objective) -> Objective:
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a preset name or an erc.Objective, got {type(objective).__name__}")
     return objective
+
+
+def check_offsets(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Tensor:
+    """The offsets `[S + 1]` of packed rows, contiguous."""
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        or cu_seqlens.dim() != 1
+    ):
+        raise TypeError("cu_seqlens must be a 1-D int32 or int64 tensor of offsets [S + 1]")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be on {device} like logits, got {cu_seqlens.device}")
+    if values_are_readable(cu_seqlens):
+        steps = cu_seqlens.diff()
+        if len(cu_seqlens) < 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((steps < 0).any()):
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {tokens}, got {cu_seqlens.tolist()}")
+    return cu_seqlens.contiguous()

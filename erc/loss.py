@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.backend import operators, select
@@ -40,6 +41,7 @@ def policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     nll_normalizer: float | Tensor | None = None,
@@ -74,6 +76,10 @@ def policy_loss(
         ref_kl: `[*]` exact KL(policy || reference) with its graph, `erc.entropy_ratio(logits, ref_logits).kl_new_old`;
             required by `KLPenalty("full")`. It is added to the loss of whatever path runs.
         cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
+        sequence_group: the ranks over which sequences are split (context parallelism): each passes its part, `[B,
+            T_local]` or packed with its own offsets, of the same sequences in the same order. Sums per sequence and
+            every count are then over all ranks, and the ranks' losses and gradients add up to those of one process.
+            Metrics are of the local tokens.
         normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and
             gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing. A number
             or a 0-d tensor, which is not read on the host; 0 is allowed where no token is active.
@@ -114,7 +120,7 @@ def policy_loss(
         old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy, ref_logprob=ref_logprob,
         rollout_logprob=rollout_logprob, nll_mask=nll_mask, old_divergence=old_divergence, ref_kl=ref_kl,
         cu_seqlens=cu_seqlens, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
-        nll_normalizer=nll_normalizer, grad_scale=grad_scale, generator=generator,
+        nll_normalizer=nll_normalizer, grad_scale=grad_scale, generator=generator, sequence_group=sequence_group,
     )  # fmt: skip
     with agreement(vocab_shard, validate, logits) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
@@ -129,6 +135,7 @@ def policy_loss(
         route = choose_route(
             name, objective, logits.dtype,
             needs_grad=needs_grad, grad_scale=grad_scale, sharded=vocab_shard is not None,
+            split=sequence_group is not None,
         )  # fmt: skip
         fused = route.name == "fused"
         call = loss_call(objective, arguments, labels, ignore_index, logits, scaling, vocab_size, fused=fused)
@@ -209,6 +216,7 @@ def objective_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     nll_normalizer: float | Tensor | None = None,
@@ -232,7 +240,7 @@ def objective_loss(
         old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy, ref_logprob=ref_logprob,
         rollout_logprob=rollout_logprob, nll_mask=nll_mask, old_divergence=old_divergence, ref_kl=ref_kl,
         cu_seqlens=cu_seqlens, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
-        nll_normalizer=nll_normalizer, generator=generator,
+        nll_normalizer=nll_normalizer, generator=generator, sequence_group=sequence_group,
     )  # fmt: skip
     if not isinstance(logprob, Tensor):
         raise TypeError(f"logprob must be a torch.Tensor, got {type(logprob).__name__}")

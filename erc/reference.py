@@ -48,7 +48,8 @@ class Row:
         rest = self._sum_without(argmax) + torch.expm1(u_max)
         self.log_sum = torch.log1p(rest)
         self.logsumexp = self.row_max + self.log_sum
-        self.entropy = self.log_sum - (self.exp_u * self.u).sum(-1) / (1 + rest)
+        weighed = torch.where(self.exp_u == 0, 0.0, self.u)  # 0 * u may have a gradient of 0 * inf
+        self.entropy = self.log_sum - (self.exp_u * weighed).sum(-1) / (1 + rest)
 
     def _sum_without(self, column: Tensor) -> Tensor:
         return self.exp_u.scatter(-1, column, 0.0).sum(-1)

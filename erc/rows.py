@@ -53,9 +53,10 @@ class RowScaling:
     def apply(self, logits: Tensor) -> Tensor:
         """The scaled logits of `[N, V]` rows, by plain PyTorch."""
         temperature, softcap, logit_scale = self.values
-        x = logits if logit_scale == 1 else logits * logit_scale
         if softcap:  # an infinite logit stays infinite: -inf forbids a token, +inf makes its row NaN
-            x = torch.where(x.isinf(), x, softcap * torch.tanh(x / softcap))
+            x = torch.where(logits.isinf(), logits, softcap * torch.tanh(logits * (logit_scale / softcap)))
+        else:
+            x = logits if logit_scale == 1 else logits * logit_scale
         if self.temperature is not None:
             return x / self.temperature[:, None]
         return x if temperature == 1 else x / temperature

@@ -24,6 +24,7 @@ class Cpu {
   void run(const PairedBackward& call) { each_row(kernels().paired_backward, call, call.rows.logits); }
   void run(const ScaleRows& call) { each_row(kernels().scale_rows, call, call.source); }
   bool run(const TokenTable& call, bool wide) { return wide ? token_table<double>(call) : token_table<float>(call); }
+  void run(const TokenLosses& call, bool wide) { wide ? token_losses<double>(call) : token_losses<float>(call); }
   void run(const TokenSummary& call, bool wide) { wide ? token_summary<double>(call) : token_summary<float>(call); }
 
  private:

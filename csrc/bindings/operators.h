@@ -264,6 +264,44 @@ struct Operators {
     return {table, final_labels, counter};
   }
 
+  // (per_token [4, num_tokens], its derivatives by log-prob and entropy [2, num_tokens], flags); see TokenLosses.
+  static std::tuple<Tensor, Tensor, Tensor> token_losses(
+      const Tensor& logprob, const Tensor& entropy, const Tensor& table, const Tensor& labels, const Tensor& params,
+      int64_t ignore_index, const MaybeTensor& policy, const MaybeTensor& d_policy, const MaybeTensor& clip_low,
+      const MaybeTensor& clip_high, const MaybeTensor& filtered) {
+    Backend backend(table);
+    const Like like(table);
+    const int64_t n = labels.numel(), bytes = n * (like.wide ? 8 : 4);
+    Tensor per_token = like.output({4, n}), derivatives = like.output({2, n}), flags = like.output({n}, ScalarType::Int);
+    const auto bits = [&](const MaybeTensor& t, const char* name) {
+      return static_cast<const uint8_t*>(like.values(t, name, n, ScalarType::Bool));
+    };
+    TokenLosses call{};
+    call.num_tokens = n;
+    call.ignore_index = ignore_index;
+    call.logprob = like.values(logprob, "logprob", n);
+    call.entropy = like.values(entropy, "entropy", n);
+    call.table = like.values(table, "table", n * kNumColumns);
+    call.labels = static_cast<const int64_t*>(like.values(labels, "labels", n, ScalarType::Long));
+    call.params = LossParams<double>::read(numbers(params));
+    call.policy = like.values(policy, "policy", n);
+    call.d_policy = like.values(d_policy, "d_policy", n);
+    call.clip_low = bits(clip_low, "clip_low");
+    call.clip_high = bits(clip_high, "clip_high");
+    call.filtered = bits(filtered, "filtered");
+    char* values = static_cast<char*>(per_token.mutable_data_ptr());
+    call.loss = values;
+    call.token_loss = values + bytes;
+    call.logprob_out = values + 2 * bytes;
+    call.entropy_out = values + 3 * bytes;
+    call.d_logprob = derivatives.mutable_data_ptr();
+    call.d_entropy = static_cast<char*>(derivatives.mutable_data_ptr()) + bytes;
+    call.flags = static_cast<int32_t*>(flags.mutable_data_ptr());
+    STD_TORCH_CHECK((call.policy == nullptr) == (call.d_policy == nullptr), "policy and d_policy go together");
+    backend.run(call, like.wide);
+    return {per_token, derivatives, flags};
+  }
+
   // per_token: [4, num_tokens] share of the loss, token loss, log-prob, entropy; flags [num_tokens].
   static std::tuple<Tensor, Tensor, Tensor> token_summary(const Tensor& per_token, const Tensor& flags, const Tensor& table,
                                                           const Tensor& labels, const Tensor& counter,
@@ -432,6 +470,7 @@ struct Operators {
     m.impl("stats_backward_", TORCH_BOX(&stats_backward_));
     m.impl("partial_stats_", TORCH_BOX(&partial_stats_));
     m.impl("token_table", TORCH_BOX(&token_table));
+    m.impl("token_losses", TORCH_BOX(&token_losses));
     m.impl("token_summary", TORCH_BOX(&token_summary));
     m.impl("loss_rows_", TORCH_BOX(&loss_rows_));
     m.impl("policy_loss", TORCH_BOX((&Operators::template policy_loss<false>)));

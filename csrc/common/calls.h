@@ -126,6 +126,20 @@ struct TokenTable {
   double* group_sums;     // [num_groups, 2], scratch
 };
 
+// The loss of tokens whose log-probs and entropies exist already. The policy term is that of the params' rule, or was computed
+// elsewhere, with its derivative and what it clipped; filtered tokens lose theirs.
+struct TokenLosses {
+  int64_t num_tokens, ignore_index;
+  const void *logprob, *entropy, *table;
+  const int64_t* labels;
+  LossParams<double> params;
+  const void *policy, *d_policy;                      // null: the rule of the params
+  const uint8_t *clip_low, *clip_high, *filtered;     // null: none
+  void *loss, *token_loss, *logprob_out, *entropy_out;  // as the loss of rows leaves them
+  void *d_logprob, *d_entropy;                        // of the token's share of the loss
+  int32_t* flags;
+};
+
 struct TokenSummary {
   int64_t num_tokens, ignore_index;
   const void *loss, *logprob, *entropy, *table;

@@ -26,6 +26,8 @@ enum class RuleId : int {
   kReinforce = 7,
   kDRO = 8,
   kNoClip = 9,
+  kIPO = 10,
+  kTOPR = 11,
 };
 
 enum class KLKind : int {

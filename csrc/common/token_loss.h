@@ -5,8 +5,7 @@
 
 #include <cmath>
 
-#include "common/host_device.h"
-#include "common/params.h"
+#include "common/calls.h"
 
 namespace erc {
 
@@ -24,6 +23,12 @@ struct alignas(kNumColumns * sizeof(Real)) TokenInputs {
     TokenInputs row = static_cast<const TokenInputs*>(table)[token];
     if (!(present & Present::kOldLogprob)) row.old_logprob = logprob;
     return row;
+  }
+
+  template <class Other>
+  ERC_HOST_DEVICE static TokenInputs from(const TokenInputs<Other>& row) {
+    return {Real(row.weight),      Real(row.advantage),     Real(row.old_logprob),    Real(row.old_entropy),
+            Real(row.ref_logprob), Real(row.policy_weight), Real(row.entropy_weight), Real(row.logprob_weight)};
   }
 };
 static_assert(sizeof(TokenInputs<float>) == kNumColumns * sizeof(float), "a token is one load");
@@ -124,20 +129,21 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logp
     }
     case RuleId::kSAPO: {
       const Real tau = advantage > 0 ? p[0] : p[1];
-      const Real gate = sigmoid(tau * (r - 1));
-      term = {-advantage * 4 / tau * gate, -advantage * 4 * gate * (1 - gate) * ratio.derivative, 0};
+      const Real x = tau * (r - 1), gate = sigmoid(x);
+      term = {-advantage * 4 / tau * gate, -advantage * 4 * gate * sigmoid(-x) * ratio.derivative, 0};  // 1 - gate cancels
       break;
     }
     case RuleId::kDPPOTV:
     case RuleId::kDPPOKL: {
-      const Real difference = std::exp(logprob) - std::exp(old_logprob);
       const bool up = advantage > 0, down = advantage < 0;
       bool blocked;
       if (rule == RuleId::kDPPOTV) {
+        const Real difference = std::exp(logprob) - std::exp(old_logprob);
         blocked = (up && difference > p[1]) || (down && difference < -p[0]);
       } else {
         const Real kl = binary_kl(old_logprob, logprob);
-        blocked = (up && difference > 0 && kl > p[1]) || (down && difference < 0 && kl > p[0]);
+        // The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
+        blocked = (up && logprob > old_logprob && kl > p[1]) || (down && logprob < old_logprob && kl > p[0]);
       }
       const Real coefficient = blocked ? Real(0) : -(r > p[2] ? p[2] : r) * advantage;
       term = {scaled_logprob(coefficient, logprob), coefficient, blocked ? (up ? TokenFlag::kClipHigh : TokenFlag::kClipLow) : 0};
@@ -154,6 +160,24 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logp
     case RuleId::kNoClip:
       term = {-r * advantage, -ratio.derivative * advantage, 0};
       break;
+    case RuleId::kIPO: {
+      const Real moved = std::exp(logprob) - std::exp(old_logprob);
+      const bool high = advantage != 0 && moved > p[0], low = advantage != 0 && moved < -p[0];
+      if (!high && !low) term = {-r * advantage, -ratio.derivative * advantage, 0};
+      if (p[1] > 0) {
+        const Real difference = log_difference(logprob, old_logprob);
+        term.value += p[1] * difference * difference;
+        term.d_logprob += 2 * p[1] * difference;
+      }
+      term.flags = high ? TokenFlag::kClipHigh : (low ? TokenFlag::kClipLow : 0);
+      break;
+    }
+    case RuleId::kTOPR: {
+      const bool tapered = advantage < 0 && r > 1;
+      const Real coefficient = advantage > 0 || tapered ? -advantage : -r * advantage;
+      term = {scaled_logprob(coefficient, logprob), coefficient, tapered ? TokenFlag::kClipHigh : 0};
+      break;
+    }
   }
   return term;
 }
@@ -177,7 +201,7 @@ ERC_HOST_DEVICE Term<Real> kl_term(KLKind kind, Real clamp_at, Real logprob, Rea
   }
   const Real limit = Real(kMaxLogRatio);
   const Real x = clamp(-k1, -limit, limit);
-  const Real value = std::expm1(x) - x;
+  const Real value = Real(std::expm1(double(x)) - double(x));  // the two cancel where policy and reference all but agree
   Term<Real> term{value > clamp_at ? clamp_at : value, 0, 0};
   if (kind == KLKind::kK3Plus) {
     term.d_logprob = k1;  // the value of k3, the gradient of k2
@@ -208,11 +232,11 @@ ERC_HOST_DEVICE int32_t entropy_ratio_flags(const LossParams<Real>& params, Real
   return TokenFlag::kErcDropped | (rho <= 1 - params.beta_low ? TokenFlag::kErcLow : 0) | (rho >= 1 + params.beta_high ? TokenFlag::kErcHigh : 0);
 }
 
+// `policy` is the ratio rule's term, of a kernel's rule or of one that looked at more than this token.
 template <class Real>
-ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const TokenInputs<Real>& in, Real logprob,
-                                           Real entropy) {
+ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const TokenInputs<Real>& in, Term<Real> policy,
+                                           Real logprob, Real entropy) {
   TokenLoss<Real> out;
-  Term<Real> policy = ratio_term(params.rule_id, params.rule, logprob, in.old_logprob, in.advantage);
   policy.value *= in.policy_weight;
   policy.d_logprob *= in.policy_weight;
   out.flags = policy.flags;
@@ -233,11 +257,54 @@ ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const
   return out;
 }
 
+template <class Real>
+ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const TokenInputs<Real>& in, Real logprob,
+                                           Real entropy) {
+  const Term<Real> policy = ratio_term(params.rule_id, params.rule, logprob, in.old_logprob, in.advantage);
+  return token_loss(params, in, policy, logprob, entropy);
+}
+
 // The token's share of the scalar loss.
 template <class Real>
 ERC_HOST_DEVICE Real weighted_loss(const TokenInputs<Real>& in, Real token_value, Real logprob, Real entropy) {
   return in.weight * token_value + (in.entropy_weight == 0 ? Real(0) : in.entropy_weight * entropy) +
          scaled_logprob(in.logprob_weight, logprob);
+}
+
+// Loss, derivatives and flags of a token of `call`, in float64 and rounded once. An inactive one gives exactly 0.
+template <class Real>
+ERC_HOST_DEVICE void judge_token(const TokenLosses& call, int64_t token) {
+  const auto at = [&](const void* values) { return double(static_cast<const Real*>(values)[token]); };
+  const auto put = [&](void* values, double x) { static_cast<Real*>(values)[token] = Real(x); };
+  TokenLoss<double> result;
+  double loss = 0, logprob = 0, entropy = 0;
+  if (call.labels[token] != call.ignore_index) {
+    logprob = at(call.logprob);
+    entropy = at(call.entropy);
+    const auto in = TokenInputs<double>::from(TokenInputs<Real>::read(call.table, token, call.params.present, Real(logprob)));
+    Term<double> policy;
+    if (call.policy == nullptr) {
+      policy = ratio_term(call.params.rule_id, call.params.rule, logprob, in.old_logprob, in.advantage);
+    } else {
+      policy.value = at(call.policy);
+      policy.d_logprob = at(call.d_policy);
+    }
+    if (call.clip_low != nullptr && call.clip_low[token]) policy.flags |= TokenFlag::kClipLow;
+    if (call.clip_high != nullptr && call.clip_high[token]) policy.flags |= TokenFlag::kClipHigh;
+    if (call.filtered != nullptr && call.filtered[token]) {
+      policy.value = policy.d_logprob = 0;
+      policy.flags |= TokenFlag::kFiltered;
+    }
+    result = token_loss(call.params, in, policy, logprob, entropy);
+    loss = weighted_loss(in, result.value, logprob, entropy);
+  }
+  put(call.loss, loss);
+  put(call.token_loss, result.value);
+  put(call.logprob_out, logprob);
+  put(call.entropy_out, entropy);
+  put(call.d_logprob, result.d_logprob);
+  put(call.d_entropy, result.d_entropy);
+  call.flags[token] = result.flags;
 }
 
 }  // namespace erc

@@ -111,10 +111,9 @@ ERC_HOST_DEVICE bool needs_counts(const TokenTable& call) {
 
 // ---- one row ---------------------------------------------------------------------------------------------------------
 
-// weight / normalizer. A weight of 0 stays 0: a normalizer of 0 says that nothing is counted.
 template <class Real>
 ERC_HOST_DEVICE Real over(Real weight, double number, const Column& tensor, double count) {
-  if (weight == 0) return 0;
+  if (weight == 0) return weight;  // a normalizer of 0 is right where it counts nothing
   if (tensor.given()) return weight / element<Real>(tensor, 0);
   if (number >= 0) return weight / Real(number);
   return weight / (count == 0 ? Real(1) : Real(count));

@@ -38,6 +38,11 @@ bool token_table(const TokenTable& call) {
 }
 
 template <class Real>
+void token_losses(const TokenLosses& call) {
+  for (int64_t token = 0; token < call.num_tokens; ++token) judge_token<Real>(call, token);
+}
+
+template <class Real>
 void token_summary(const TokenSummary& call) {
   SummaryState total;
   for (int64_t begin = 0; begin < call.num_tokens; begin += kCountRun) {
@@ -51,6 +56,8 @@ void token_summary(const TokenSummary& call) {
 
 template bool token_table<float>(const TokenTable&);
 template bool token_table<double>(const TokenTable&);
+template void token_losses<float>(const TokenLosses&);
+template void token_losses<double>(const TokenLosses&);
 template void token_summary<float>(const TokenSummary&);
 template void token_summary<double>(const TokenSummary&);
 

@@ -11,6 +11,9 @@ template <class Real>
 bool token_table(const TokenTable& call);
 
 template <class Real>
+void token_losses(const TokenLosses& call);
+
+template <class Real>
 void token_summary(const TokenSummary& call);
 
 // Whether every label is a column of the vocabulary or ignored.

@@ -44,15 +44,17 @@ struct GradientPlan {
     label = gradient.label * scale.chain;
     constant = gradient.constant * scale.chain;
     slope = gradient.slope * scale.chain / scale.rate;
-    const Real rounded = mul_rn(state.row_max, scale.rate);
-    // Below these bounds nothing in the fast form overflows where the fast statistics did not.
-    if (guarded || !(std::fabs(slope) < Real(0.5)) || !(std::fabs(constant) < Real(1e18)) || !is_finite(rounded)) {
+    const Real rounded = mul_rn(state.row_max, scale.rate), residual = fma_rn(state.row_max, scale.rate, -rounded);
+    // Below these bounds nothing in the fast form overflows where the fast statistics did not, and what the coefficients take
+    // back of the residual leaves no rounding that a peaked row's entropy gradient would show.
+    if (guarded || !(std::fabs(slope) < Real(0.5)) || !(std::fabs(constant) < Real(1e18)) ||
+        !(std::fabs(residual) <= Real(0x1p-16))) {
       mode = kGuarded;
       center = state.row_max;
       return;
     }
     // u = v * rate - rounded is off by the residual of the rounding, for all columns alike: the coefficients take it back.
-    const Real residual = fma_rn(state.row_max, scale.rate, -rounded), factor = std::exp2(-residual);
+    const Real factor = std::exp2(-residual);
     mode = kFast;
     center = rounded;
     constant = factor * fma_rn(-slope, residual, constant);

@@ -56,12 +56,13 @@ def entropies(entropy: Tensor, old_entropy: Tensor) -> Iterator[None]:
 
 
 def register() -> list[str]:
-    """Register every `erc-` preset with verl, `erc-dapo` as `erc_dapo`; returns the names.
+    """Register every `erc-` preset with verl, `erc-dapo` as `erc_dapo`; returns the names. Recipes with an NLL term are
+    left out: verl hands a policy loss no rewards, which would tell the rows of `nll_mask`.
 
     The preset gives the rule and the gate (verl's `clip_ratio*` are not read), `loss_agg_mode` the reduction, and
     `config.global_batch_info` the normaliser, as in verl's `agg_loss`. Rollout weights multiply the policy term.
     """
-    names = [name for name in objectives() if name.startswith("erc-")]
+    names = [name for name in objectives() if name.startswith("erc-") and not objective(name).nll_coef]
     for name in names:
         register_policy_loss(name.replace("-", "_"))(policy_loss_function(objective(name)))
     return [name.replace("-", "_") for name in names]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.backend import operators, select
@@ -43,6 +44,7 @@ def linear_policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     nll_normalizer: float | Tensor | None = None,
@@ -102,7 +104,7 @@ def linear_policy_loss(
             ref_logprob=ref_logprob, rollout_logprob=rollout_logprob, nll_mask=nll_mask,
             old_divergence=old_divergence, ref_kl=ref_kl, cu_seqlens=cu_seqlens, normalizer=normalizer,
             entropy_normalizer=entropy_normalizer, nll_normalizer=nll_normalizer, grad_scale=grad_scale,
-            generator=generator,
+            generator=generator, sequence_group=sequence_group,
         )  # fmt: skip
         scaling = row_scaling(temperature, softcap, logit_scale, like.shape[:-1], like)
         needs = needs_grad(hidden, weight, bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erc.constants import MAX_LOG_RATIO, Column, Metric, Param, Present, TokenFlag
 from erc.surrogate.entropy_ratio import entropy_ratio_of
-from erc.surrogate.kl import KLPenalty
+from erc.surrogate.kl import KLPenalty, k3
 from erc.surrogate.ratio_rules import log_difference
 
 METRICS = tuple(metric.name.lower() for metric in Metric if metric != Metric.LOSS)
@@ -85,7 +85,7 @@ def token_summary(
         metrics[Metric.ENTROPY_RATIO_MIN] = _extreme(torch.where(active, ratio, inf), torch.min) + nothing
         metrics[Metric.ENTROPY_RATIO_MAX] = _extreme(torch.where(active, ratio, -inf), torch.max) + nothing
     difference = log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    metrics[Metric.APPROX_KL] = mean(torch.expm1(difference) - difference)
+    metrics[Metric.APPROX_KL] = mean(k3(difference))
     metrics[Metric.RATIO_MAX] = _extreme(torch.where(active, difference, -inf), torch.max).exp() + nothing
     penalty = KLPenalty.of_kernel(int(numbers[Param.KL_ID]), numbers[Param.KL_CLAMP])
     if penalty is not None:

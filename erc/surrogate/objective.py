@@ -111,8 +111,14 @@ class Objective:
             self.reduction.startswith("seq-")
             or self.ratio.needs_sequences
             or self.off_policy_mask is not None
-            or (correction is not None and correction.level == "sequence")
+            or (correction is not None and correction.needs_sequences)
         )
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a token's loss depends on statistics of all tokens of the call."""
+        quantile = self.high_entropy is not None and self.high_entropy.threshold is None
+        return self.ratio.needs_batch or quantile
 
     @cached_property
     def numbers(self) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ that do not go through the ratio become one row; `erc.constants.Column` names th
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.constants import INVALID_VALUE, Column, Param, Reduction
@@ -34,8 +35,13 @@ def token_table(
     ignore_index: int,
     vocab_size: int,
     wide: bool,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Table `[N, 8]`, labels `[N]` with `ignore_index` where the mask is 0, and a counter that only kernels use."""
+    """Table `[N, 8]`, labels `[N]` with `ignore_index` where the mask is 0, and a counter that only kernels use.
+
+    With `sequence_group`, which no operator takes, every sum and count is over all ranks that hold parts of the
+    sequences.
+    """
     numbers = params.tolist()
     dtype = torch.float64 if wide else torch.float32
     count = labels.numel()
@@ -48,7 +54,7 @@ def token_table(
 
     weight = torch.where(labels == ignore_index, 0.0, column(mask, 1.0))
     active = weight != 0
-    sequences = sequences_of(count, int(numbers[Param.SEQUENCE_LENGTH]), cu_seqlens)
+    sequences = sequences_of(count, int(numbers[Param.SEQUENCE_LENGTH]), cu_seqlens, sequence_group)
 
     def divided(weights: Tensor, normalizer: Tensor | None, number: float, counted: Tensor | float) -> Tensor:
         if normalizer is not None:
@@ -59,7 +65,11 @@ def token_table(
         return weights / torch.where(counted == 0, 1.0, counted)
 
     # Sums in float64: a count of tokens is exact, and one of weights is what the kernels' is.
-    token_count = weight.double().sum()
+    def total(values: Tensor) -> Tensor:
+        values = values.double()
+        return values.sum() if sequences is None else sequences.total(values)
+
+    token_count = total(weight)
     reduction = Reduction(int(numbers[Param.REDUCTION]))
     shares, counted = weight, 1.0
     if reduction == Reduction.TOKEN_MEAN:
@@ -82,7 +92,7 @@ def token_table(
     logprob_shares = torch.zeros_like(shares)
     if numbers[Param.NLL_COEF]:
         covered = torch.where(active, weight * column(nll_mask, 0.0), 0.0)
-        mean = divided(covered, nll_normalizer, numbers[Param.NLL_NORMALIZER], covered.double().sum())
+        mean = divided(covered, nll_normalizer, numbers[Param.NLL_NORMALIZER], total(covered))
         logprob_shares = -numbers[Param.NLL_COEF] * mean
 
     scale = numbers[Param.GRAD_SCALE] if grad_scale is None else grad_scale.to(dtype)
@@ -119,11 +129,13 @@ def _check(table: Tensor, mask: Tensor, labels: Tensor, active: Tensor, vocab_si
         raise RuntimeError(INVALID_VALUE)
 
 
-def sequences_of(tokens: int, length: int, cu_seqlens: Tensor | None) -> Sequences | None:
+def sequences_of(
+    tokens: int, length: int, cu_seqlens: Tensor | None, group: dist.ProcessGroup | None = None
+) -> Sequences | None:
     """The sequence structure that params and `cu_seqlens` describe, None where there is none."""
     if cu_seqlens is not None:
-        return Sequences(tokens, offsets=cu_seqlens.to(torch.int64))
-    return Sequences(tokens, length=length) if length else None
+        return Sequences(tokens, offsets=cu_seqlens.to(torch.int64), group=group)
+    return Sequences(tokens, length=length, group=group) if length else None
 
 
 def _advantage_column(advantages: Tensor, length: int, sequences: Sequences | None) -> Tensor:

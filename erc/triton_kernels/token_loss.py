@@ -30,6 +30,8 @@ DPPO_KL = tl.constexpr(int(RuleId.DPPO_KL))
 REINFORCE = tl.constexpr(int(RuleId.REINFORCE))
 DRO = tl.constexpr(int(RuleId.DRO))
 NO_CLIP = tl.constexpr(int(RuleId.NO_CLIP))
+IPO = tl.constexpr(int(RuleId.IPO))
+TOPR = tl.constexpr(int(RuleId.TOPR))
 
 KL_NONE = tl.constexpr(int(KLKind.NONE))
 KL_K1 = tl.constexpr(int(KLKind.K1))
@@ -93,6 +95,11 @@ def clamp(x, low, high):
 def scaled_logprob(coefficient, logprob):
     """coefficient * logprob, where a zero coefficient silences an infinite log-prob."""
     return tl.where(coefficient == 0.0, 0.0, coefficient * logprob)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -163,18 +170,20 @@ def ratio_term(RULE: tl.constexpr, params, logprob, old_logprob, advantage):
         flags = tl.where(advantage != 0.0, flag, 0)
     elif RULE == SAPO:
         tau = tl.where(advantage > 0.0, p0, p1)
-        gate = 1.0 / (1.0 + tl.exp(-tau * (r - 1.0)))
+        x = tau * (r - 1.0)
+        gate = sigmoid(x)
         value = -advantage * 4.0 / tau * gate
-        d_logprob = -advantage * 4.0 * gate * (1.0 - gate) * d_r
+        d_logprob = -advantage * 4.0 * gate * sigmoid(-x) * d_r  # 1 - gate cancels
     elif RULE == DPPO_TV or RULE == DPPO_KL:
-        difference = tl.exp(logprob) - tl.exp(old_logprob)
         up = advantage > 0.0
         down = advantage < 0.0
         if RULE == DPPO_TV:
+            difference = tl.exp(logprob) - tl.exp(old_logprob)
             blocked = (up & (difference > p1)) | (down & (difference < -p0))
         else:
             kl = binary_kl(old_logprob, logprob)
-            blocked = (up & (difference > 0.0) & (kl > p1)) | (down & (difference < 0.0) & (kl > p0))
+            # The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
+            blocked = (up & (logprob > old_logprob) & (kl > p1)) | (down & (logprob < old_logprob) & (kl > p0))
         d_logprob = tl.where(blocked, 0.0, -tl.where(r > p2, p2, r) * advantage)
         value = scaled_logprob(d_logprob, logprob)
         flags = tl.where(blocked, tl.where(up, CLIP_HIGH, CLIP_LOW), 0)
@@ -185,6 +194,18 @@ def ratio_term(RULE: tl.constexpr, params, logprob, old_logprob, advantage):
         difference = log_difference(logprob, old_logprob)
         value = scaled_logprob(-advantage, logprob) + p0 / 2.0 * difference * difference
         d_logprob = p0 * difference - advantage
+    elif RULE == IPO:
+        moved = tl.exp(logprob) - tl.exp(old_logprob)
+        flags = tl.where(moved > p0, CLIP_HIGH, tl.where(moved < -p0, CLIP_LOW, 0))
+        flags = tl.where(advantage != 0.0, flags, 0)
+        difference = tl.where(p1 > 0.0, log_difference(logprob, old_logprob), 0.0)
+        value = tl.where(flags != 0, 0.0, value) + p1 * difference * difference
+        d_logprob = tl.where(flags != 0, 0.0, d_logprob) + 2.0 * p1 * difference
+    elif RULE == TOPR:
+        tapered = (advantage < 0.0) & (r > 1.0)
+        d_logprob = tl.where((advantage > 0.0) | tapered, -advantage, -r * advantage)
+        value = scaled_logprob(d_logprob, logprob)
+        flags = tl.where(tapered, CLIP_HIGH, 0)
     else:
         tl.static_assert(RULE == NO_CLIP)
     return value, d_logprob, flags
@@ -203,7 +224,8 @@ def kl_term(KIND: tl.constexpr, clamp_at, logprob, ref_logprob):
     else:
         x = clamp(-k1, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         slope = expm1(x)
-        value = slope - x
+        wide = x.to(tl.float64)  # the two cancel where policy and reference all but agree
+        value = (expm1(wide) - wide).to(x.dtype)
         capped = tl.where(value > clamp_at, clamp_at, value)
         if KIND == KL_K3_PLUS:
             return capped, k1  # the value of k3, the gradient of k2

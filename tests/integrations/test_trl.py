@@ -343,8 +343,8 @@ def test_every_gated_preset_equals_the_reference_or_says_what_it_lacks(tmp_path,
     def loss() -> tuple[torch.Tensor, list]:
         return corrected_loss(ERCTrainer, ERCConfig, tmp_path, None, objective=name)
 
-    if erc.objective(name).ratio.needs_divergence:
-        with pytest.raises(ValueError, match="old_divergence"):
+    if erc.objective(name).ratio.needs_divergence or erc.objective(name).nll_coef:
+        with pytest.raises(ValueError, match="old_divergence or nll_mask"):
             loss()
         return
     ours = loss()

@@ -135,7 +135,8 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
   const ScaledExp<Real> exp(scale.scale);
   const double entropy_grad = g[0] * ratio_slope + g[1];
   const double mean = state.weighted_sum / state.sum_exp();
-  const Real constant = Real(entropy_grad * mean - g[3] * kl - g[5] / 2 * sign);
+  // An infinite divergence that nobody differentiates takes no part: 0 * inf is NaN.
+  const Real constant = Real(entropy_grad * mean - (g[3] == 0 ? 0 : g[3] * kl) - g[5] / 2 * sign);
   const Real slope = Real(-entropy_grad * scale.scale), rate = Real(scale.scale), chain = Real(scale.chain);
   const Real kl_grad = Real(g[3]), reverse_grad = Real(g[4]), half_variation = Real(g[5] / 2);
   T old_padded[kLanes], out_padded[kLanes];

@@ -8,13 +8,6 @@
 namespace erc {
 namespace ERC_ISA {
 
-template <class Real>
-static TokenInputs<double> token_inputs(const PolicyLoss& call, int64_t token, double logprob) {
-  const auto row = TokenInputs<Real>::read(call.table, token, call.params.present, Real(logprob));
-  return {row.weight, row.advantage, row.old_logprob, row.old_entropy, row.ref_logprob, row.policy_weight, row.entropy_weight,
-          row.logprob_weight};
-}
-
 void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
   const RowInputs& in = call.rows;
   dispatch(in.logits.dtype, in.scaling.softcap != 0, [&](auto zero, auto softcap) {
@@ -45,7 +38,8 @@ void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
             logprob = rounded_to<Real>(state.logprob(load_v_one<kSoftcap>(scale, row + label.column), scale.scale));
             entropy = rounded_to<Real>(state.entropy());
           }
-          const TokenInputs<double> inputs = token_inputs<Real>(call, token, logprob);
+          const auto inputs =
+              TokenInputs<double>::from(TokenInputs<Real>::read(call.table, token, call.params.present, Real(logprob)));
           result = token_loss(call.params, inputs, logprob, entropy);
           loss = weighted_loss(inputs, result.value, logprob, entropy);
           if (wants_grad) {

@@ -349,9 +349,10 @@ struct ScaledExp<float> {
 template <>
 struct ScaledExp<double> {
   static constexpr double rate_error = 0;
-  double scale;
-  explicit ScaledExp(double scale) : scale(scale) {}
-  double clamp(double d) const { return d == -INFINITY ? -DBL_MAX / (scale > 1 ? scale : 1) : d; }
+  double scale, floor;
+  // exp(-750) is 0, and what a gradient multiplies it by stays finite.
+  explicit ScaledExp(double scale) : scale(scale), floor(750 / scale < DBL_MAX ? -750 / scale : -DBL_MAX) {}
+  double clamp(double d) const { return d < floor ? floor : d; }  // NaN passes
   double operator()(double d) const { return std::exp(d * scale); }
 };
 
