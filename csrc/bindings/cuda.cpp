@@ -54,6 +54,7 @@ class Cuda {
     check(cuda::token_table(call, wide, device_.stream), "token_table");
     return true;
   }
+  void run(const TokenLosses& call, bool wide) { check(cuda::token_losses(call, wide, device_.stream), "token_losses"); }
   void run(const TokenSummary& call, bool wide) { check(cuda::token_summary(call, wide, device_.stream), "token_summary"); }
 
  private:

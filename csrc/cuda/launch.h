@@ -22,6 +22,7 @@ cudaError_t paired_backward(const PairedBackward& call, cudaStream_t stream);
 cudaError_t scale_rows(const ScaleRows& call, cudaStream_t stream);
 // `wide`: statistics are float64.
 cudaError_t token_table(const TokenTable& call, bool wide, cudaStream_t stream);
+cudaError_t token_losses(const TokenLosses& call, bool wide, cudaStream_t stream);
 cudaError_t token_summary(const TokenSummary& call, bool wide, cudaStream_t stream);
 
 }  // namespace cuda

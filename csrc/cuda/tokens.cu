@@ -1,4 +1,4 @@
-// What is done per token and not per logit: the token table and the summary. Sums are taken in an order that depends on the
+// What is done per token and not per logit: the token table, losses and the summary. Sums are taken in an order that depends on the
 // number of tokens and the sequences alone, so runs repeat bit by bit.
 #include "common/token_summary.h"
 #include "common/token_table.h"
@@ -83,6 +83,20 @@ cudaError_t launch_table(const TokenTable& call, cudaStream_t stream) {
 
 cudaError_t token_table(const TokenTable& call, bool wide, cudaStream_t stream) {
   return wide ? launch_table<double>(call, stream) : launch_table<float>(call, stream);
+}
+
+// ---- losses of tokens whose statistics exist ------------------------------------------------------------------------
+
+template <class Real>
+__global__ void __launch_bounds__(kTokenThreads) losses_kernel(TokenLosses call) {
+  const int64_t token = int64_t(blockIdx.x) * kTokenThreads + threadIdx.x;
+  if (token < call.num_tokens) judge_token<Real>(call, token);
+}
+
+cudaError_t token_losses(const TokenLosses& call, bool wide, cudaStream_t stream) {
+  if (call.num_tokens == 0) return cudaSuccess;
+  const LaunchShape shape{(call.num_tokens + kTokenThreads - 1) / kTokenThreads, kTokenThreads, 1, 0, stream};
+  return wide ? launch(losses_kernel<double>, shape, call) : launch(losses_kernel<float>, shape, call);
 }
 
 // ---- the summary ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from erc.constants import COUNT_RUN, INVALID_VALUE, Column, KLKind, Metric, Pres
 from erc.constants import IMPORTANCE_WEIGHTED_KL as WEIGHTED
 from erc.surrogate import metrics as definition_of_summary
 from erc.surrogate import token_table as definition_of_table
-from tests.backends import Backend, operators, params  # noqa: F401
+from tests.backends import operators, params  # noqa: F401
 
 NAN, INF, IGNORE, V = math.nan, math.inf, -100, 1000
 B, T = 9, 1033
@@ -223,7 +223,7 @@ def test_tokens_outside_of_every_sequence_are_an_error(operators):  # noqa: F811
         pytest.skip("checked in Python")
     for changes in ({"sequence_length": T + 1}, {"advantage_length": T - 1}):
         arguments, numbers = given()
-        with pytest.raises(RuntimeError, match="must be in a sequence|one value per token"):
+        with pytest.raises(RuntimeError, match="must be in a sequence"):
             table_of(operators.ops, arguments, numbers | changes)
     arguments, numbers = given(packed=True)
     arguments["cu_seqlens"], arguments["advantages"] = torch.zeros(1, dtype=torch.int64), torch.zeros(0)
