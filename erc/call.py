@@ -134,7 +134,7 @@ class LossCall:
     arguments: TokenArguments
     sequence_length: int
     present: int
-    scale: float | Tensor = 1.0  # what the table's weights, hence gradients, are multiplied by
+    scale: float | Tensor | None = None  # what the table's weights, hence gradients, are multiplied by
 
     @property
     def count(self) -> int:
@@ -182,9 +182,11 @@ class LossCall:
 
     def batch(self, table: Tensor, labels: Tensor) -> TokenBatch:
         """The table with all that two-phase rules look at."""
-        given, mask = self.arguments, (labels != self.tokens.ignore_index).to(self.dtype)
-        if given.mask is not None:
-            mask = torch.where(mask == 0, 0.0, given.mask.reshape(-1).to(self.dtype))
+        given, ignored = self.arguments, labels == self.tokens.ignore_index
+        if given.mask is None:
+            mask = (~ignored).to(self.dtype)
+        else:
+            mask = given.mask.reshape(-1).to(self.dtype).masked_fill(ignored, 0.0)
         divergence = given.old_divergence
         return TokenBatch.of_table(
             table,
@@ -250,8 +252,9 @@ def loss_call(
             f"rows must be [B, T], or packed with cu_seqlens, for {objective}, got rows of shape {tuple(leading)}"
         )
     advantages, advantage_length = _advantages(given.advantages, leading, device, offsets)
-    max_length = objective.max_length or (length if given.sequence_group is None else 0)
-    if objective.reduction == "seq-mean-token-sum-norm" and max_length == 0 and prod(leading) > 0:
+    split = given.sequence_group is not None
+    max_length = objective.max_length or (0 if split else length)
+    if objective.reduction == "seq-mean-token-sum-norm" and max_length == 0 and (split or prod(leading) > 0):
         raise ValueError(
             "max_length must be set in the objective for seq-mean-token-sum-norm with packed or split sequences"
         )
@@ -260,7 +263,9 @@ def loss_call(
     entropy_normalizer, entropy_tensor = scalar("entropy_normalizer", given.entropy_normalizer, device)
     nll_normalizer, nll_tensor = scalar("nll_normalizer", given.nll_normalizer, device)
     grad_scale, scale_tensor = scalar("grad_scale", given.grad_scale, device)
-    scale = (scale_tensor if scale_tensor is not None else abs(grad_scale)) if fused else 1.0
+    scale = None
+    if fused and given.grad_scale is not None:
+        scale = grad_scale if scale_tensor is None else scale_tensor
     shares = objective.entropy_reduction == "loss" or objective.reduction == "none"
     if given.normalizer is not None and objective.reduction != "none":
         for name, coef, own in (
@@ -379,12 +384,13 @@ def _sequences(
         if len(leading) > 1 and prod(leading[:-1]) != 1:
             raise ValueError(f"cu_seqlens goes with packed rows [N] or [1, N], got rows of shape {tuple(leading)}")
         return offsets, 0
-    if group is not None:
-        if len(leading) < 2:
+    if len(leading) < 2:
+        if group is not None:
             raise ValueError(f"sequence_group needs rows [B, T] or cu_seqlens, got rows of shape {tuple(leading)}")
-        if leading[-1] == 0:  # this rank's parts are empty, but it takes part in the sums
-            return torch.zeros(prod(leading[:-1]) + 1, dtype=torch.int64, device=device), 0
-    return None, leading[-1] if len(leading) > 1 else 0
+        return None, 0
+    if leading[-1] == 0:  # empty sequences, which a rank may have as its parts, are sequences nevertheless
+        return torch.zeros(prod(leading[:-1]) + 1, dtype=torch.int64, device=device), 0
+    return None, leading[-1]
 
 
 def _advantages(

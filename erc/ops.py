@@ -58,9 +58,15 @@ SCHEMAS = {
     # The fused loss of some rows. per_token = [4, N]: share of the loss, token loss, log-prob, entropy.
     "loss_rows_": f"({_ROWS.replace('Tensor? labels', 'Tensor labels')}, {_SOME}, Tensor table, Tensor(a!) per_token, "
     "Tensor(b!) flags, Tensor(c!)? grad_logits) -> ()",
+    # The loss of tokens whose statistics exist, by the params' rule, or with a policy term that was computed elsewhere
+    # (its value, derivative by the log-prob, and what it clipped); filtered tokens lose theirs. per_token as above;
+    # [2, N]: derivatives of the share by log-prob and entropy.
+    "token_losses": "(Tensor logprob, Tensor entropy, Tensor table, Tensor labels, Tensor params, int ignore_index, "
+    "Tensor? policy, Tensor? d_policy, Tensor? clip_low, Tensor? clip_high, Tensor? filtered) -> "
+    "(Tensor per_token, Tensor derivatives, Tensor flags)",
     # The scalar loss, the metrics (`erc.constants.Metric`, float64) and the number of active tokens (int64).
     "token_summary": "(Tensor per_token, Tensor flags, Tensor table, Tensor labels, Tensor(a!) counter, "
-    "Tensor? grad_scale, Tensor params, int ignore_index) -> (Tensor loss, Tensor metrics, Tensor tokens)",
+    "Tensor params, int ignore_index) -> (Tensor loss, Tensor metrics, Tensor tokens)",
     # Table, rows and summary in one: what the fused token-level loss calls. loss is a scalar, or [N] with per_row;
     # per_token = [3, N]: token loss, log-prob, entropy; grad_logits is [0, 0, 0] unless need_grad, and where it is
     # written over the logits.
@@ -117,6 +123,15 @@ def _fake_token_table(labels, *args):
     return table, labels.new_empty((count,), dtype=torch.int64), labels.new_empty((1,), dtype=torch.int32)
 
 
+def _fake_token_losses(logprob, *_):
+    count = logprob.numel()
+    return (
+        logprob.new_empty((4, count)),
+        logprob.new_empty((2, count)),
+        logprob.new_empty((count,), dtype=torch.int32),
+    )
+
+
 def _fake_token_summary(per_token, *_):
     metrics = per_token.new_empty((len(Metric),), dtype=torch.float64)
     return per_token.new_empty(()), metrics, per_token.new_empty((), dtype=torch.int64)
@@ -139,6 +154,7 @@ _FAKES = {
     "stats_forward": _fake_stats_forward,
     "stats_backward": _like,
     "token_table": _fake_token_table,
+    "token_losses": _fake_token_losses,
     "token_summary": _fake_token_summary,
     "policy_loss": _fake_policy_loss,
     "policy_loss_": lambda logits, *args: _fake_policy_loss(logits, *args[:-1], False),
@@ -166,8 +182,8 @@ def refuse_double_backward(function: str) -> None:
     """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{function} has no second derivative: call backward without create_graph, or use backend='torch', which "
-            "PyTorch differentiates as often as you like"
+            f"{function} has no second derivative, which would be dropped without a word: call backward without "
+            "create_graph"
         )
 
 

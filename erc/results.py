@@ -12,7 +12,7 @@ from erc.inputs import EXACT_DTYPES, resolve_objective, row_tensor
 from erc.rows import UNSCALED
 from erc.surrogate.metrics import metrics_by_name
 from erc.surrogate.objective import Objective
-from erc.surrogate.token_loss import TokenBatch, TokenLosses, token_losses
+from erc.surrogate.token_loss import TokenBatch, TokenLosses, filtered_tokens, token_losses, with_derivatives
 
 
 class TokenStats(NamedTuple):
@@ -53,32 +53,75 @@ class PolicyLoss(NamedTuple):
 
 class TokenCall(NamedTuple):
     """The stations of a two-phase loss up to its tokens: what the operator `token_table` returned, and the statistics
-    `[N]`, 0 where a token is not active."""
+    `[N]`, 0 where a token is not active. `logprob_full` is None unless `logprob` is over a sampling support."""
 
     call: LossCall
     operators: Any
     table: tuple[Tensor, Tensor, Tensor]
     logprob: Tensor
     entropy: Tensor
+    logprob_full: Tensor | None = None
 
     def judged(self) -> tuple[TokenBatch, TokenLosses]:
         """The batch, and what the objective makes of each token."""
         batch = self.call.batch(*self.table[:2])
-        return batch, token_losses(self.call.objective, batch, self.logprob, self.entropy)
+        return batch, token_losses(self.call.objective, batch, self.logprob, self.entropy, self.logprob_full)
 
 
 def two_phase_result(tokens: TokenCall) -> PolicyLoss:
-    """The loss by plain PyTorch and autograd."""
-    call, (table, labels, counter) = tokens.call, tokens.table
-    batch, losses = tokens.judged()
-    loss, given = losses.loss, call.tokens
-    per_token = torch.stack((loss.detach(), losses.token_loss, tokens.logprob.detach(), tokens.entropy.detach()))
-    _, metrics, count = tokens.operators.token_summary(
-        per_token, losses.flags, table, labels, counter, given.grad_scale, given.params, given.ignore_index
-    )
-    if call.objective.reduction != "none":
-        loss = loss.sum()
-    return add_exact_kl(call, loss_result(call, loss, per_token[1:], metrics, count), tokens.operators, batch)
+    """The loss of statistics that exist: by one operator, or by PyTorch and its autograd for a rule that has only them,
+    and on the `torch` backend."""
+    call, objective, (table, labels, counter) = tokens.call, tokens.call.objective, tokens.table
+    given, batch, terms, filtered = call.tokens, None, None, None
+    if objective.ratio.kernel_id is None or objective.filters:
+        batch = call.batch(table, labels)
+        inputs = batch.ratio_inputs(tokens.logprob, tokens.entropy)
+        filtered = filtered_tokens(objective, inputs)
+        terms = objective.ratio.terms(inputs) if objective.ratio.kernel_id is None else None
+    by_autograd = terms is not None and terms.derivative is None
+    if by_autograd or tokens.operators.token_losses is None or tokens.logprob_full is not None:
+        batch, losses = tokens.judged()
+        loss, flags = losses.loss, losses.flags
+        per_token = torch.stack((loss.detach(), losses.token_loss, tokens.logprob.detach(), tokens.entropy.detach()))
+        if objective.reduction != "none":
+            loss = loss.sum()
+        summed = tokens.operators.token_summary(
+            per_token, flags, table, labels, counter, given.params, given.ignore_index
+        )
+    else:
+        policy = (None, None, None, None)
+        if terms is not None:
+            policy = (terms.loss, terms.derivative, terms.clip_low, terms.clip_high)
+        per_token, derivatives, flags = tokens.operators.token_losses(
+            tokens.logprob.detach(), tokens.entropy.detach(), table, labels, given.params, given.ignore_index,
+            *policy, filtered,
+        )  # fmt: skip
+        summed = tokens.operators.token_summary(
+            per_token, flags, table, labels, counter, given.params, given.ignore_index
+        )
+        loss = per_token[0] if objective.reduction == "none" else summed[0]
+        d_entropy = derivatives[1] if objective.entropy_coef else None
+        loss = with_derivatives(loss, derivatives[0], d_entropy, tokens.logprob, tokens.entropy)
+    out = loss_result(call, loss, per_token[1:], *summed[1:])
+    if tokens.logprob_full is not None:
+        out = _support_metrics(tokens, batch, out)
+    return add_exact_kl(call, out, tokens.operators, batch)
+
+
+@torch.no_grad()
+def _support_metrics(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
+    """With a support: the mean kept mass, and the KL estimate over what the objective compares. The summary of the
+    tokens knows the log-probs over the support alone."""
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
+
+    metrics = out.metrics | {"kept_mass": mean((tokens.logprob_full - tokens.logprob).exp())}
+    kl = tokens.call.objective.kl
+    if kl is not None and kl.kind != "full":
+        old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
+        metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, tokens.logprob_full))
+    return out._replace(metrics=metrics)
 
 
 def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor, count: Tensor) -> PolicyLoss:
@@ -86,6 +129,8 @@ def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor
     token_loss, logprob, entropy = per_token.view(3, *call.leading).unbind()
     if loss.dim():
         loss = loss.view(call.leading)
+    if call.scale is not None:
+        loss = loss / call.scale  # the weights of the tokens hold it, and so do their gradients
     return PolicyLoss(loss, token_loss, logprob, entropy, metrics_by_name(metrics, count))
 
 
@@ -96,7 +141,7 @@ def add_exact_kl(call: LossCall, out: PolicyLoss, operators: Any, batch: TokenBa
         return out
     batch = batch or call.batch(*call.token_table(operators)[:2])
     exact = torch.where(batch.mask != 0, batch.ref_kl, 0.0)
-    weighted = batch.weight * kl.coef * exact / call.scale
+    weighted = batch.weight * kl.coef * exact / (1.0 if call.scale is None else call.scale)
     metrics = {**out.metrics, "kl": exact.detach().double().sum() / out.metrics["tokens"].clamp(min=1)}
     return out._replace(
         loss=out.loss + (weighted.view(call.leading) if out.loss.dim() else weighted.sum()),
@@ -118,6 +163,7 @@ def tokens_of(
     like = logprob.detach()[..., None]
     call = loss_call(resolve_objective(objective), arguments, labels, -100, like, UNSCALED, 1, fused=False)
     table = call.token_table(operators)
-    active = table[1] == 0
-    rows = (torch.where(active, values.reshape(-1), 0.0) for values in (logprob, entropy.to(logprob.dtype)))
-    return TokenCall(call, operators, table, *rows)
+    ignored = table[1] != 0
+    logprob, entropy = (values.reshape(-1).masked_fill(ignored, 0.0) for values in (logprob, entropy.to(logprob.dtype)))
+    entropy = entropy.masked_fill(logprob.isnan(), torch.nan)  # a row without a distribution has neither
+    return TokenCall(call, operators, table, logprob, entropy)

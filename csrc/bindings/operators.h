@@ -305,8 +305,7 @@ struct Operators {
   // per_token: [4, num_tokens] share of the loss, token loss, log-prob, entropy; flags [num_tokens].
   static std::tuple<Tensor, Tensor, Tensor> token_summary(const Tensor& per_token, const Tensor& flags, const Tensor& table,
                                                           const Tensor& labels, const Tensor& counter,
-                                                          const MaybeTensor& grad_scale, const Tensor& params,
-                                                          int64_t ignore_index) {
+                                                          const Tensor& params, int64_t ignore_index) {
     Backend backend(table);
     const Like like(table);
     const int64_t n = labels.numel(), bytes = n * (like.wide ? 8 : 4);
@@ -325,7 +324,7 @@ struct Operators {
     call.labels = static_cast<const int64_t*>(like.values(labels, "labels", n, ScalarType::Long));
     call.counter = static_cast<int32_t*>(like.target(counter, "counter", 1, ScalarType::Int));
     call.partials = scratch.at<double>(partials);
-    finish_summary(like, call, n, grad_scale, params, ignore_index, total, metrics, tokens);
+    finish_summary(call, n, params, ignore_index, total, metrics, tokens);
     backend.run(call, like.wide);
     return {total, metrics, tokens};
   }
@@ -412,7 +411,7 @@ struct Operators {
     summary.labels = table.final_labels;
     summary.counter = table.counter;
     summary.partials = scratch.at<double>(at_partials);
-    finish_summary(like, summary, n, grad_scale, params, ignore_index, loss, metrics, tokens);
+    finish_summary(summary, n, params, ignore_index, loss, metrics, tokens);
     if (per_row) summary.total = scratch.at(at_total);
     backend.run(summary, like.wide);
     return {loss, per_token, flags, metrics, tokens, grad_logits};
@@ -529,7 +528,8 @@ struct Operators {
     const auto divides = [n](int64_t length) { return length == 0 || n % length == 0; };
     STD_TORCH_CHECK(divides(p.sequence_length) && divides(p.advantage_length) && (n == 0 || !cu_seqlens || sequences > 0),
                     "every token must be in a sequence");
-    const int64_t advantage_count = p.advantage_length == 0 ? call.num_sequences : n / p.advantage_length;
+    int64_t advantage_count = p.advantage_length == 0 ? call.num_sequences : n / p.advantage_length;
+    if (n == 0) advantage_count = advantages.numel();  // [B, 0] rows have B
     call.labels = like.column(labels, "labels", n);
     call.advantages = like.column(advantages, "advantages", advantage_count);
     call.mask = like.column(mask, "mask", n);
@@ -546,14 +546,11 @@ struct Operators {
     return call;
   }
 
-  static void finish_summary(const Like& like, TokenSummary& call, int64_t num_tokens, const MaybeTensor& grad_scale,
-                             const Tensor& params, int64_t ignore_index, const Tensor& total, const Tensor& metrics,
-                             const Tensor& tokens) {
+  static void finish_summary(TokenSummary& call, int64_t num_tokens, const Tensor& params, int64_t ignore_index,
+                             const Tensor& total, const Tensor& metrics, const Tensor& tokens) {
     call.num_tokens = num_tokens;
     call.ignore_index = ignore_index;
     call.params = LossParams<double>::read(numbers(params));
-    call.grad_scale = numbers(params)[Param::kGradScale];
-    call.grad_scale_tensor = like.column(grad_scale, "grad_scale", 1);
     call.total = total.mutable_data_ptr();
     call.metrics = static_cast<double*>(metrics.mutable_data_ptr());
     call.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());

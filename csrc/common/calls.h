@@ -146,8 +146,6 @@ struct TokenSummary {
   const int32_t* flags;
   const int64_t* labels;
   LossParams<double> params;
-  double grad_scale;        // what the table's weights were multiplied by, where it was not a tensor
-  Column grad_scale_tensor;
   void* total;              // the loss, one number
   double* metrics;          // [Metric::kCount]
   int64_t* tokens;

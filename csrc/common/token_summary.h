@@ -74,9 +74,8 @@ struct SummaryState {
     call.metrics[Metric::kEntropyRatioMax] = compares && tokens != 0 ? values[Metric::kEntropyRatioMax] : nan;
     call.metrics[Metric::kRatioMax] = tokens != 0 ? std::exp(values[Metric::kRatioMax]) : nan;
     call.metrics[Metric::kNanInputs] = values[Metric::kNanInputs];
-    const double scale = call.grad_scale_tensor.given() ? element<double>(call.grad_scale_tensor, 0) : call.grad_scale;
-    call.metrics[Metric::kLoss] = values[Metric::kLoss] / scale;
-    *static_cast<Real*>(call.total) = Real(values[Metric::kLoss] / scale);
+    call.metrics[Metric::kLoss] = values[Metric::kLoss];
+    *static_cast<Real*>(call.total) = Real(values[Metric::kLoss]);
     *call.tokens = int64_t(tokens);
   }
 

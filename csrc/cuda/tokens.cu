@@ -85,7 +85,7 @@ cudaError_t token_table(const TokenTable& call, bool wide, cudaStream_t stream) 
   return wide ? launch_table<double>(call, stream) : launch_table<float>(call, stream);
 }
 
-// ---- losses of tokens whose statistics exist ------------------------------------------------------------------------
+// ---- losses of tokens whose statistics exist -------------------------------------------------------------------------
 
 template <class Real>
 __global__ void __launch_bounds__(kTokenThreads) losses_kernel(TokenLosses call) {
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kTokenThreads) losses_kernel(TokenLosses call)
 }
 
 cudaError_t token_losses(const TokenLosses& call, bool wide, cudaStream_t stream) {
-  if (call.num_tokens == 0) return cudaSuccess;
   const LaunchShape shape{(call.num_tokens + kTokenThreads - 1) / kTokenThreads, kTokenThreads, 1, 0, stream};
+  if (call.num_tokens == 0) return cudaSuccess;
   return wide ? launch(losses_kernel<double>, shape, call) : launch(losses_kernel<float>, shape, call);
 }
 

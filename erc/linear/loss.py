@@ -165,7 +165,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                     gradients.add(head, chunk.index, chunk_hidden, logits[0])
             gradients.finish(head)
         loss, metrics, count = backend_operators.token_summary(
-            per_token, flags, table, labels, counter, tokens.grad_scale, tokens.params, tokens.ignore_index
+            per_token, flags, table, labels, counter, tokens.params, tokens.ignore_index
         )
         if call.objective.reduction == "none":
             loss = per_token[0].clone()

@@ -50,7 +50,6 @@ def token_summary(
     table: Tensor,
     labels: Tensor,
     counter: Tensor,
-    grad_scale: Tensor | None,
     params: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,8 +91,7 @@ def token_summary(
         metrics[Metric.KL] = mean(penalty.estimate(logprob, old_logprob, table[:, Column.REF_LOGPROB]))
     broken = table[:, Column.WEIGHT].isnan() | old_entropy.isnan()
     metrics[Metric.NAN_INPUTS] = (active & broken).sum().double()
-    scale = numbers[Param.GRAD_SCALE] if grad_scale is None else grad_scale.double()
-    metrics[Metric.LOSS] = torch.where(active, loss, 0.0).sum() / scale
+    metrics[Metric.LOSS] = torch.where(active, loss, 0.0).sum()
     summary = torch.stack([metrics[metric] for metric in Metric])
     return summary[Metric.LOSS].to(per_token.dtype), summary, tokens
 

@@ -41,8 +41,9 @@ class Objective:
         rollout_correction: weights for rollouts that another engine sampled, or None.
         high_entropy: restricts the policy term to high-entropy tokens, or None.
         off_policy_mask: drops sequences that the policy has left, or None.
-        nll_coef: the loss gains `-nll_coef * logprob` on the rows of `nll_mask`, in the loss's own reduction (ERC's
-            public recipe adds 0.1 on rows with reward 1).
+        nll_coef: the loss gains `nll_coef` times the mean of `-logprob` over the tokens of `nll_mask` (the recipes of
+            both papers add 0.1 for rollouts with reward 1).
+        nll_over: whether that log-prob is over the "full" vocabulary or the "support", where the loss has one.
     """
 
     ratio: RatioRule = field(default_factory=PPOClip)
@@ -56,6 +57,7 @@ class Objective:
     high_entropy: HighEntropyMask | None = None
     off_policy_mask: OffPolicySequenceMask | None = None
     nll_coef: float = 0.0
+    nll_over: str = "full"
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -73,6 +75,7 @@ class Objective:
                 )
         require(is_number(self.entropy_coef), "entropy_coef", "a finite number", self.entropy_coef)
         require(is_number(self.nll_coef), "nll_coef", "a finite number", self.nll_coef)
+        require(self.nll_over in ("full", "support"), "nll_over", '"full" or "support"', self.nll_over)
         require(
             self.entropy_reduction in ("active-mean", "loss"),
             "entropy_reduction",
@@ -97,6 +100,11 @@ class Objective:
         if self.off_policy_mask is not None:
             return "OffPolicySequenceMask needs all tokens of a sequence before any gradient"
         return None
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are taken out of the policy term by more than what is known of each."""
+        return self.high_entropy is not None or self.off_policy_mask is not None
 
     @cached_property
     def fused(self) -> bool:

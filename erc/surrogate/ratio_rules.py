@@ -26,11 +26,16 @@ MAX_LOG_RATIO = 20.0
 
 
 class RatioTerms(NamedTuple):
-    """Per-token policy loss, and which tokens the rule clipped below and above; all `[N]`."""
+    """Per-token policy loss, and which tokens the rule clipped below and above (None: none); all `[N]`.
+
+    The loss carries its graph, or is a constant whose `derivative` by the token's own log-prob stands beside it: then
+    the rest of the loss is one operator, and nothing is differentiated step by step.
+    """
 
     loss: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
+    clip_low: Tensor | None
+    clip_high: Tensor | None
+    derivative: Tensor | None = None
 
 
 class RatioInputs(NamedTuple):
@@ -49,10 +54,28 @@ class RatioInputs(NamedTuple):
     old_divergence: Tensor | None = None
     generator: torch.Generator | None = None
 
+    def constant(self) -> RatioInputs:
+        """Without any graph."""
+        return self._replace(logprob=self.logprob.detach(), entropy=self.entropy.detach())
+
 
 def log_difference(a: Tensor, b: Tensor) -> Tensor:
     """`a - b`, where -inf minus -inf counts as no difference."""
     return torch.where(torch.isneginf(a) & torch.isneginf(b), 0.0, a - b)
+
+
+def constant_log_ratio(inputs: RatioInputs) -> Tensor:
+    """The clamped log-ratio without its graph, in as few steps as possible. Of a NaN it is 0: who composes the rules
+    makes such a token NaN in the end."""
+    difference = (inputs.logprob.detach() - inputs.old_logprob).nan_to_num(0.0, torch.inf, -torch.inf)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def ratio_and_slope(inputs: RatioInputs) -> tuple[Tensor, Tensor]:
+    """The importance ratio and its derivative by the log-prob, both constants."""
+    difference = log_difference(inputs.logprob.detach(), inputs.old_logprob)
+    ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ratio, ratio.masked_fill(difference.abs() > MAX_LOG_RATIO, 0.0)
 
 
 def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
@@ -329,6 +352,8 @@ class DPPO(RatioRule):
             above, below = up & (distance > self.high), down & (distance > self.low)
         high, low = (advantage > 0) & above, (advantage < 0) & below
         coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
+        if self.needs_divergence:
+            return RatioTerms(scaled_logprob(coefficient, logprob), low, high, coefficient)
         return RatioTerms(scaled_logprob(coefficient, inputs.logprob), low, high)
 
 

@@ -30,9 +30,9 @@ class Sequences:
 
     def mean(self, values: Tensor, mask: Tensor) -> Tensor:
         """`[N]` -> `[S]`: the mean weighted by `mask`; 0 for a sequence without active tokens."""
-        sums = self._local_sum(mask), self._local_sum(torch.where(mask == 0, 0.0, values * mask))
+        sums = self._local_sum(mask), self._local_sum((values * mask).masked_fill(mask == 0, 0.0))
         count, total = sums if self.group is None else self._over_ranks(torch.stack(sums))
-        return total / torch.where(count == 0, 1.0, count)
+        return total / count.clamp(min=torch.finfo(count.dtype).tiny)
 
     def total(self, values: Tensor) -> Tensor:
         """`[N]` -> a scalar: the sum over all sequences."""
@@ -41,7 +41,7 @@ class Sequences:
     def expand(self, per_sequence: Tensor) -> Tensor:
         """`[S]` -> `[N]`: every token gets its sequence's value."""
         if self.offsets is None:
-            return per_sequence.repeat_interleave(self.length)
+            return per_sequence[:, None].expand(-1, self.length).reshape(-1)
         lengths = self.offsets.diff()
         return per_sequence.repeat_interleave(lengths, output_size=self.tokens)
 

@@ -58,6 +58,48 @@ class TokenBatch:
             **others,
         )
 
+    def ratio_inputs(self, logprob: Tensor, entropy: Tensor) -> RatioInputs:
+        """What a ratio rule sees of the batch and its statistics."""
+        return RatioInputs(
+            logprob,
+            entropy,
+            logprob.detach() if self.old_logprob is None else self.old_logprob,
+            self.advantages,
+            self.mask,
+            self.sequences,
+            self.old_divergence,
+            self.generator,
+        )
+
+
+def with_derivatives(
+    value: Tensor, d_logprob: Tensor, d_entropy: Tensor | None, logprob: Tensor, entropy: Tensor
+) -> Tensor:
+    """`value`, whose gradient by log-prob and entropy is what was computed beside it. `value` is `[N]`, or a sum over
+    its tokens."""
+    return _WithDerivatives.apply(value, d_logprob, d_entropy, logprob, entropy)
+
+
+class _WithDerivatives(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, d_logprob: Tensor, d_entropy: Tensor | None, logprob: Tensor, entropy: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(d_logprob, d_entropy)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_logprob, d_entropy = ctx.saved_tensors
+        needs_logprob, needs_entropy = ctx.needs_input_grad[3:]
+        return (
+            None,
+            None,
+            None,
+            grad * d_logprob if needs_logprob else None,
+            grad * d_entropy if needs_entropy and d_entropy is not None else None,
+        )
+
 
 class TokenLosses(NamedTuple):
     """`loss`: the token's share of the scalar loss, with its graph; `token_loss`: unweighted, detached; `flags`:
@@ -68,30 +110,31 @@ class TokenLosses(NamedTuple):
     flags: Tensor
 
 
-def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor) -> TokenLosses:
+def token_losses(
+    objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor, logprob_full: Tensor | None = None
+) -> TokenLosses:
     """Compose the parts of `objective` for each token; differentiable in `logprob` and (for the entropy term)
     `entropy`.
+
+    With `logprob_full` `logprob` is over the tokens that the sampler kept, and the KL and NLL terms choose between the
+    two; old and rollout values are over the kept tokens, too.
 
     An inactive token (mask 0) must come with log-prob and entropy 0; it gives exactly 0 and an exactly zero gradient.
     """
     active = batch.mask != 0
-    old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
-    inputs = RatioInputs(
-        logprob,
-        entropy,
-        old_logprob,
-        batch.advantages,
-        batch.mask,
-        batch.sequences,
-        batch.old_divergence,
-        batch.generator,
-    )
-    policy, clip_low, clip_high = objective.ratio.terms(inputs)
+    inputs = batch.ratio_inputs(logprob, entropy)
+    terms = objective.ratio.terms(inputs)
+    policy = terms.loss
+    if terms.derivative is not None:
+        policy = with_derivatives(policy, terms.derivative, None, logprob, entropy)
     if objective.rollout_correction is not None:
         policy = policy * batch.policy_weight
-    flags = clip_low * TokenFlag.CLIP_LOW + clip_high * TokenFlag.CLIP_HIGH
+    flags = torch.zeros_like(active, dtype=torch.int32)
+    for clipped, flag in ((terms.clip_low, TokenFlag.CLIP_LOW), (terms.clip_high, TokenFlag.CLIP_HIGH)):
+        if clipped is not None:
+            flags = flags + clipped * flag
 
-    filtered = _filtered(objective, inputs)
+    filtered = filtered_tokens(objective, inputs)
     if filtered is not None:
         policy = torch.where(filtered, 0.0, policy)
         flags = flags + filtered * TokenFlag.FILTERED
@@ -104,7 +147,9 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
 
     token_loss = policy
     if objective.kl is not None and objective.kl.kind != "full":
-        token_loss = token_loss + objective.kl.coef * objective.kl.estimate(logprob, old_logprob, batch.ref_logprob)
+        token_loss = token_loss + objective.kl.coef * objective.kl.estimate(
+            logprob, inputs.old_logprob, batch.ref_logprob, logprob_full
+        )
     # A row without a distribution, or a token with a NaN input, stays NaN, value and gradient, also where a clip, a
     # zero advantage or the gate would hide it.
     nothing = 0 * (batch.weight + entropy.detach())  # 0, or NaN for such a token
@@ -116,12 +161,13 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
         loss = loss + batch.entropy_weight * entropy
     if objective.nll_coef:
         weight = batch.logprob_weight
-        loss = loss + torch.where(weight == 0, 0.0, weight * logprob)
+        imitated = logprob if logprob_full is None or objective.nll_over == "support" else logprob_full
+        loss = loss + torch.where(weight == 0, 0.0, weight * imitated)
     flags = torch.where(active, flags, 0).to(torch.int32)
     return TokenLosses(loss, token_loss.detach(), flags)
 
 
-def _filtered(objective: Objective, inputs: RatioInputs) -> Tensor | None:
+def filtered_tokens(objective: Objective, inputs: RatioInputs) -> Tensor | None:
     """Which tokens the objective's filters take out of the policy term, or None without any filter."""
     dropped = []
     if objective.high_entropy is not None:

@@ -16,7 +16,7 @@ from .paired import paired_backward, paired_forward
 from .policy_loss import loss_rows_, policy_loss, policy_loss_
 from .scale import scale_rows, scale_rows_
 from .stats import partial_stats_, stats_backward, stats_backward_, stats_forward, stats_forward_
-from .tokens import token_summary, token_table
+from .tokens import token_losses, token_summary, token_table
 
 OPERATORS = {
     "stats_forward": stats_forward,
@@ -26,6 +26,7 @@ OPERATORS = {
     "partial_stats_": partial_stats_,
     "token_table": token_table,
     "loss_rows_": loss_rows_,
+    "token_losses": token_losses,
     "token_summary": token_summary,
     "policy_loss": policy_loss,
     "policy_loss_": policy_loss_,

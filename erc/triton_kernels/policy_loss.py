@@ -155,14 +155,14 @@ def loss_rows_(*inputs_and_outputs) -> None:
 
 def _policy_loss(logits: Tensor, target: Rows | None, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
     *given, per_row = tokens
-    *_, grad_scale, params, ignore_index = given
+    *_, params, ignore_index = given
     table, labels, counter = token_table(*given, logits.shape[-1], logits.dtype == torch.float64)
     call = row_inputs(logits, labels, temperature, params, ignore_index)
     shares, per_token = call.rows.per_token(), call.rows.per_token(3)
     flags = shares.new_empty(call.rows.count, dtype=torch.int32)
     _launch_rows(call, table, (shares, *per_token.unbind()), flags, target)
     statistics = (shares, *per_token[1:].unbind())
-    total, metrics, count = summary(statistics, flags, table, labels, counter, grad_scale, params, ignore_index)
+    total, metrics, count = summary(statistics, flags, table, labels, counter, params, ignore_index)
     return shares if per_row else total, per_token, flags, metrics, count
 
 

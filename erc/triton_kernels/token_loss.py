@@ -256,9 +256,8 @@ def entropy_ratio_flags(params, entropy, old_entropy):
 
 
 @triton.jit
-def token_loss(RULE: tl.constexpr, KL: tl.constexpr, GATE: tl.constexpr, params, inputs, logprob, entropy):
-    """(unweighted value, derivative of the weighted loss by the log-prob, flags) of a token."""
-    value, d_logprob, flags = ratio_term(RULE, params, logprob, inputs.old_logprob, inputs.advantage)
+def token_loss_of(KL: tl.constexpr, GATE: tl.constexpr, params, inputs, value, d_logprob, flags, logprob, entropy):
+    """(unweighted value, derivative of the weighted loss by the log-prob, flags) of a token with this policy term."""
     value *= inputs.policy_weight
     d_logprob *= inputs.policy_weight
     if GATE != GATE_NONE:
@@ -275,3 +274,10 @@ def token_loss(RULE: tl.constexpr, KL: tl.constexpr, GATE: tl.constexpr, params,
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
     valid = entropy >= 0.0
     return tl.where(valid, value, entropy), tl.where(valid, d_logprob, entropy), flags
+
+
+@triton.jit
+def token_loss(RULE: tl.constexpr, KL: tl.constexpr, GATE: tl.constexpr, params, inputs, logprob, entropy):
+    """The same with the term of a kernel's rule."""
+    value, d_logprob, flags = ratio_term(RULE, params, logprob, inputs.old_logprob, inputs.advantage)
+    return token_loss_of(KL, GATE, params, inputs, value, d_logprob, flags, logprob, entropy)

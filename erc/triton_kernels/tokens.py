@@ -20,7 +20,23 @@ from erc.surrogate.reductions import SEQUENCE_REDUCTIONS
 from .elementary import expm1
 from .launch import launch_tokens
 from .params import kernel
-from .token_loss import KL_NONE, MAX_LOG_RATIO, clamp, kl_penalty, log_difference
+from .token_loss import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    ERC_DROPPED,
+    ERC_HIGH,
+    ERC_LOW,
+    KL_NONE,
+    MAX_LOG_RATIO,
+    LossParams,
+    TokenInputs,
+    clamp,
+    kl_penalty,
+    log_difference,
+    ratio_term,
+    scaled_logprob,
+    token_loss_of,
+)
 
 BLOCK = 256  # tokens of a program of the table
 RUN = 1024  # tokens of a program of the summary
@@ -33,11 +49,6 @@ SEQ_MEAN_TOKEN_MEAN = tl.constexpr(int(Reduction.SEQ_MEAN_TOKEN_MEAN))
 SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(int(Reduction.SEQ_MEAN_TOKEN_SUM_NORM))
 NO_REDUCTION = tl.constexpr(int(Reduction.NONE))
 
-CLIP_LOW = tl.constexpr(int(TokenFlag.CLIP_LOW))
-CLIP_HIGH = tl.constexpr(int(TokenFlag.CLIP_HIGH))
-ERC_LOW = tl.constexpr(int(TokenFlag.ERC_LOW))
-ERC_HIGH = tl.constexpr(int(TokenFlag.ERC_HIGH))
-ERC_DROPPED = tl.constexpr(int(TokenFlag.ERC_DROPPED))
 FILTERED = tl.constexpr(int(TokenFlag.FILTERED))
 
 # What a run leaves: a sum at the position of each metric that is a mean, then extremes and the number of tokens.
@@ -109,6 +120,15 @@ def _totals(sums_ptr, groups, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _quotient(a, b):
+    """a / b, rounded to nearest as on a CPU: float64 always is, float32 by an operation that float64 has not."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
 def _over(weight, number, tensor_ptr, count, COUNTED: tl.constexpr):
     """weight / normalizer: a tensor, what was counted, or a number. Rounded to nearest, as on a CPU."""
     if tensor_ptr is not None:
@@ -117,7 +137,7 @@ def _over(weight, number, tensor_ptr, count, COUNTED: tl.constexpr):
         divisor = tl.where(count == 0.0, 1.0, count).to(weight.dtype)
     else:
         divisor = tl.full((), number, weight.dtype)
-    return tl.where(weight == 0.0, 0.0, tl.div_rn(weight, divisor + tl.zeros_like(weight)))
+    return tl.where(weight == 0.0, 0.0, _quotient(weight, divisor + tl.zeros_like(weight)))
 
 
 @triton.jit
@@ -177,9 +197,9 @@ def table_kernel(
     weight = mask
     if REDUCTION == SEQ_MEAN_TOKEN_MEAN:
         count = tl.load(sums_ptr + 2 * sequence, mask=inside, other=0.0).to(REAL)
-        weight = tl.div_rn(weight, tl.where(count == 0.0, 1.0, count))
+        weight = _quotient(weight, tl.where(count == 0.0, 1.0, count))
     elif REDUCTION == SEQ_MEAN_TOKEN_SUM_NORM:
-        weight = tl.div_rn(weight, tl.zeros_like(weight) + tl.full((), max_length, REAL))
+        weight = _quotient(weight, tl.zeros_like(weight) + tl.full((), max_length, REAL))
     if REDUCTION == TOKEN_MEAN:
         weight = _over(weight, normalizer, normalizer_ptr, tokens, COUNTED)
     elif REDUCTION == TOKEN_SUM or REDUCTION == NO_REDUCTION:
@@ -277,6 +297,88 @@ def token_table(
     return table, final_labels, counter
 
 
+# ---- losses of tokens whose statistics exist -------------------------------------------------------------------------
+
+
+@triton.jit
+def _flag(pointer, token, inside, bit: tl.constexpr):
+    if pointer is not None:
+        return tl.where(tl.load(pointer + token, mask=inside, other=0) != 0, bit, 0)
+    else:
+        return tl.where(inside, 0, 0)
+
+
+@kernel
+def losses_kernel(
+    logprob_ptr, entropy_ptr, table_ptr, labels_ptr, policy_ptr, d_policy_ptr, clip_low_ptr, clip_high_ptr,
+    filtered_ptr, per_token_ptr, derivatives_ptr, flags_ptr, N: tl.int64, ignore_index: tl.int64,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, beta_low: tl.float64, beta_high: tl.float64,
+    gate_eps: tl.float64, kl_coef: tl.float64, kl_clamp: tl.float64, RULE: tl.constexpr, KL: tl.constexpr,
+    GATE: tl.constexpr, OFF_POLICY: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program BLOCK tokens, in float64 and rounded once."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < N
+    active = inside & (tl.load(labels_ptr + token, mask=inside, other=0) != ignore_index)
+    logprob = tl.load(logprob_ptr + token, mask=active, other=0.0).to(tl.float64)
+    entropy = tl.load(entropy_ptr + token, mask=active, other=0.0).to(tl.float64)
+    known = table_ptr + token * COLUMNS
+    weight = tl.load(known, mask=active, other=0.0).to(tl.float64)
+    advantage = tl.load(known + 1, mask=active, other=0.0).to(tl.float64)
+    old_logprob = logprob
+    if OFF_POLICY:
+        old_logprob = tl.load(known + 2, mask=active, other=0.0).to(tl.float64)
+    old_entropy = tl.load(known + 3, mask=active, other=0.0).to(tl.float64)
+    ref_logprob = tl.load(known + 4, mask=active, other=0.0).to(tl.float64)
+    policy_weight = tl.load(known + 5, mask=active, other=1.0).to(tl.float64)
+    entropy_weight = tl.load(known + 6, mask=active, other=0.0).to(tl.float64)
+    logprob_weight = tl.load(known + 7, mask=active, other=0.0).to(tl.float64)
+    inputs = TokenInputs(
+        weight, advantage, old_logprob, old_entropy, ref_logprob, policy_weight, entropy_weight, logprob_weight
+    )  # fmt: skip
+    params = LossParams(p0, p1, p2, p3, beta_low, beta_high, gate_eps, kl_coef, kl_clamp)
+    if policy_ptr is not None:
+        value = tl.load(policy_ptr + token, mask=active, other=0.0).to(tl.float64)
+        d_policy = tl.load(d_policy_ptr + token, mask=active, other=0.0).to(tl.float64)
+        flags = _flag(clip_low_ptr, token, inside, CLIP_LOW) | _flag(clip_high_ptr, token, inside, CLIP_HIGH)
+    else:
+        value, d_policy, flags = ratio_term(RULE, params, logprob, old_logprob, advantage)
+    filtered = _flag(filtered_ptr, token, inside, FILTERED)
+    value, d_policy = tl.where(filtered != 0, 0.0, value), tl.where(filtered != 0, 0.0, d_policy)
+    value, d_logprob, flags = token_loss_of(
+        KL, GATE, params, inputs, value, d_policy, flags | filtered, logprob, entropy
+    )
+    share = weight * value + scaled_logprob(logprob_weight, logprob)
+    share += tl.where(entropy_weight == 0.0, 0.0, entropy_weight * entropy)
+    out = per_token_ptr + token
+    tl.store(out, tl.where(active, share, 0.0).to(REAL), mask=inside)
+    tl.store(out + N, tl.where(active, value, 0.0).to(REAL), mask=inside)
+    tl.store(out + 2 * N, logprob.to(REAL), mask=inside)
+    tl.store(out + 3 * N, entropy.to(REAL), mask=inside)
+    tl.store(derivatives_ptr + token, tl.where(active, d_logprob, 0.0).to(REAL), mask=inside)
+    tl.store(derivatives_ptr + N + token, tl.where(active, entropy_weight, 0.0).to(REAL), mask=inside)
+    tl.store(flags_ptr + token, tl.where(active, flags, 0), mask=inside)
+
+
+def token_losses(
+    logprob: Tensor, entropy: Tensor, table: Tensor, labels: Tensor, params: Tensor, ignore_index: int,
+    policy: Tensor | None, d_policy: Tensor | None, clip_low: Tensor | None, clip_high: Tensor | None,
+    filtered: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(per_token [4, N], derivatives [2, N], flags [N]); see `erc.ops`."""
+    count, numbers = len(labels), params.tolist()
+    per_token, derivatives = table.new_empty((4, count)), table.new_empty((2, count))
+    flags = table.new_empty(count, dtype=torch.int32)
+    launch_tokens(
+        losses_kernel, triton.cdiv(count, BLOCK), table, logprob, entropy, table, labels, policy, d_policy, clip_low,
+        clip_high, filtered, per_token, derivatives, flags, count, ignore_index, *numbers[Param.RULE : Param.RULE_ID],
+        RULE=int(numbers[Param.RULE_ID]), KL=int(numbers[Param.KL_ID]), GATE=int(numbers[Param.GATE_ID]),
+        OFF_POLICY=bool(int(numbers[Param.PRESENT]) & Present.OLD_LOGPROB),
+        REAL=tl.float64 if table.dtype == torch.float64 else tl.float32, BLOCK=BLOCK,
+    )  # fmt: skip
+    return per_token, derivatives, flags
+
+
 # ---- the summary -----------------------------------------------------------------------------------------------------
 
 
@@ -299,9 +401,9 @@ def _smaller(a, b):
 
 @kernel
 def summary_kernel(
-    loss_ptr, logprob_ptr, entropy_ptr, flags_ptr, table_ptr, labels_ptr, counter_ptr, grad_scale_ptr, partials_ptr,
+    loss_ptr, logprob_ptr, entropy_ptr, flags_ptr, table_ptr, labels_ptr, counter_ptr, partials_ptr,
     total_ptr, metrics_ptr, tokens_ptr, N: tl.int64, programs: tl.int32, ignore_index: tl.int64, gate_eps: tl.float64,
-    kl_clamp: tl.float64, grad_scale: tl.float64, KL: tl.constexpr, OFF_POLICY: tl.constexpr, COMPARES: tl.constexpr,
+    kl_clamp: tl.float64, KL: tl.constexpr, OFF_POLICY: tl.constexpr, COMPARES: tl.constexpr,
     RUN: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program RUN tokens; the last one to finish adds up the runs in their order."""
@@ -352,10 +454,7 @@ def summary_kernel(
         tokens = _sum_of(partials_ptr, TOKENS, programs, BLOCK)
         count = tl.where(tokens == 0.0, 1.0, tokens)
         nan = tl.full((), float("nan"), tl.float64)
-        scale = tl.full((), grad_scale, tl.float64)
-        if grad_scale_ptr is not None:
-            scale = tl.load(grad_scale_ptr).to(tl.float64)
-        loss = _sum_of(partials_ptr, LOSS, programs, BLOCK) / scale
+        loss = _sum_of(partials_ptr, LOSS, programs, BLOCK)
         tl.store(metrics_ptr + LOSS, loss)
         tl.store(total_ptr, loss.to(REAL))
         for metric in tl.static_range(1, KL_TO_REFERENCE + 1):
@@ -400,7 +499,7 @@ def _least_of(partials_ptr, position: tl.constexpr, programs, factor: tl.constex
 
 def summary(
     statistics: tuple[Tensor, Tensor, Tensor], flags: Tensor, table: Tensor, labels: Tensor, counter: Tensor,
-    grad_scale: Tensor | None, params: Tensor, ignore_index: int,
+    params: Tensor, ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`token_summary` of `[N]` each: the tokens' shares of the loss, log-probs and entropies."""
     count, numbers = len(labels), params.tolist()
@@ -410,9 +509,9 @@ def summary(
     tokens = table.new_empty((), dtype=torch.int64)
     present = int(numbers[Param.PRESENT])
     launch_tokens(
-        summary_kernel, programs, table, *statistics, flags, table, labels, counter, grad_scale, partials, total,
+        summary_kernel, programs, table, *statistics, flags, table, labels, counter, partials, total,
         metrics, tokens, count, programs, ignore_index, numbers[Param.GATE_EPS], numbers[Param.KL_CLAMP],
-        numbers[Param.GRAD_SCALE], KL=int(numbers[Param.KL_ID]), OFF_POLICY=bool(present & Present.OLD_LOGPROB),
+        KL=int(numbers[Param.KL_ID]), OFF_POLICY=bool(present & Present.OLD_LOGPROB),
         COMPARES=bool(present & Present.OLD_ENTROPY), RUN=RUN,
         REAL=tl.float64 if table.dtype == torch.float64 else tl.float32, BLOCK=BLOCK,
     )  # fmt: skip

@@ -357,7 +357,7 @@ def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison,
             table, active, counter = host.ops.token_table(*tokens)
             per_token = torch.rand(4, 1300, generator=torch.Generator().manual_seed(3))
             flags = torch.zeros(1300, dtype=torch.int32)
-            summary = host.ops.token_summary(per_token, flags, table, active, counter, None, params(), IGNORE)
+            summary = host.ops.token_summary(per_token, flags, table, active, counter, params(), IGNORE)
             results.append((*statistics, *pair, *loss_call(host, logits, labels), table, *summary))
         for a, b in zip(*results, strict=True):
             assert torch.equal(bits(a), bits(b))
@@ -385,7 +385,7 @@ def test_operators_pass_opcheck(host):
         (host.ops.partial_stats_, (logits, *scaling, None, 0, 0, torch.empty(4, 2))),
         (host.ops.token_table, (*tokens, 70, False)),
         (host.ops.loss_rows_, (logits, *scaling, None, 0, table, *per_token, torch.empty_like(logits))),
-        (host.ops.token_summary, (*summed, table, labels, counter, None, params(), IGNORE)),
+        (host.ops.token_summary, (*summed, table, labels, counter, params(), IGNORE)),
         (host.ops.policy_loss, (leaf, None, *tokens, False, True)),
         (host.ops.policy_loss_, (logits, None, *tokens, False, True)),
         (host.ops.scale_rows, (logits, ones)),
@@ -477,7 +477,7 @@ def test_a_summary_of_the_same_tokens_again(host):
     labels, ones = random_labels(1500, V=70), torch.ones(1500)
     table, labels, counter = host.ops.token_table(labels, ones, *[None] * 11, params(), IGNORE, 70, False)
     per_token, flags = torch.rand(4, 1500), torch.zeros(1500, dtype=torch.int32)
-    arguments = (per_token, flags, table, labels, counter, None, params(), IGNORE)
+    arguments = (per_token, flags, table, labels, counter, params(), IGNORE)
     for a, b in zip(host.ops.token_summary(*arguments), host.ops.token_summary(*arguments), strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert counter == 0 and len(host.launches()) == 4

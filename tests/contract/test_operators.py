@@ -68,10 +68,11 @@ def test_opcheck(name, requires_grad):
             *(logits, labels_left, call.scaling.temperature, call.tokens.params, -100),
             *(*some, table, per_token, flags, torch.zeros_like(logits)),
         ),
-        "token_summary": (
-            *(per_token, flags, table, labels_left, counter),
-            *(call.tokens.grad_scale, call.tokens.params, -100),
+        "token_losses": (
+            *(-torch.rand(ROWS), torch.rand(ROWS), table, labels_left, call.tokens.params, -100),
+            *(torch.randn(ROWS), torch.randn(ROWS), torch.rand(ROWS) < 0.5, None, torch.rand(ROWS) < 0.5),
         ),
+        "token_summary": (per_token, flags, table, labels_left, counter, call.tokens.params, -100),
         "policy_loss": (logits, *loss),
         "policy_loss_": (logits, *loss),
         "scale_rows": (logits, torch.randn(ROWS)),

@@ -284,7 +284,6 @@ def batch(tokens: int, wide: bool = False, seed: int = 5):
         "table": table.to(real),
         "labels": labels,
         "counter": torch.zeros(1, dtype=torch.int32),
-        "grad_scale": None,
     }
 
 
@@ -334,16 +333,6 @@ def test_a_summary_without_active_tokens(operators):  # noqa: F811
     assert metrics[Metric.LOSS] == 0 and metrics[Metric.RATIO_MAX].isnan()
 
 
-@pytest.mark.parametrize("tensor", [False, True])
-def test_the_loss_is_divided_by_the_scale_of_its_gradients(tensor, operators):  # noqa: F811
-    values = batch(3000)
-    if tensor:
-        values["grad_scale"] = torch.tensor(1024.0)
-    metrics = compare_summaries(operators.ops, values, grad_scale=1.0 if tensor else 1024.0)
-    plain = summary_of(definition_of_summary, batch(3000))
-    assert metrics[Metric.LOSS] * 1024 == pytest.approx(float(plain[1][Metric.LOSS]), rel=1e-9)
-
-
 def test_nan_and_infinite_tokens_in_a_summary(operators):  # noqa: F811
     values = batch(3000)
     active = (values["labels"] != IGNORE).nonzero()[:, 0]
@@ -387,7 +376,7 @@ def test_the_fused_operator_is_its_parts(per_row, operators):  # noqa: F811
     table, labels, counter = operators.ops.token_table(*tensors, values, IGNORE, columns, False)
     per_token, flags, grad = torch.empty(4, N), torch.empty(N, dtype=torch.int32), torch.empty_like(logits)
     operators.ops.loss_rows_(logits, labels, None, values, IGNORE, None, 0, table, per_token, flags, grad)
-    loss, metrics, tokens = operators.ops.token_summary(per_token, flags, table, labels, counter, None, values, IGNORE)
+    loss, metrics, tokens = operators.ops.token_summary(per_token, flags, table, labels, counter, values, IGNORE)
     parts = (per_token[0] if per_row else loss, per_token[1:], flags, metrics, tokens, grad)
     for a, b in zip(fused, parts, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
