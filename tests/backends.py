@@ -1,13 +1,14 @@
 """The operators of every backend that this process can run, as fixtures for the tests of the contract.
 
 `operators` gives each backend once; `every_form` also each form of the CUDA kernels (a row in a cluster of blocks, in
-one block, split over blocks). Both need no GPU: CUDA runs on the host (`tests.cuda_host`). Triton interprets for a
-whole process or not at all: with TRITON_INTERPRET=1 it is the only one.
+one block, split over blocks), which needs no GPU: CUDA runs on the host (`tests.cuda_host`). Triton interprets for a
+whole process or not at all: with TRITON_INTERPRET=1 it is the only one. Where there is a GPU, its backends come on top.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,25 +30,56 @@ class Backend(NamedTuple):
     checks_values: bool  # whether a bad value raises, as on the CPU, or makes its token NaN
 
 
+class OnDevice:
+    """A backend's operators on copies of the caller's CPU tensors on `device`, where `params` alone stays; what an
+    operator writes is copied back."""
+
+    def __init__(self, ops: Any, device: str) -> None:
+        self._ops, self._device = ops, device
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(self._ops, name).default
+
+        def call(*values: Any) -> Any:
+            arguments = list(zip(operator._schema.arguments, values, strict=True))
+            there = [
+                value.to(self._device, copy=True) if isinstance(value, Tensor) and argument.name != "params" else value
+                for argument, value in arguments
+            ]
+            results = operator(*there)
+            for (argument, value), written in zip(arguments, there, strict=True):
+                if isinstance(value, Tensor) and argument.alias_info is not None:
+                    value.copy_(written)
+            return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
+
+        return call
+
+
 def _backend(name: str) -> Backend:
-    if name.startswith("cuda"):
+    if name.startswith("cuda-"):
         if build.compiler() is None:
             pytest.skip("needs g++")
         host = build.load()
         clusters, multiprocessors = CUDA_FORMS[name]
         host.configure(clusters=clusters, multiprocessors=multiprocessors)
         return Backend(name, host.ops, False)
-    if (reason := why_not(name)) is not None:
+    backend = name.removeprefix("gpu-")
+    if (reason := why_not(backend)) is not None:
         pytest.skip(reason)
-    return Backend(name, operators_of(name), name == "cpu")
+    ops = operators_of(backend)
+    return Backend(backend, OnDevice(ops, "cuda") if name.startswith("gpu-") else ops, name == "cpu")
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "cuda-block"])
+_NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+GPU = [pytest.param(f"gpu-{name}", marks=_NEEDS_GPU) for name in ("cuda", "triton")]
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "cuda-block", *GPU])
 def operators(request) -> Backend:
     return _backend(request.param)
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", *CUDA_FORMS])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", *CUDA_FORMS, *GPU])
 def every_form(request) -> Backend:
     return _backend(request.param)
 

@@ -525,6 +525,9 @@ struct Operators {
     const TableParams& p = call.params;
     const int64_t sequences = cu_seqlens ? call.num_sequences : p.sequence_length > 0 ? n / p.sequence_length : 0;
     call.num_groups = counts_sequences(p.reduction) ? sequences : (n + kCountRun - 1) / kCountRun;
+    const auto divides = [n](int64_t length) { return length == 0 || n % length == 0; };
+    STD_TORCH_CHECK(divides(p.sequence_length) && divides(p.advantage_length) && (n == 0 || !cu_seqlens || sequences > 0),
+                    "every token must be in a sequence");
     int64_t advantage_count = p.advantage_length == 0 ? call.num_sequences : n / p.advantage_length;
     if (n == 0) advantage_count = advantages.numel();  // [B, 0] rows have B
     call.labels = like.column(labels, "labels", n);

@@ -1,4 +1,4 @@
-// What is done per token and not per logit: the token table and the summary. Sums are taken in an order that depends on the
+// What is done per token and not per logit: the token table, losses and the summary. Sums are taken in an order that depends on the
 // number of tokens and the sequences alone, so runs repeat bit by bit.
 #include "common/token_summary.h"
 #include "common/token_table.h"

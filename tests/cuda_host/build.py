@@ -102,8 +102,8 @@ class Host:
         compiled_for: int = 90,
     ) -> None:
         """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows
-        are split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared
-        memory; `compiled_for` 80 is code for sm_80 on whatever machine."""
+        are split over blocks; `order` of threads and blocks (0, 1 reversed, else a shuffle's seed); `poison` fills
+        shared memory; `compiled_for` 80 is code for sm_80 on whatever machine."""
         self._configure(int(clusters), compiled_for, multiprocessors, order, poison, l2_bytes)
 
     def launches(self) -> list[tuple[int, int, int, int]]:

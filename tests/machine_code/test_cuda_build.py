@@ -147,7 +147,8 @@ def library(builder, monkeypatch) -> Path:
     """liberc_cuda.so with PTX alone, kept by a hash of what it is made of."""
     if builder.nvcc() is None or builder.cxx() is None:
         pytest.skip("needs nvcc and a C++ compiler")
-    read = [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/common/*"), ROOT / "csrc/bindings/cuda.cpp", ROOT / "setup.py"]
+    rooms = ("csrc/cuda", "csrc/common", "csrc/bindings")
+    read = [*(path for room in rooms for path in (ROOT / room).iterdir()), ROOT / "setup.py"]
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(read)))
     folder = ROOT / "build" / "cuda_ptx" / digest.hexdigest()[:16]
     monkeypatch.setattr(builder, "BUILD_DIR", folder)
