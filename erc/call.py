@@ -388,7 +388,7 @@ def _sequences(
         if group is not None:
             raise ValueError(f"sequence_group needs rows [B, T] or cu_seqlens, got rows of shape {tuple(leading)}")
         return None, 0
-    if leading[-1] == 0:  # empty sequences, which a rank may have as its parts, are sequences nevertheless
+    if leading[-1] == 0:  # sequences without tokens; of a group, such a rank takes part in the sums
         return torch.zeros(prod(leading[:-1]) + 1, dtype=torch.int64, device=device), 0
     return None, leading[-1]
 
@@ -411,5 +411,5 @@ def _advantages(
     if shape == leading:
         return rows, 1
     if len(leading) > 1 and shape in (leading[:1], (leading[0], *(1,) * (len(leading) - 1))):
-        return rows, max(1, prod(leading[1:]))
+        return (rows, prod(leading[1:])) if prod(leading) else (rows.reshape(-1)[:0], 1)
     raise ValueError(f"advantages must have shape {tuple(leading)}, or one value per sequence, got {tuple(shape)}")

@@ -227,6 +227,25 @@ def test_each_rollout_correction_has_the_bounds_of_its_source(kind, level, bound
     assert erc.Objective(rollout_correction=correction).needs_sequences == (level != "token")
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 0)], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(erc.objective(name) for name in ("erc-dapo", "grpo", "gspo", "gmpo", "vespo")),
+        erc.Objective(rollout_correction=erc.RolloutCorrection(level="sequence")),
+        erc.Objective(erc.NoClip(), off_policy_mask=erc.OffPolicySequenceMask(0.1)),
+    ],
+    ids=lambda objective: str(objective)[:60],
+)
+def test_sequences_without_tokens_have_loss_0_and_an_empty_gradient(objective, shape):
+    logits, empty = torch.zeros(2, 0, 5, requires_grad=True), torch.zeros(2, 0)
+    given = {"old_logprob": empty, "old_entropy": empty, "rollout_logprob": empty, "advantages": torch.ones(shape)}
+    for function in (erc.policy_loss, erc.reference.policy_loss):
+        out = function(logits, torch.zeros(2, 0, dtype=torch.long), objective=objective, **given)
+        (gradient,) = torch.autograd.grad(out.loss, logits)
+        assert out.loss == 0 and gradient.shape == (2, 0, 5)
+
+
 def test_the_high_entropy_mask_keeps_the_top_fraction_and_the_denominator():
     given = tokens()
     active = given["mask"] != 0
