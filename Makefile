@@ -99,6 +99,8 @@ $(VENV)/.peers: $(VENV)/.installed
 		echo "Liger and cut-cross-entropy could not be installed: their tests will be skipped"
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl-losses]" && \
 	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
+	$(PY) -m pip install -q --no-deps "openrlhf>=0.11.2,<0.12" "skyrl>=0.3,<0.5" jaxtyping wadler-lindig || \
+		echo "OpenRLHF and SkyRL could not be installed: their tests will be skipped"
 	touch $@
 
 # verl with all that its Ray trainers need: an environment of its own, because verl and TRL pin different transformers.

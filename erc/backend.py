@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erc import ops
+from erc import ops, reference
 
 NAMES = ("cpu", "triton", "cuda", "torch")
 DEFAULT_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
@@ -158,7 +158,9 @@ def _select(device: str, backend: str | None) -> tuple[str, str]:
 
 
 def operators(name: str) -> Any:
-    """The operator namespace of backend `name`: `operators("cpu").stats_forward(...)`."""
+    """The operators of backend `name`: `operators("cpu").stats_forward(...)`."""
+    if name == "torch":
+        return reference.OPERATORS
     return getattr(torch.ops, _NAMESPACES[name])
 
 

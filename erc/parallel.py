@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from erc.constants import ABSENT_LABEL, Param
 from erc.inputs import check_logits
-from erc.ops import ABSENT_LABEL, ParamIndex
+from erc.ops import refuse_double_backward, stats_dtype
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
@@ -182,7 +183,7 @@ def check_shardable(backend: str, inplace_backward: bool) -> None:
 
 def _row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
     """x = v * scale, as the kernels take it: csrc/common/row_state.h."""
-    scalar, softcap, logit_scale = params[: ParamIndex.RULE].tolist()
+    scalar, softcap, logit_scale = params[: Param.RULE].tolist()
     numerator = logit_scale if softcap == 0 else 1.0
     return numerator / (scalar if temperature is None else temperature.double())
 
@@ -246,7 +247,8 @@ class _ShardedStats(torch.autograd.Function):
         shard: VocabShard,
         backend_operators: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        state = backend_operators.partial_stats(rows, labels, temperature, params, ignore_index, shard.start)
+        state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
+        backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
         state = merge_states(shard.gather(state).wait(), params, temperature)
         ignored = None if labels is None else labels == ignore_index
         local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
@@ -256,8 +258,8 @@ class _ShardedStats(torch.autograd.Function):
         return state_statistics(state, params, temperature, ignored)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("a sharded loss")
         rows, labels, temperature, params, saved = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 7

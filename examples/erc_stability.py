@@ -56,9 +56,11 @@ COLUMNS = {
 
 
 def paper_objective(name: str) -> dict[str, Any]:
-    """The overrides of `--preset paper`: clip 0.2 / 0.28 and dual clip 10; beta 0.05 is the presets' own."""
-    rule = erc.objective(name).ratio
-    return {"ratio": replace(rule, dual_clip=10.0) if name == "ppo" else replace(rule, eps_high=0.28, dual_clip=10.0)}
+    """The overrides of `--preset paper`: the rule and the NLL term of the authors' recipe, whose gate (0.95 to 1.05) is
+    the presets' own. PPO keeps its widths."""
+    recipe = erc.objective("erc-gppo-paper" if name.endswith("gppo") else "erc-dapo-paper")
+    rule = replace(erc.objective("ppo").ratio, dual_clip=recipe.ratio.dual_clip) if name == "ppo" else recipe.ratio
+    return {"ratio": rule, "nll_coef": recipe.nll_coef}
 
 
 def warm_file(config: TrainConfig, work: Path) -> Path:

@@ -16,7 +16,6 @@ import torch
 import typer
 from rich.console import Console
 
-import erc
 from erc.rlvr import evidence_gain, with_demonstrations
 from examples.experiment import (
     auc,
@@ -37,7 +36,7 @@ from examples.worked import judge, solution
 
 DEFAULT = InContextConfig()
 PAPER = InContextConfig(
-    overrides={"ratio": erc.PPOClip(0.2, 0.28, dual_clip=10.0)},
+    objective="ic-dapo-paper",
     steps=300,
     prompts=128,
     updates_per_batch=8,  # mini-batches of 16 prompts

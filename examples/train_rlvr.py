@@ -162,7 +162,7 @@ class Trainer:
             old = self._old_stats(batch)
         row = defaultdict(float)
         for index in torch.randperm(len(problems)).to(self.device).chunk(config.updates_per_batch):
-            for name, value in self._update(batch, index, advantages, old).items():
+            for name, value in self._update(batch, index, advantages, old, rewards).items():
                 row[name] += value / config.updates_per_batch
         self.step += 1
         active = batch.labels != -100
@@ -192,10 +192,18 @@ class Trainer:
         return erc.TokenStats(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _update(
-        self, batch: Batch, index: torch.Tensor, advantages: torch.Tensor, old: erc.TokenStats
+        self,
+        batch: Batch,
+        index: torch.Tensor,
+        advantages: torch.Tensor,
+        old: erc.TokenStats,
+        rewards: torch.Tensor,
     ) -> dict[str, float]:
         """One optimiser step on the rollouts of `index`; what it saw, averaged over their tokens."""
         tokens = (batch.labels[index] != -100).sum()
+        # The papers' recipes (`-paper`) also imitate the rollouts with reward 1, in the mean over their tokens.
+        right = (rewards == 1).float()[:, None].expand(batch.labels.shape)
+        imitated = (right[index] * (batch.labels[index] != -100)).sum()
         seen, ratios = defaultdict(float), []
         self.optimizer.zero_grad()
         for rows in self._micro_batches(index):
@@ -211,7 +219,9 @@ class Trainer:
                     advantages=advantages[rows],
                     objective=self.objective,
                     temperature=self.config.temperature,
+                    nll_mask=right[rows],
                     normalizer=tokens if self.config.micro_batch else None,
+                    nll_normalizer=imitated if self.config.micro_batch else None,
                 )
             with self.timed("model backward"):
                 out.loss.backward()

@@ -12,13 +12,6 @@
 namespace erc {
 namespace cuda {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
 // Sixteen bytes of a row, whatever their type.
 struct __attribute__((aligned(16), may_alias)) Raw {
   uint32_t word[4];
@@ -183,6 +176,14 @@ ERC_DEVICE void store_streaming(void* p, Raw r) {
 ERC_DEVICE char* dynamic_shared() {
   extern __shared__ __align__(128) char shared_memory[];
   return shared_memory;
+}
+
+// Counts this block among those that are done, and returns how many were before it. What other threads of this block wrote
+// before a barrier ahead of it is seen by whoever counts later.
+ERC_DEVICE int count_block(int32_t* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 // ---- bulk asynchronous copies (sm_90 and later) --------------------------------------------------------------------

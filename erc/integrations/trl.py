@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from erc.inputs import TokenArguments, token_batch
+from erc.call import TokenArguments
+from erc.constants import TokenFlag
 from erc.integrations.transformers import HeadInputs, head_inputs
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
-from erc.ops import TokenFlag
-from erc.results import PolicyLoss, TokenStats
+from erc.reference import OPERATORS
+from erc.results import PolicyLoss, TokenStats, tokens_of
 from erc.rlvr.in_context import InContextRollouts
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective
-from erc.surrogate.token_loss import token_losses
 
 require("trl", (1, 16), (2, 0))
 
@@ -152,8 +152,6 @@ def _check_objective(objective: Objective) -> None:
             raise ValueError(f"objective must leave {name} to the trainer's config, got {objective}")
     if objective.ratio.needs_divergence:
         raise ValueError(f"objective must not need old_divergence, got {objective}")
-    if objective.nll_coef and objective.reduction != "token-mean":
-        raise ValueError(f"objective must have the reduction token-mean with an NLL term, got {objective}")
     _loss_type(objective)
 
 
@@ -323,7 +321,7 @@ class ERCTrainer(GRPOTrainer):
         completion, mask = inputs["completion_ids"], self._loss_mask(inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
-        objective = self._objective_of(inputs, accumulation)
+        objective = self._objective_of(inputs)
         old_logprob, weight = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
         arguments = {
             "old_logprob": old_logprob,
@@ -332,9 +330,12 @@ class ERCTrainer(GRPOTrainer):
             "mask": mask,
             "ref_logprob": inputs.get("ref_per_token_logps"),
             "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
-            "nll_mask": self._nll_mask(inputs),
+            "nll_mask": inputs.get("nll_mask"),
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
+            "entropy_normalizer": mask.sum().float() * accumulation if self.entropy_coef else None,
         }
+        if "nll_mask" in inputs:
+            arguments["nll_normalizer"] = self._per_rank(inputs["num_nll_in_batch"], accumulation)
         out = self._call_head(
             model,
             torch.cat([inputs["prompt_ids"], completion], 1),
@@ -347,13 +348,7 @@ class ERCTrainer(GRPOTrainer):
         self._record_bonus(out, mode, accumulation)
         return out.loss
 
-    def _nll_mask(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Weights by which the NLL term becomes a mean over its own tokens, where the loss's is one over all."""
-        if "nll_mask" not in inputs:
-            return None
-        return inputs["nll_mask"] * (inputs["num_items_in_batch"] / inputs["num_nll_in_batch"].clamp(min=1))
-
-    def _objective_of(self, inputs: dict[str, Any], accumulation: float) -> Objective:
+    def _objective_of(self, inputs: dict[str, Any]) -> Objective:
         """The objective with the terms of TRL's config, as far as this batch has what they need."""
         gated = inputs.get("old_entropies") is not None
         kl = KLPenalty("k3", self.beta, importance_weighted=self.args.use_bias_correction_kl) if self.beta else None
@@ -363,7 +358,7 @@ class ERCTrainer(GRPOTrainer):
             entropy_ratio=self.objective.entropy_ratio if gated else None,
             kl=kl,
             nll_coef=self.objective.nll_coef if "nll_mask" in inputs else 0.0,
-            entropy_coef=self.entropy_coef / accumulation,
+            entropy_coef=self.entropy_coef,
             max_length=self.max_completion_length,
             rollout_correction=GIVEN_WEIGHTS if corrected else None,
         )
@@ -372,8 +367,13 @@ class ERCTrainer(GRPOTrainer):
         """What TRL divides the sum over tokens, or over sequences, by."""
         if self.objective.reduction != "token-mean":
             return sequences * accumulation
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return tokens * accumulation / self.args.steps_per_generation if mode == "train" else tokens
+        tokens = inputs["num_items_in_batch"]
+        return self._per_rank(tokens, accumulation if mode == "train" else self.args.steps_per_generation)
+
+    def _per_rank(self, tokens: Tensor, accumulation: float) -> Tensor:
+        """What TRL makes of a count over a whole generation and all ranks."""
+        tokens = tokens.clamp(min=1.0) / self.accelerator.num_processes
+        return tokens * accumulation / self.args.steps_per_generation
 
     def _record(self, out: PolicyLoss, mode: str, objective: Objective) -> None:
         """Means in TRL's log, weighted by tokens over all ranks."""
@@ -390,10 +390,8 @@ class ERCTrainer(GRPOTrainer):
         """The least and the largest share of clipped tokens in a sequence of any rank, which TRL logs."""
         bare = Objective(objective.ratio, reduction="none")
         given = replace(arguments, normalizer=None, ref_logprob=None, rollout_logprob=None)
-        shape = tuple(out.logprob.shape)
-        batch = token_batch(bare, given, shape, out.logprob.device, out.logprob.dtype)
-        flags = token_losses(bare, batch, out.logprob.flatten(), out.entropy.flatten()).flags.view(shape)
-        lengths = batch.mask.view(shape).sum(-1)
+        batch, losses = tokens_of(OPERATORS, out.logprob, out.entropy, bare, given).judged()
+        flags, lengths = losses.flags.view(out.logprob.shape), batch.mask.view(out.logprob.shape).sum(-1)
         for name, flag, extreme in (("low_min", TokenFlag.CLIP_LOW, min), ("high_max", TokenFlag.CLIP_HIGH, max)):
             shares = self.accelerator.gather(((flags & int(flag)) != 0).sum(-1) / lengths).tolist()
             shares = [share for share in shares if share == share]  # NaN where all of a sequence is masked

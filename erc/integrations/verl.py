@@ -35,7 +35,7 @@ from erc.integrations.verl_batch import (
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
 from erc.linear.stats import linear_token_stats
-from erc.reference import objective_loss
+from erc.loss import objective_loss
 from erc.stats import token_stats
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective, objectives
@@ -59,12 +59,12 @@ _CLIPS = {
 
 
 def register() -> list[str]:
-    """Register every `erc-` preset with verl, `erc-dapo` as `erc_dapo`; returns the names.
+    """Register every `erc-` preset and the papers' recipes with verl, `erc-dapo` as `erc_dapo`; returns the names.
 
     The preset gives the rule and the gate (verl's `clip_ratio*` are not read), `loss_agg_mode` the reduction, and
     `config.global_batch_info` the normaliser, as in verl's `agg_loss`. Rollout weights multiply the policy term.
     """
-    names = [name for name in objectives() if name.startswith("erc-")]
+    names = [name for name in objectives() if name.startswith("erc-") or name.endswith("-paper")]
     for name in names:
         register_policy_loss(name.replace("-", "_"))(policy_loss_function(objective(name)))
     return [name.replace("-", "_") for name in names]
@@ -98,7 +98,6 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         entropy, old_entropy = (torch.zeros_like(log_prob), None) if isinstance(carried, str) else carried
         weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
-        normalizer = _normalizer(loss_agg_mode, **batch_info)
         out = objective_loss(
             log_prob,
             entropy.detach(),
@@ -115,8 +114,8 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
             rollout_logprob=None
             if rollout_is_weights is None
             else rollout_logprob(old_log_prob.detach(), rollout_is_weights),
-            normalizer=normalizer,
-            nll_mask=_nll_mask(objective, response_mask, loss_agg_mode, normalizer, **batch_info),
+            normalizer=_normalizer(loss_agg_mode, **batch_info),
+            **_nll(objective, response_mask, **batch_info),
         )
         metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
         metrics |= {"actor/ppo_kl": "approx_kl", "actor/erc_fraction": "erc_fraction"}
@@ -126,21 +125,16 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     return policy_loss
 
 
-def _nll_mask(
-    objective: Objective, response_mask: Tensor, loss_agg_mode: str, normalizer: Any, dp_size: int = 1, **_: Any
-) -> Tensor | None:
-    """Weights by which the NLL term becomes a mean over its own tokens, where the loss's is one over all."""
+def _nll(objective: Objective, response_mask: Tensor, dp_size: int = 1, **_: Any) -> dict[str, Any]:
+    """The rows of the NLL term and its own denominator, as the loss's is one rank's part of a global count."""
     if not objective.nll_coef:
-        return None
-    if loss_agg_mode != "token-mean":
-        raise ValueError(f"loss_agg_mode must be token-mean for an objective with an NLL term, got {loss_agg_mode!r}")
+        return {}
     carried = carried_nll()
     if carried is None:
         raise RuntimeError("the NLL term needs the rows with reward 1, which the batch's scores tell: " + NOT_INSTALLED)
     rows, tokens = carried
-    total = response_mask.sum() if normalizer is None else normalizer
-    share = total * dp_size / torch.as_tensor(tokens, device=rows.device).clamp(min=1)
-    return (rows * share)[:, None].expand(response_mask.shape)
+    mask = rows[:, None].expand(response_mask.shape).float()
+    return {"nll_mask": mask, "nll_normalizer": torch.as_tensor(tokens, device=rows.device).clamp(min=1) / dp_size}
 
 
 def _ignored_clips(config: Any, objective: Objective) -> str:

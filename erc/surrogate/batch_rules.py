@@ -23,6 +23,7 @@ from erc.surrogate.ratio_rules import (
     log_difference,
     nowhere,
 )
+from erc.surrogate.validation import check_band
 
 
 def _covariance(inputs: RatioInputs) -> Tensor:
@@ -48,6 +49,7 @@ def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float)
 class BatchRule(RatioRule):
     """Base of the rules that read statistics of the batch."""
 
+    needs_batch: ClassVar[bool] = True
     two_phase_reason: ClassVar[str | None] = "needs statistics of the whole batch before any gradient"
 
 
@@ -67,7 +69,7 @@ class ClipCov(BatchRule):
     high: float = 5.0
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_value("fraction", self.fraction, 0 < self.fraction <= 1, "in (0, 1]")
         check_value("low", self.low, self.low < self.high, "below high")
 

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from erc.surrogate.ratio_rules import MAX_LOG_RATIO, importance_ratio, log_difference
+from erc.constants import IMPORTANCE_WEIGHTED_KL, KLKind
+from erc.surrogate.ratio_rules import MAX_LOG_RATIO, expm1, importance_ratio, log_difference, widened
 from erc.surrogate.validation import is_number, require
+
+
+class _K3(torch.autograd.Function):
+    """`expm1(x) - x`, where autograd would make the derivative `(expm1(x) + 1) - 1`: where policy and reference all but
+    agree, float32 rounds that to nothing, and most of the value too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        wide = widened(x)
+        return (torch.expm1(wide) - wide).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * expm1(ctx.saved_tensors[0])
+
+
+def k3(x: Tensor) -> Tensor:
+    """`exp(x) - 1 - x >= 0` of `x = logprob_q - logprob_p`: an unbiased estimate of KL(p || q) from a sample of p
+    (Schulman 2020), accurate for small `x` too, and so is its gradient."""
+    return _K3.apply(x)
+
 
 KL_KINDS = ("k1", "k2", "k3", "abs", "k3+", "full")
 
@@ -41,11 +70,19 @@ class KLPenalty:
 
     @property
     def kernel_id(self) -> int:
-        """The estimator's number in the kernels (csrc/common/params.h); 0 for the exact one, which is added to their
+        """The estimator's number in the kernels (`erc.constants.KLKind`); 0 for the exact one, which is added to their
         loss."""
         if self.kind == "full":
-            return 0
-        return 1 + KL_KINDS.index(self.kind) + (16 if self.importance_weighted else 0)
+            return KLKind.NONE
+        return 1 + KL_KINDS.index(self.kind) + (IMPORTANCE_WEIGHTED_KL if self.importance_weighted else 0)
+
+    @classmethod
+    def of_kernel(cls, kernel_id: int, clamp: float) -> KLPenalty | None:
+        """The estimator that has this number, None for none; its coefficient is not in the number."""
+        if kernel_id == KLKind.NONE:
+            return None
+        kind = KL_KINDS[kernel_id % IMPORTANCE_WEIGHTED_KL - 1]
+        return cls(kind, clamp=clamp, importance_weighted=kernel_id > IMPORTANCE_WEIGHTED_KL)
 
     def estimate(self, logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor) -> Tensor:
         """The estimate per token, differentiable in `logprob`; `[N]`."""
@@ -58,7 +95,7 @@ class KLPenalty:
             value = k1.abs()
         else:
             x = (-k1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            value = (torch.expm1(x) - x).clamp(max=self.clamp or inf)
+            value = k3(x).clamp(max=self.clamp or inf)
             if self.kind == "k3+":
                 k2 = k1.square() / 2
                 value = value.detach() + (k2 - k2.detach())

@@ -25,6 +25,7 @@ from erc.surrogate.ratio_rules import (
     nowhere,
     scaled_logprob,
 )
+from erc.surrogate.validation import check_band
 
 
 def _log_ratio(inputs: RatioInputs) -> Tensor:
@@ -52,7 +53,7 @@ class GSPO(SequenceRule):
     eps_high: float = 4e-4
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         mean = inputs.sequences.mean(_log_ratio(inputs).detach(), inputs.mask)

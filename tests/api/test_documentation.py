@@ -12,7 +12,9 @@ import erc
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", [name for name in erc.objectives() if not name.startswith("erc-")])
+@pytest.mark.parametrize(
+    "name", [name for name in erc.objectives() if not name.startswith("erc-") or name.endswith("-paper")]
+)
 def test_every_preset_is_explained(name):
     for document in ("docs/objectives.md", "README.md"):
         assert f"`{name}`" in (ROOT / document).read_text(), document

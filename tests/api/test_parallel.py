@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,12 +11,14 @@ import torch.distributed as dist
 
 import erc
 from tests import processes
+from tests.api.split_sequences import split_losses
 
 ROWS, WIDTH, VOCAB = 9, 6, 67
 
 
 def _bodies(rank: int, world: int) -> dict[str, Any]:
     bodies = {"dense loss": PolicyLossBody(world, linear=False), "linear loss": PolicyLossBody(world, linear=True)}
+    bodies["sequences"] = partial(split_losses, world=world)
     if world == 3:
         bodies["statistics"] = StatsBody()
     if world == 2:

@@ -67,6 +67,8 @@ def assert_same(tested, exact):
 @pytest.mark.parametrize("name", erc.objectives())
 def test_every_preset_matches_the_oracle(name):
     logits, labels, arguments = make_problem()
+    if erc.objective(name).nll_coef:
+        arguments["nll_mask"] = (arguments["advantages"] > 0).float()[:, None].expand(labels.shape)
     (tested, gradient), (exact, expected) = (f(logits, labels, arguments, objective=name) for f in (run, run_oracle))
     assert_same(tested, exact)
     assert_gradient_and_mutations(gradient, expected, relative=COEFFICIENT_ERROR)

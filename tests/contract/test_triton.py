@@ -348,6 +348,8 @@ def test_no_rows():
 class RecordedKernel:
     """Stands in for a kernel: remembers the grid."""
 
+    __name__ = "recorded_kernel"
+
     def __getitem__(self, grid):
         self.grid = grid
         return lambda *_, **__: None

@@ -40,7 +40,8 @@ def compile_objects(sources: list[Path], flags: tuple[str, ...], name: str, jobs
     Raises:
         RuntimeError: with the compiler's output.
     """
-    headers = [*(ROOT / "csrc").glob("common/*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), *HERE.rglob("*.h")]
+    headers = [path for room in ("bindings", "common", "cuda") for path in (ROOT / "csrc" / room).glob("*.*h")]
+    headers += HERE.rglob("*.h")
     shared = hashlib.sha256("".join(flags).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
     base = [compiler(), "-std=c++17", "-fPIC", "-ffp-contract=off", "-DERC_CUDA_HOST", "-Wall", "-Wno-unknown-pragmas"]
     base += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]

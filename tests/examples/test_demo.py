@@ -45,8 +45,10 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     assert resumed.steps == train(TINY).steps
 
 
-def test_micro_batches_change_nothing_but_rounding():
-    whole, parts = train(TINY), train(replace(TINY, micro_batch=3, generation_batch=5, steps=1))
+@pytest.mark.parametrize("objective", ["erc-dapo", "erc-gppo-paper"])
+def test_micro_batches_change_nothing_but_rounding(objective):
+    tiny = replace(TINY, steps=1, objective=objective)
+    whole, parts = train(tiny), train(replace(tiny, micro_batch=3, generation_batch=5))
     for name in ("grad_norm", "entropy", "clip_fraction"):
         assert parts.steps[0][name] == pytest.approx(whole.steps[0][name], rel=1e-3, abs=1e-6)
 

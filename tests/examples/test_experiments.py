@@ -8,6 +8,8 @@ import pytest
 import torch
 import typer
 
+import erc
+
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
@@ -158,6 +160,8 @@ def test_the_in_context_experiment_writes_its_results(tmp_path):
 def test_the_papers_preset_has_the_papers_numbers():
     paper = erc_stability.PAPER
     assert (paper.group_size, paper.prompts, paper.prompts // paper.updates_per_batch) == (8, 128, 16)
-    for name in erc_stability.OBJECTIVES:
-        rule = erc_stability.paper_objective(name)["ratio"]
-        assert (rule.eps_low, rule.eps_high, rule.dual_clip) == (0.2, 0.2 if name == "ppo" else 0.28, 10.0)
+    for name in ("erc-dapo", "erc-gppo"):
+        assert erc.objective(name, **erc_stability.paper_objective(name)) == erc.objective(f"{name}-paper")
+    assert erc.objective("ppo", **erc_stability.paper_objective("ppo")).ratio == erc.PPOClip(0.2, 0.2, dual_clip=10.0)
+    assert erc.objective("dapo", **erc_stability.paper_objective("dapo")) == erc.objective("ic-dapo-paper")
+    assert in_context_rlvr.PAPER.objective == "ic-dapo-paper" and not in_context_rlvr.PAPER.overrides

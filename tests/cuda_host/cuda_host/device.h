@@ -121,6 +121,8 @@ inline void store_streaming(void* p, const Raw& raw) {
   std::memcpy(p, &raw, sizeof raw);
 }
 
+inline int count_block(int32_t* counter) { return (*counter)++; }
+
 inline char* dynamic_shared() { return erc_host::shared_memory(); }
 
 using CopyBarrier = uint64_t;
