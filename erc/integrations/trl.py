@@ -152,8 +152,6 @@ def _check_objective(objective: Objective) -> None:
             raise ValueError(f"objective must leave {name} to the trainer's config, got {objective}")
     if objective.ratio.needs_divergence:
         raise ValueError(f"objective must not need old_divergence, got {objective}")
-    if objective.nll_coef and objective.reduction != "token-mean":
-        raise ValueError(f"objective must have the reduction token-mean with an NLL term, got {objective}")
     _loss_type(objective)
 
 
@@ -323,7 +321,7 @@ class ERCTrainer(GRPOTrainer):
         completion, mask = inputs["completion_ids"], self._loss_mask(inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
-        objective = self._objective_of(inputs, accumulation)
+        objective = self._objective_of(inputs)
         old_logprob, weight = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
         arguments = {
             "old_logprob": old_logprob,
@@ -334,9 +332,10 @@ class ERCTrainer(GRPOTrainer):
             "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
             "nll_mask": inputs.get("nll_mask"),
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
-            "entropy_normalizer": mask.sum().float().clamp(min=1.0),  # TRL's bonus is a mean of the micro-batch
-            "nll_normalizer": self._token_count(inputs.get("num_nll_in_batch"), accumulation, mode),
+            "entropy_normalizer": mask.sum().float() * accumulation if self.entropy_coef else None,
         }
+        if "nll_mask" in inputs:
+            arguments["nll_normalizer"] = self._per_rank(inputs["num_nll_in_batch"], accumulation)
         out = self._call_head(
             model,
             torch.cat([inputs["prompt_ids"], completion], 1),
@@ -349,7 +348,7 @@ class ERCTrainer(GRPOTrainer):
         self._record_bonus(out, mode, accumulation)
         return out.loss
 
-    def _objective_of(self, inputs: dict[str, Any], accumulation: float) -> Objective:
+    def _objective_of(self, inputs: dict[str, Any]) -> Objective:
         """The objective with the terms of TRL's config, as far as this batch has what they need."""
         gated = inputs.get("old_entropies") is not None
         kl = KLPenalty("k3", self.beta, importance_weighted=self.args.use_bias_correction_kl) if self.beta else None
@@ -359,7 +358,7 @@ class ERCTrainer(GRPOTrainer):
             entropy_ratio=self.objective.entropy_ratio if gated else None,
             kl=kl,
             nll_coef=self.objective.nll_coef if "nll_mask" in inputs else 0.0,
-            entropy_coef=self.entropy_coef / accumulation,
+            entropy_coef=self.entropy_coef,
             max_length=self.max_completion_length,
             rollout_correction=GIVEN_WEIGHTS if corrected else None,
         )
@@ -368,14 +367,13 @@ class ERCTrainer(GRPOTrainer):
         """What TRL divides the sum over tokens, or over sequences, by."""
         if self.objective.reduction != "token-mean":
             return sequences * accumulation
-        return self._token_count(inputs["num_items_in_batch"], accumulation, mode)
+        tokens = inputs["num_items_in_batch"]
+        return self._per_rank(tokens, accumulation if mode == "train" else self.args.steps_per_generation)
 
-    def _token_count(self, total: Tensor | None, accumulation: float, mode: str) -> Tensor | None:
-        """What a sum over this rank's micro-batch is divided by to become a mean over `total` tokens of all of them."""
-        if total is None:
-            return None
-        tokens = total.clamp(min=1.0) / self.accelerator.num_processes
-        return tokens * accumulation / self.args.steps_per_generation if mode == "train" else tokens
+    def _per_rank(self, tokens: Tensor, accumulation: float) -> Tensor:
+        """What TRL makes of a count over a whole generation and all ranks."""
+        tokens = tokens.clamp(min=1.0) / self.accelerator.num_processes
+        return tokens * accumulation / self.args.steps_per_generation
 
     def _record(self, out: PolicyLoss, mode: str, objective: Objective) -> None:
         """Means in TRL's log, weighted by tokens over all ranks."""
@@ -391,14 +389,7 @@ class ERCTrainer(GRPOTrainer):
     def _record_extremes(self, out: PolicyLoss, mode: str, objective: Objective, arguments: TokenArguments) -> None:
         """The least and the largest share of clipped tokens in a sequence of any rank, which TRL logs."""
         bare = Objective(objective.ratio, reduction="none")
-        given = replace(
-            arguments,
-            normalizer=None,
-            entropy_normalizer=None,
-            nll_normalizer=None,
-            ref_logprob=None,
-            rollout_logprob=None,
-        )
+        given = replace(arguments, normalizer=None, ref_logprob=None, rollout_logprob=None)
         batch, losses = tokens_of(OPERATORS, out.logprob, out.entropy, bare, given).judged()
         flags, lengths = losses.flags.view(out.logprob.shape), batch.mask.view(out.logprob.shape).sum(-1)
         for name, flag, extreme in (("low_min", TokenFlag.CLIP_LOW, min), ("high_max", TokenFlag.CLIP_HIGH, max)):

@@ -59,13 +59,12 @@ _CLIPS = {
 
 
 def register() -> list[str]:
-    """Register every `erc-` preset with verl, `erc-dapo` as `erc_dapo`; returns the names. Recipes with an NLL term are
-    left out: verl hands a policy loss no rewards, which would tell the rows of `nll_mask`.
+    """Register every `erc-` preset and the papers' recipes with verl, `erc-dapo` as `erc_dapo`; returns the names.
 
     The preset gives the rule and the gate (verl's `clip_ratio*` are not read), `loss_agg_mode` the reduction, and
     `config.global_batch_info` the normaliser, as in verl's `agg_loss`. Rollout weights multiply the policy term.
     """
-    names = [name for name in objectives() if name.startswith("erc-") and not objective(name).nll_coef]
+    names = [name for name in objectives() if name.startswith("erc-") or name.endswith("-paper")]
     for name in names:
         register_policy_loss(name.replace("-", "_"))(policy_loss_function(objective(name)))
     return [name.replace("-", "_") for name in names]
@@ -99,8 +98,6 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         entropy, old_entropy = (torch.zeros_like(log_prob), None) if isinstance(carried, str) else carried
         weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
-        normalizer = _normalizer(loss_agg_mode, **batch_info)
-        nll_mask, nll_tokens = _nll_terms(objective, response_mask, **batch_info)
         out = objective_loss(
             log_prob,
             entropy.detach(),
@@ -117,9 +114,8 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
             rollout_logprob=None
             if rollout_is_weights is None
             else rollout_logprob(old_log_prob.detach(), rollout_is_weights),
-            normalizer=normalizer,
-            nll_mask=nll_mask,
-            nll_normalizer=nll_tokens,
+            normalizer=_normalizer(loss_agg_mode, **batch_info),
+            **_nll(objective, response_mask, **batch_info),
         )
         metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
         metrics |= {"actor/ppo_kl": "approx_kl", "actor/erc_fraction": "erc_fraction"}
@@ -129,18 +125,16 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     return policy_loss
 
 
-def _nll_terms(
-    objective: Objective, response_mask: Tensor, dp_size: int = 1, **_: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The rows that the NLL term covers, and by what it becomes a mean over their tokens on all ranks."""
+def _nll(objective: Objective, response_mask: Tensor, dp_size: int = 1, **_: Any) -> dict[str, Any]:
+    """The rows of the NLL term and its own denominator, as the loss's is one rank's part of a global count."""
     if not objective.nll_coef:
-        return None, None
+        return {}
     carried = carried_nll()
     if carried is None:
         raise RuntimeError("the NLL term needs the rows with reward 1, which the batch's scores tell: " + NOT_INSTALLED)
     rows, tokens = carried
-    count = torch.as_tensor(tokens, device=rows.device).float().clamp(min=1) / dp_size
-    return rows[:, None].expand(response_mask.shape), count
+    mask = rows[:, None].expand(response_mask.shape).float()
+    return {"nll_mask": mask, "nll_normalizer": torch.as_tensor(tokens, device=rows.device).clamp(min=1) / dp_size}
 
 
 def _ignored_clips(config: Any, objective: Objective) -> str:

@@ -1,4 +1,5 @@
-"""What the two papers' scripts set, in one place for both trainers, and the same training at the size of a laptop.
+"""What the two papers' scripts set, in one place for both trainers, and the same training at the size of a laptop. The
+losses are presets: `erc-dapo-paper`, `erc-gppo-paper`, `ic-dapo-paper`.
 
 Sources: `recipe/dapo/1_5B_perf_run_dapo_ours_math_szp_ae_dapo_erc_1_05.sh` of github.com/Kwai-Klear/ERC (arXiv
 2512.05591) and `verl/recipe/dapo/run/run_icdapo_r1_1.5b.sh` of github.com/Mithas-114/IC-DAPO (arXiv 2603.09803).
@@ -7,8 +8,6 @@ Sources: `recipe/dapo/1_5B_perf_run_dapo_ours_math_szp_ae_dapo_erc_1_05.sh` of g
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import erc
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -53,16 +52,3 @@ SMOKE = Scale(
 
 DEMONSTRATED, DEMONSTRATIONS_EACH, TEMPLATE = 6, 1, "in-context"
 """In-Context RLVR: how many of the 8 rollouts see demonstrations, how many each, and how."""
-
-
-def objective(name: str) -> erc.Objective:
-    """A recipe's objective: dual clip 10, no KL, no entropy bonus, and 0.1 times the mean negative log-prob of the
-    rollouts with reward 1."""
-    gate = erc.EntropyRatioClip(0.05, 0.05)
-    rules = {
-        "erc-dapo-paper": (erc.PPOClip(0.2, 0.28, dual_clip=10.0), gate),
-        "erc-gppo-paper": (erc.GPPO(0.2, 0.2, dual_clip=10.0), gate),
-        "ic-dapo-paper": (erc.PPOClip(0.2, 0.28, dual_clip=10.0), None),
-    }
-    ratio, entropy_ratio = rules[name]
-    return erc.Objective(ratio, entropy_ratio=entropy_ratio, nll_coef=0.1)

@@ -106,7 +106,9 @@ def main(
         raise typer.BadParameter("give --data, and --demonstrations for ic-dapo-paper, or --smoke")
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    config = ERCConfig(**settings(scale, output, processes, rows), **(ON_A_CPU if smoke_form else ON_GPUS))
+    config = ERCConfig(
+        objective=recipe, **settings(scale, output, processes, rows), **(ON_A_CPU if smoke_form else ON_GPUS)
+    )
     rollouts = (
         InContextRollouts(
             DemonstrationPool.from_jsonl(demonstrations),
@@ -125,7 +127,6 @@ def main(
         args=config,
         train_dataset=read_problems(data, tokenizer, scale.prompt_tokens),
         processing_class=tokenizer,
-        objective=paper.objective(recipe),
         in_context=rollouts,
     )
     trainer.train()

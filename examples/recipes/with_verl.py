@@ -24,7 +24,7 @@ import typer
 from examples.recipes import paper, smoke, verifier
 from examples.verl_cpu import settings as cpu
 
-LOSSES = "examples.recipes.verl_losses"
+LOSSES = "erc.integrations.verl_plugin"
 
 
 def settings(recipe: str, scale: paper.Scale, model: str, output: Path) -> list[str]:

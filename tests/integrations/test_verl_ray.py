@@ -13,7 +13,6 @@ from tests.integrations.verl_environment import lacks
 if reason := lacks():
     pytest.skip(reason, allow_module_level=True)
 
-from examples.recipes.paper import objective
 from tests.integrations.verl_ray import GROUP, PROMPTS, REPORTED, Run, Twin, make_data, run_under_ray, twin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -71,13 +70,9 @@ def test_a_recipe_with_one_worker_packed_fused_and_demonstrated(tmp_path):
         "actor_rollout_ref.model.fused_kernel_options.impl_backend=torch",
     ]
     agent = [f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}"]
-    losses = "[examples.verl_cpu.process_group,examples.recipes.verl_losses]"
-    recipe = [
-        f"actor_rollout_ref.model.external_lib={losses}",
-        "actor_rollout_ref.actor.policy_loss.loss_mode=erc_dapo_paper",
-    ]
+    recipe = ["actor_rollout_ref.actor.policy_loss.loss_mode=erc_dapo_paper"]
     run = run_under_ray(tmp_path, 1, [*PACKED, *fused, *agent, *recipe])
-    paper = objective("erc-dapo-paper")
+    paper = erc.objective("erc-dapo-paper")
     assert_equals_its_twin(tmp_path, run, objective=replace(paper, nll_coef=0.0), nll_coef=paper.nll_coef)
     assert len({len(told) for batch in run.rollouts for _, told in batch}) > 1
     for step, batch in enumerate(run.rollouts):
