@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, str]
@@ -21,6 +21,19 @@ def render(tokenizer: Any, messages: Sequence[Message], template_arguments: Mapp
     if not has_template(tokenizer):
         arguments["chat_template"] = PLAIN_TEMPLATE
     return tokenizer.apply_chat_template(list(messages), **{**arguments, **(template_arguments or {})})
+
+
+def check_parts(text: str, parts: Iterable[tuple[str, str]], hint: str) -> None:
+    """Raise ValueError unless the rendered `text` holds all `(name, part)`, in this order, but for what is trimmed at
+    their ends: templates of reasoning models cut the reasoning of earlier turns."""
+    found = 0
+    for name, part in parts:
+        part = part.strip()
+        found = text.find(part, found)
+        if found < 0:
+            short = part if len(part) <= 60 else part[:40] + " ... " + part[-15:]
+            raise ValueError(f"the chat template drops or changes a part of {name}, {short!r}: {hint}")
+        found += len(part)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

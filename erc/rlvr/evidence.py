@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erc.rlvr.answers import answer_logprobs
-from erc.rlvr.chat import encode, render
+from erc.rlvr.chat import check_parts, encode, render
 from erc.rlvr.demonstrations import Demonstration
 
 REDUCTIONS = ("mean", "none", "logmeanexp")
@@ -123,13 +123,8 @@ class EvidenceGain:
     def _context(self, demo: Demonstration, turns: list[dict[str, str]], parts: list[str]) -> str:
         """The text before the expert's answer; checked to hold `parts`, in this order."""
         text = render(self.tokenizer, [*turns, {"role": "user", "content": demo.query}], self.template_arguments)
-        found = 0
-        for name, part in zip(("query", "traces", "demonstrations")[-len(parts) :], parts, strict=True):
-            found = text.find(part.strip(), found)
-            if found < 0:
-                hint = ": pass verbatim=True, or template_arguments that keep it" if name == "traces" else ""
-                raise ValueError(f"the chat template drops or changes a part of {name}, {_short(part)!r}{hint}")
-            found += len(part.strip())
+        names = ("query", "traces", "demonstrations")[-len(parts) :]
+        check_parts(text, zip(names, parts, strict=True), "pass verbatim=True, or template_arguments that keep it")
         if self.answer_prefix is None and OPEN_THINKING.search(text):
             raise ValueError(
                 "answer_prefix must be given, since the generation prompt opens the model's thinking with "
@@ -178,10 +173,6 @@ def _standard_error(values: Tensor) -> Tensor:
     """Of the mean over the last dimension; NaN for a single value."""
     count = values.shape[-1]
     return values.std(-1) / count**0.5 if count > 1 else torch.full_like(values[..., 0], torch.nan)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:40] + " ... " + text[-15:]
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="models and tokenizers come from transformers")
 
-from erc.rlvr import Demonstration, EvidenceGain, answer_logprobs, evidence_gain  # noqa: E402
+from erc.rlvr import Demonstration, EvidenceGain, answer_logprobs, evidence_gain, with_demonstrations  # noqa: E402
 from examples.model import character_tokenizer  # noqa: E402
 
 DEMOS = [Demonstration("1+1?", "it is 2", "2"), Demonstration("3+4?", "seven: 7", "7"), Demonstration("5+1?", "6", "6")]
@@ -74,6 +74,16 @@ def test_a_template_that_cuts_the_trace_is_an_error(model):
     only_last.chat_template = "{{ messages[-1]['content'] }} "
     with pytest.raises(ValueError, match="part of query"):
         evidence_gain(model, only_last, QUERY, ["4"], DEMOS)
+
+
+def test_a_template_that_cuts_a_demonstration_is_an_error():
+    options = {"tokenizer": reasoning_tokenizer(), "max_tokens": 200}
+    thoughtful = Demonstration("1+1?", "<think>one and one</think>2", "2")
+    question = [{"role": "user", "content": QUERY}]
+    with pytest.raises(ValueError, match="part of demonstrations.*cut the reasoning"):
+        with_demonstrations(question, [thoughtful], "multi-round", **options)
+    for demonstration, template in ((thoughtful, "in-context"), (DEMOS[0], "multi-round")):
+        assert with_demonstrations(question, [demonstration], template, **options)
 
 
 @pytest.mark.parametrize(("thinking", "prefix"), [(False, ""), (True, ""), (True, "\n</think>\n\n")])
