@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,20 +51,12 @@ class DemonstrationPool:
         Raises:
             ValueError: naming every bad line and what is wrong with it; nothing is dropped silently.
         """
-        records, problems = [], []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            problem, record = _parse(line)
-            if problem:
-                problems.append(f"line {number}: {problem}")
-            else:
-                records.append(record)
-        if problems:
-            raise ValueError(f"{path} has {len(problems)} bad record(s): " + "; ".join(problems))
-        if not records:
-            raise ValueError(f"{path} has no records")
-        return cls(tuple(records))
+        return cls(tuple(read_records(path, _demonstration)))
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write what `from_jsonl` reads."""
+        lines = [json.dumps(asdict(demo), ensure_ascii=False) for demo in self.demonstrations]
+        Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def sample(self, k: int, generator: torch.Generator) -> list[Demonstration]:
         """`k` different demonstrations, in random order.
@@ -78,18 +70,42 @@ class DemonstrationPool:
         return [self.demonstrations[i] for i in chosen.tolist()]
 
 
-def _parse(line: str) -> tuple[str | None, Demonstration | None]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg})", None
-    if not isinstance(record, dict):
-        return "not a JSON object", None
+def _demonstration(record: dict[str, Any]) -> Demonstration:
     for name in FIELDS:
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            return f"{name!r} must be a non-empty string", None
-    return None, Demonstration(*(record[name] for name in FIELDS))
+            raise ValueError(f"{name!r} must be a non-empty string")
+    return Demonstration(*(record[name] for name in FIELDS))
+
+
+Record = TypeVar("Record")
+
+
+def read_records(path: str | Path, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    """What `parse` makes of the JSON object in each line; empty lines are skipped.
+
+    Raises:
+        ValueError: naming every line that is no object or that `parse` refuses; or if there is no record.
+    """
+    records, problems = [], []
+    # A line ends at \n alone: splitlines would cut at the other line separators, which JSON leaves inside strings.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            records.append(parse(record))
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number}: not JSON ({error.msg})")
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise ValueError(f"{path} has {len(problems)} bad record(s): " + "; ".join(problems))
+    if not records:
+        raise ValueError(f"{path} has no records")
+    return records
 
 
 @dataclass(frozen=True)

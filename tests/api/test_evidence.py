@@ -80,7 +80,7 @@ def test_a_template_that_cuts_a_demonstration_is_an_error():
     options = {"tokenizer": reasoning_tokenizer(), "max_tokens": 200}
     thoughtful = Demonstration("1+1?", "<think>one and one</think>2", "2")
     question = [{"role": "user", "content": QUERY}]
-    with pytest.raises(ValueError, match="part of demonstrations.*cut the reasoning"):
+    with pytest.raises(ValueError, match=r"part of demonstrations.*cut the reasoning"):
         with_demonstrations(question, [thoughtful], "multi-round", **options)
     for demonstration, template in ((thoughtful, "in-context"), (DEMOS[0], "multi-round")):
         assert with_demonstrations(question, [demonstration], template, **options)
