@@ -9,7 +9,7 @@ import pytest
 
 import erc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", [name for name in erc.objectives() if not name.startswith("erc-")])
