@@ -24,8 +24,9 @@ class InContextConfig(TrainConfig):
     """`demonstrated` of each group's rollouts see `per_rollout` demonstrations; 0 is plain RLVR.
 
     In the warm start an author writes `warm_start_examples` solutions a document. For the share `warm_start_sound` of
-    the steps all authors are sound; then a share `warm_start_slips` of them is careless, and right by luck with
-    probability `warm_start_luck`.
+    the steps all authors are careful; then a share `warm_start_slips` of them is careless. The two kinds slip in the
+    shares `warm_start_rates` of their solutions, and are right all the same, by luck, with probability
+    `warm_start_luck`.
     """
 
     objective: str = "dapo"
@@ -41,6 +42,7 @@ class InContextConfig(TrainConfig):
     warm_start_examples: int = 4
     warm_start_sound: float = 0.25
     warm_start_luck: float = 0.7
+    warm_start_rates: tuple[float, float] = (0.0, 1.0)
     eval_problems: int = 384
     terms: int = 3
     digits: int = 1
@@ -90,9 +92,11 @@ class InContextTrainer(Trainer):
         problems = self.task.problems(config.warm_start_batch * config.warm_start_examples, seed)
         rows = []
         for first in range(0, len(problems), config.warm_start_examples):
-            careless = rng if rng.random() < careless_share else None
+            rate = config.warm_start_rates[rng.random() < careless_share]
             chosen = problems[first : first + config.warm_start_examples]
-            rows.append([(p.question, solution(p, careless, config.warm_start_luck)) for p in chosen])
+            slips = [rng if rng.random() < rate else None for _ in chosen]
+            pairs = zip(chosen, slips, strict=True)
+            rows.append([(problem.question, solution(problem, s, config.warm_start_luck)) for problem, s in pairs])
         return dialogue_batch(self.tokenizer, rows, self.device)
 
     def prompts(self, problems: list[Problem]) -> list[Conversation]:
