@@ -98,8 +98,10 @@ def verify(batch: Batch, sums: Tensor) -> Tensor:
     )
 
 
-def imitate(model: nn.Module, steps: int, generator: torch.Generator) -> None:
-    """The warm start: supervised steps on sums of which half are off by one or by ten."""
+def warm_start(steps: int = 400, seed: int = 0) -> Policy:
+    """A policy after supervised steps on sums of which half are off by one or by ten."""
+    torch.manual_seed(seed)
+    model, generator = Policy(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         prompts, sums = ask(128, generator)
@@ -110,6 +112,7 @@ def imitate(model: nn.Module, steps: int, generator: torch.Generator) -> None:
         optimizer.zero_grad()
         (-stats.logprob.sum() / (batch.labels != -100).sum()).backward()
         optimizer.step()
+    return model
 
 
 def shard(model: Policy) -> None:
@@ -173,6 +176,7 @@ def save(path: Path, **state: object) -> None:
 
 
 def train(
+    model: Policy,
     steps: int,
     objective: str,
     seed: int = 0,
@@ -180,15 +184,11 @@ def train(
     compiled: bool = False,
     checkpoint: Path | None = None,
     learning_rate: float = 2e-4,
-    warm_start: int = 400,
 ) -> list[dict[str, float]]:
     """Returns loss, reward and metrics of each update. Problems differ by rank. With a `checkpoint` the state is kept
     after every batch of rollouts, and training goes on from the file if there is one.
     """
     rank = dist.get_rank() if fsdp else 0
-    torch.manual_seed(seed)
-    model = Policy()
-    imitate(model, warm_start, torch.Generator().manual_seed(seed))
     if fsdp:
         shard(model)
     policy = torch.compile(model, dynamic=True) if compiled else model
@@ -233,6 +233,7 @@ def main() -> None:
     if options.fsdp:
         dist.init_process_group("gloo")
     log = train(
+        warm_start(seed=options.seed),
         options.steps,
         options.objective,
         options.seed,

@@ -97,7 +97,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
             axis = axes[row, column]
             for name, values in runs.items():
                 rule, gate = name.split(", ")
-                mean = torch.tensor(values[measure])[1:].mean(1)
+                mean = torch.tensor(values[measure])[1:].mean(1).tolist()
                 axis.plot(READINGS[1:], mean, palette.STYLES[gate], color=palette.COLORS[rule], label=name)
             axis.set(xscale="log", title=title if row == 0 else "")
             axis.grid(alpha=0.3)

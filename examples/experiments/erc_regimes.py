@@ -182,7 +182,7 @@ def heat_map(found: dict[str, list[tuple[float, float, float]]], path: Path) -> 
             [found[f"{rule}, {gate} - no gate, reuse {r}"][RATES.index(rate)] for r, rate in columns] for gate in gates
         ]
         values = torch.tensor([[cell[0] for cell in row] for row in rows]).T
-        image = axis.imshow(values, cmap="RdBu", vmin=-0.2, vmax=0.2, aspect="auto")
+        image = axis.imshow(values.tolist(), cmap="RdBu", vmin=-0.2, vmax=0.2, aspect="auto")
         for x, row in enumerate(rows):
             for y, (mean, low, high) in enumerate(row):
                 sure = low > 0 or high < 0
@@ -207,7 +207,7 @@ def bars(found: dict[str, tuple[float, float, float]], path: Path) -> None:
     for axis, reuse in zip(axes[0], REUSE, strict=True):
         for place, gate in enumerate(GATES):
             cells = [found[f"{rule}, {gate}, reuse {reuse}"] for rule in RULES]
-            palette.bars(axis, torch.arange(len(RULES)) + 0.2 * (place - 1.5), cells, gate, 0.18)
+            palette.bars(axis, [rule + 0.2 * (place - 1.5) for rule in range(len(RULES))], cells, gate, 0.18)
         palette.bars(axis, [len(RULES) - 0.3], [found[f"{TRUST}, no gate, reuse {reuse}"]], TRUST, 0.18)
         axis.set_xticks([*range(len(RULES)), len(RULES) - 0.3], [*RULES, "dppo"])
         axis.set_title(f"each token used {reuse} time{'s' if reuse > 1 else ''}")

@@ -23,14 +23,6 @@ CELLS = (("gppo", "gate 0.05"), ("gppo", "gate 0.2"), ("dapo", "gate 0.05"))
 REUSE = 4
 
 
-def start(seed: int, steps: int) -> plain.Policy:
-    """A warm start of its own seed."""
-    torch.manual_seed(seed)
-    model = plain.Policy()
-    plain.imitate(model, steps, torch.Generator().manual_seed(seed))
-    return model
-
-
 def accuracy(model: plain.Policy, count: int = 1024) -> float:
     """The share of right sampled answers to the same `count` problems."""
     prompts, sums = plain.ask(count, torch.Generator().manual_seed(99))
@@ -72,7 +64,7 @@ def main(
     found: dict[tuple[str, str], list[dict[str, float]]] = {arm: [] for arm in arms}
     before = []
     for seed in range(starts):
-        model = start(seed, warm_start_steps)
+        model = plain.warm_start(warm_start_steps, seed)
         before.append(accuracy(model))
         for rule, gate in arms:
             run = train(copy.deepcopy(model), objective_of(rule, gate), rate, batches, seed)

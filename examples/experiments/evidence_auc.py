@@ -80,9 +80,7 @@ def main(
     clock, found = Clock(), {}
     results: dict[str, Any] = {}
     for name, rates in VARIANTS.items():
-        config = replace(
-            InContextConfig(), warm_start_steps=warm_start_steps, warm_start_batch=16, warm_start_rates=rates
-        )
+        config = InContextConfig(warm_start_steps=warm_start_steps, warm_start_batch=16, warm_start_rates=rates)
         trainer = InContextTrainer(config)
         with reporting(Console()) as report:
             trainer.warm_start(report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from examples.plain_trainer import (
     train,
     update,
     verify,
+    warm_start,
 )
 from tests.processes import on_ranks
 
@@ -88,17 +91,23 @@ def assert_same_log(ours: list[dict], theirs: list[dict]) -> None:
             assert entry[name] == pytest.approx(value, rel=1e-2, abs=5e-4, nan_ok=True), name
 
 
-SHORT = {"warm_start": 60, "learning_rate": 3e-4}
+@pytest.fixture(scope="module")
+def warm():
+    return warm_start(150)
 
 
-def test_four_batches_equal_those_of_the_reference():
-    ours, again = train(4, "erc-dapo", **SHORT), train(4, "erc-dapo", **SHORT)
+def short_run(warm, objective: str) -> list[dict]:
+    return train(copy.deepcopy(warm), 3, objective)
+
+
+def test_three_batches_equal_those_of_the_reference(warm):
+    ours, again = short_run(warm, "erc-dapo"), short_run(warm, "erc-dapo")
     with erc.use_backend("torch"):
-        theirs = train(4, "erc-dapo", **SHORT)
+        theirs = short_run(warm, "erc-dapo")
     assert_same_log(ours, theirs)
     with pytest.raises(AssertionError):  # as it would without the gate
-        assert_same_log(train(4, "dapo", **SHORT), theirs)
-    assert len(ours) == 4 * UPDATES and repr(again) == repr(ours)
+        assert_same_log(short_run(warm, "dapo"), theirs)
+    assert len(ours) == 3 * UPDATES and repr(again) == repr(ours)
     assert ours[0]["erc_fraction"] == 0, "the first update starts from the rollout policy"
     assert max(entry["erc_fraction"] for entry in ours) > 0.05
 
@@ -114,9 +123,8 @@ def test_answers_end_at_their_line_break_and_the_verifier_wants_one():
 
 @pytest.mark.slow
 def test_the_reward_rises():
-    """By 0.25 at least, four standard errors of a batch's mean; the gradient with the wrong sign lets it fall."""
-    log = train(30, "erc-dapo")
+    """By three standard errors at least, even if all answers to one prompt were alike."""
+    log = train(warm_start(), 30, "erc-dapo")
     rewards = [entry["reward"] for entry in log[::UPDATES]]
-    error = (0.25 / PROMPTS) ** 0.5  # at most, of rewards that are 0 or 1; answers to one prompt are not independent
     before, after = rewards[0], sum(rewards[-5:]) / 5
-    assert after - before > max(0.25, 2.5 * error), rewards
+    assert after - before > 3 * (0.25 / PROMPTS * (1 + 1 / 5)) ** 0.5, rewards

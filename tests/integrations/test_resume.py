@@ -27,7 +27,7 @@ def update_until_killed(*args):
     return update(*args)
 
 plain.update = update_until_killed
-plain.train(6, "erc-dapo", checkpoint=Path("{path}"), warm_start=20)
+plain.train(plain.warm_start(20), 6, "erc-dapo", checkpoint=Path("{path}"))
 """
 TRL = """
 import os, signal
@@ -51,14 +51,14 @@ def run_until_killed(code: str) -> None:
 
 
 def test_the_plain_trainer(tmp_path):
-    from examples.plain_trainer import UPDATES, train
+    from examples.plain_trainer import UPDATES, train, warm_start
 
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
-    log = train(6, "erc-dapo", checkpoint=whole, warm_start=20)
+    log = train(warm_start(20), 6, "erc-dapo", checkpoint=whole)
     run_until_killed(PLAIN.format(path=killed))
     # Compared as text, in which a NaN (a metric without its input) is itself.
     assert repr(torch.load(killed)["log"]) == repr(log[: 3 * UPDATES]), "three batches were kept"
-    assert repr(train(6, "erc-dapo", checkpoint=killed, warm_start=20)) == repr(log)
+    assert repr(train(warm_start(20), 6, "erc-dapo", checkpoint=killed)) == repr(log)
     ours, theirs = torch.load(killed), torch.load(whole)
     assert torch.equal(ours["random"], theirs["random"])
     for name, value in theirs["model"].items():
