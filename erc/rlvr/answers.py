@@ -60,20 +60,23 @@ class _Prefix:
 
     def __init__(self, model: Any, tokens: list[int], device: torch.device) -> None:
         self.tokens, self.cached, self.cache = tokens, 0, None
-        parameters = inspect.signature(model.base_model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
         self.keyword = next((name for name in ("cache", "past_key_values") if name in parameters), None)
         if len(tokens) < 2 or self.keyword is None:
             return
         from transformers import DynamicCache
 
+        from erc.integrations.transformers import head_inputs
+
         cache = DynamicCache(config=model.config)
         if not _only_attention(cache):
             return
         # The last token stays with the rows: the first token of an answer may be predicted from it.
-        known = torch.tensor([tokens[:-1]], device=device)
-        model.base_model(input_ids=known, use_cache=True, **{self.keyword: cache})
-        if _only_attention(cache):  # some models add their layers only now
-            self.tokens, self.cached, self.cache = tokens[-1:], len(tokens) - 1, cache
+        known = tokens[:-1]
+        head_inputs(model, torch.tensor([known], device=device), **{self.keyword: cache})
+        # Some models add their layers only now, and one that ignores the cache leaves it empty.
+        if _only_attention(cache) and cache.get_seq_length() == len(known):
+            self.tokens, self.cached, self.cache = tokens[-1:], len(known), cache
 
     def arguments(self, rows: int) -> dict[str, Any]:
         """The backbone's arguments for `rows` rows that follow the prefix. A forward pass writes into its cache, so

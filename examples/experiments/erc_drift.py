@@ -130,7 +130,7 @@ def comparisons(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[f
 def main(
     starts: Annotated[int, typer.Option(min=2, help="warm starts")] = 8,
     prompts: Annotated[int, typer.Option(help="prompts of the frozen batch, with 8 answers each")] = 24,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option(help="results repeat for the same number")] = 1,
     output: Annotated[Path, typer.Option(help="folder for erc_drift.{json,png}")] = Path("output/experiments"),
 ) -> None:
     """Run, print the differences that the gate makes, and write figure and numbers."""

@@ -221,7 +221,7 @@ def bars(found: dict[str, tuple[float, float, float]], path: Path) -> None:
 def main(
     starts: Annotated[int, typer.Option(min=2, help="warm starts")] = 8,
     batches: Annotated[int, typer.Option(help="rollout batches of a run")] = BATCHES,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option(help="results repeat for the same number")] = 1,
     output: Annotated[Path, typer.Option(help="folder for erc_regimes.json and its figures")] = Path(
         "output/experiments"
     ),

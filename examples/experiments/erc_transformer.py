@@ -54,7 +54,7 @@ def main(
     batches: Annotated[int, typer.Option(help="rollout batches of a run")] = 20,
     rate: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
     warm_start_steps: Annotated[int, typer.Option()] = 300,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option(help="results repeat for the same number")] = 1,
     output: Annotated[Path, typer.Option(help="folder for erc_transformer.json")] = Path("output/experiments"),
 ) -> None:
     """Train, print the differences that the gate makes, and write the numbers."""

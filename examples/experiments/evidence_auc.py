@@ -72,7 +72,7 @@ def main(
     queries: Annotated[int, typer.Option(help="questions, with a sound and a lucky solution each")] = 100,
     experts: Annotated[int, typer.Option(min=2)] = 32,
     warm_start_steps: Annotated[int, typer.Option()] = 1600,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option(help="results repeat for the same number")] = 1,
     output: Annotated[Path, typer.Option(help="folder for evidence_auc.{json,png}")] = Path("output/experiments"),
 ) -> None:
     """Warm up, measure, and write figure and numbers."""

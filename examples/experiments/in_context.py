@@ -183,7 +183,7 @@ def main(
     batches: Annotated[int, typer.Option(help="rollout batches of a run")] = 40,
     rate: Annotated[float, typer.Option(help="learning rate")] = 3e-3,
     warm_start_steps: Annotated[int, typer.Option()] = 2500,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option(help="results repeat for the same number")] = 1,
     output: Annotated[Path, typer.Option(help="folder for in_context.{json,png}")] = Path("output/experiments"),
 ) -> None:
     """Train every arm, print the differences to DAPO, and write figure and numbers."""

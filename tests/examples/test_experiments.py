@@ -163,7 +163,8 @@ def test_experiments_write_finite_results_that_repeat(module, tmp_path, monkeypa
         monkeypatch.setattr(erc_drift, "READINGS", (0, 1, 2))
         small["prompts"] = 4
     elif module is erc_regimes:
-        monkeypatch.setattr(erc_regimes, "REUSE", (1, 2))
+        monkeypatch.setattr(erc_regimes, "RULES", ("dapo", "gppo"))
+        monkeypatch.setattr(erc_regimes, "REUSE", (1,))
         small["batches"] = 1
     else:
         small |= {"batches": 1, "warm_start_steps": 3}
