@@ -12,6 +12,7 @@ from erc.rlvr import (
     Demonstration,
     DemonstrationPool,
     InContextRollouts,
+    InContextWording,
     evidence_gain,
     group_prompts,
     with_demonstrations,
@@ -104,6 +105,27 @@ def test_budget_leaves_out_whole_demonstrations_and_never_the_question():
     assert cut == with_demonstrations(QUESTION, DEMOS[:2], "multi-round")
     with pytest.raises(ValueError, match="max_tokens"):
         with_demonstrations(QUESTION, DEMOS, tokenizer=tokenizer, max_tokens=3)
+
+
+def test_demonstrations_that_do_not_fit_are_counted():
+    tokenizer = CharacterTokenizer()
+    long = Demonstration("9+9?", "eighteen, since nine and nine make eighteen", "18")
+    budget = len(tokenizer.apply_chat_template(with_demonstrations(QUESTION, DEMOS[:2], "multi-round")))
+    limits = {"template": "multi-round", "tokenizer": tokenizer, "max_tokens": budget}
+    group = group_prompts(QUESTION, [*DEMOS[:2], long, *DEMOS[:1]], 3, 2, per_rollout=2, **limits)
+    assert group.left_out == [0, 2, 0]
+    assert [len(prompt) for prompt in group.rollout] == [6, 2, 2]
+    assert group_prompts(QUESTION, DEMOS[:2], 3, 2).left_out == [0, 0, 0]
+
+
+def test_wording_keeps_braces_that_are_not_its_own():
+    wording = InContextWording(example="{query} -> {answer}", closing=r"{query} Put it into \boxed{}, as {n}.")
+    tricky = Demonstration("{answer}?", "{query} {0}", "x")
+    content = with_demonstrations(QUESTION, [tricky], wording=wording)[-1]["content"]
+    assert content.endswith("{answer}? -> {query} {0}\n\n2+2? Put it into \\boxed{}, as {n}.")
+    for words in ({"example": "{query}"}, {"closing": "solve it"}):
+        with pytest.raises(ValueError, match=next(iter(words))):
+            InContextWording(**words)
 
 
 @pytest.mark.parametrize("train", ["demonstrated", "original"])
