@@ -140,6 +140,7 @@ def test_the_architectures_are_chosen_by_the_environment(builder, monkeypatch):
             monkeypatch.setenv("ERC_CUDA_ARCHS", archs)
         for built in (each for each in builder.cuda_library().objects if each.source.suffix == ".cu"):
             assert {flag.rpartition("code=")[2] for flag in built.command if "gencode" in flag} == expected
+            assert "-fmad=false" in built.command, "no bit may depend on what the compiler contracts"
 
 
 @pytest.fixture
@@ -152,7 +153,8 @@ def library(builder, monkeypatch) -> Path:
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(read)))
     folder = ROOT / "build" / "cuda_ptx" / digest.hexdigest()[:16]
     monkeypatch.setattr(builder, "BUILD_DIR", folder)
-    monkeypatch.setattr(builder, "gencode", lambda _: ["-gencode=arch=compute_90,code=compute_90"])
+    flags = ["-gencode=arch=compute_90,code=compute_90", "-Werror=all-warnings"]
+    monkeypatch.setattr(builder, "gencode", lambda _: flags)
     built = builder.cuda_library()
     if not built.path.exists():
         built.build(jobs=2)
