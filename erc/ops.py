@@ -207,6 +207,7 @@ def _stats_context(ctx, inputs, output):
 
 def _stats_backward(namespace: str):
     def backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, _):
+        refuse_double_backward("token_stats")
         if grad_logprob is None and grad_entropy is None and grad_logsumexp is None:
             return None, None, None, None, None
         logits, labels, temperature, params, saved = ctx.saved_tensors
@@ -226,6 +227,7 @@ def _loss_context(ctx, inputs, output):
 
 def _loss_backward(namespace: str):
     def backward(ctx, grad_loss, *_):
+        refuse_double_backward("policy_loss")
         nothing = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
             return None, *nothing
@@ -245,6 +247,7 @@ def _paired_context(ctx, inputs, output):
 
 def _paired_backward(namespace: str):
     def backward(ctx, grads, _):
+        refuse_double_backward("entropy_ratio")
         if grads is None:
             return None, None, None, None
         operator = getattr(torch.ops, namespace).paired_backward

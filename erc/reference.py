@@ -110,8 +110,9 @@ class OPERATORS:
     @staticmethod
     def paired_forward(
         logits: Tensor, old_logits: Tensor, temperature: Tensor | None, params: Tensor
-    ) -> tuple[Tensor, None]:
-        """`[6, N]` in the order of `erc.constants.PAIRED_OUTPUTS`; nothing to save."""
+    ) -> tuple[list[Tensor], None]:
+        """Six `[N]` in the order of `erc.constants.PAIRED_OUTPUTS`, not stacked: a zero gradient of an infinite
+        divergence would be NaN, and reach the others. Nothing to save."""
         scaling = _scaling(params, temperature)
         new, old = (Row(scaling.apply(_widened(z))) for z in (logits, old_logits))
         p, q, log_p, log_q = new.probabilities(), old.probabilities(), new.logprobs(), old.logprobs()
@@ -123,7 +124,7 @@ class OPERATORS:
             _divergence(q, log_q, log_p, p),
             (p - q).abs().sum(-1) / 2,
         )
-        return torch.stack(stats).to(stats_dtype(logits.dtype)), None
+        return [stat.to(stats_dtype(logits.dtype)) for stat in stats], None
 
 
 def _scaling(params: Tensor, temperature: Tensor | None) -> RowScaling:
@@ -187,7 +188,7 @@ def entropy_ratio(
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     rows, old_rows = as_rows(logits), as_rows(old_logits.detach())
     stats, _ = OPERATORS.paired_forward(rows, old_rows, scaling.temperature, scaling_params(scaling))
-    return EntropyRatio(*stats.view(-1, *leading).unbind())
+    return EntropyRatio(*(stat.view(leading) for stat in stats))
 
 
 def policy_loss(

@@ -180,4 +180,4 @@ def entropy_ratio(
     stats, _ = operators(name).paired_forward(
         as_rows(logits), as_rows(old_logits.detach()), scaling.temperature, scaling_params(scaling)
     )
-    return EntropyRatio(*stats.view(-1, *leading).unbind())
+    return EntropyRatio(*(stat.view(leading) for stat in stats))

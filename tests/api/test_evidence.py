@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="models and tokenizers come from transformers")
 
+from erc.integrations.transformers import head_inputs  # noqa: E402
 from erc.rlvr import Demonstration, EvidenceGain, answer_logprobs, evidence_gain, with_demonstrations  # noqa: E402
 from examples.model import character_tokenizer  # noqa: E402
 
@@ -136,6 +137,7 @@ def test_reductions_and_standard_errors_are_those_of_the_gains(model):
 
 def test_prefix_is_computed_once_a_trace_and_plain_logprobs_once_until_the_weights_change():
     model, tokens = tiny(), []
+    head_inputs(model, torch.tensor([[1, 2]]))  # what reads a model's head, once per model, runs it too
     hook = lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel())  # noqa: E731
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
     evidence = EvidenceGain(model, character_tokenizer(), DEMOS, batch_size=1)
