@@ -13,7 +13,6 @@ entropy-ratio gate -> plus KL and entropy terms (never gated) -> reduction.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import inf
 
 from erc.surrogate.entropy_ratio import EntropyRatioClip
@@ -58,6 +57,8 @@ class Objective:
     off_policy_mask: OffPolicySequenceMask | None = None
     nll_coef: float = 0.0
     nll_over: str = "full"
+    numbers: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    """The objective's numbers in the order of `erc.constants.Param`, after the scaling."""
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -89,6 +90,16 @@ class Objective:
             "None or a positive int",
             self.max_length,
         )
+        object.__setattr__(self, "numbers", self._numbers())
+
+    def _numbers(self) -> tuple[float, ...]:
+        gate, kl = self.entropy_ratio or EntropyRatioClip(), self.kl or KLPenalty(coef=0.0)
+        return (
+            *(self.ratio.kernel_params() + (0.0,) * 4)[:4],
+            *(gate.beta_low, gate.beta_high, gate.eps, kl.coef, kl.clamp or inf),
+            *(self.ratio.kernel_id or 0, self.kl.kernel_id if self.kl else 0),
+            gate.gate_id if self.entropy_ratio else 0,
+        )
 
     @property
     def two_phase_reason(self) -> str | None:
@@ -106,12 +117,12 @@ class Objective:
         """Whether tokens are taken out of the policy term by more than what is known of each."""
         return self.high_entropy is not None or self.off_policy_mask is not None
 
-    @cached_property
+    @property
     def fused(self) -> bool:
         """Whether one pass over the logits suffices."""
         return self.two_phase_reason is None
 
-    @cached_property
+    @property
     def needs_sequences(self) -> bool:
         """Whether the rows must be `[B, T]` or packed with `cu_seqlens`."""
         correction = self.rollout_correction
@@ -127,16 +138,3 @@ class Objective:
         """Whether a token's loss depends on statistics of all tokens of the call."""
         quantile = self.high_entropy is not None and self.high_entropy.threshold is None
         return self.ratio.needs_batch or quantile
-
-    @cached_property
-    def numbers(self) -> tuple[float, ...]:
-        """The objective's numbers in the order of `erc.constants.Param`, after the scaling."""
-        rule = (self.ratio.kernel_params() + (0.0,) * 4)[:4]
-        gate = self.entropy_ratio or EntropyRatioClip()
-        kl = self.kl or KLPenalty(coef=0.0)
-        kinds = (
-            self.ratio.kernel_id or 0,
-            self.kl.kernel_id if self.kl else 0,
-            gate.gate_id if self.entropy_ratio else 0,
-        )
-        return (*rule, gate.beta_low, gate.beta_high, gate.eps, kl.coef, kl.clamp or inf, *kinds)

@@ -71,7 +71,7 @@ def objective(name: str, **overrides: Any) -> Objective:
     if name not in _PRESETS:
         raise ValueError(_unknown(name))
     preset = _PRESETS[name]
-    known = {field.name: getattr(preset, field.name) for field in fields(preset)}
+    known = {field.name: getattr(preset, field.name) for field in fields(preset) if field.init}
     for field in overrides:
         if field not in known:
             listed = ", ".join(_listed(known_name, value) for known_name, value in known.items())
