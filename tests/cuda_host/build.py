@@ -47,7 +47,8 @@ def compile_objects(sources: list[Path], flags: tuple[str, ...], name: str, jobs
     Raises:
         RuntimeError: with the compiler's output.
     """
-    headers = [*(ROOT / "csrc").glob("common/*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), *HERE.rglob("*.h")]
+    headers = [path for room in ("bindings", "common", "cuda") for path in (ROOT / "csrc" / room).glob("*.*h")]
+    headers += HERE.rglob("*.h")
     shared = hashlib.sha256("".join(flags).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
     base = [compiler(), "-std=c++17", "-fPIC", "-ffp-contract=off", "-DERC_CUDA_HOST", "-Wall", "-Wno-unknown-pragmas"]
     base += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]
@@ -98,11 +99,12 @@ class Host:
         order: int = 0,
         poison: int = 0xFF,
         l2_bytes: int = 1 << 20,
+        compiled_for: int = 90,
     ) -> None:
         """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows
-        are split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared
-        memory."""
-        self._configure(int(clusters), multiprocessors, order, poison, l2_bytes)
+        are split over blocks; `order` of threads and blocks (0, 1 reversed, else a shuffle's seed); `poison` fills
+        shared memory; `compiled_for` 80 is code for sm_80 on whatever machine."""
+        self._configure(int(clusters), compiled_for, multiprocessors, order, poison, l2_bytes)
 
     def launches(self) -> list[tuple[int, int, int, int]]:
         """(grid, block, cluster, bytes of shared memory) of every launch since `configure`."""

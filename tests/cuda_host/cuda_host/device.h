@@ -121,6 +121,8 @@ inline void store_streaming(void* p, const Raw& raw) {
   std::memcpy(p, &raw, sizeof raw);
 }
 
+inline int count_block(int32_t* counter) { return (*counter)++; }
+
 inline char* dynamic_shared() { return erc_host::shared_memory(); }
 
 using CopyBarrier = uint64_t;
@@ -134,6 +136,11 @@ using erc_host::store_remote;
 inline DeviceInfo device_info() {
   const erc_host::Machine& m = erc_host::machine;
   return {m.multiprocessors, m.l2_bytes, m.shared_bytes_per_block, m.has_clusters};
+}
+
+template <class... Params>
+bool runs_in_clusters(void (*)(Params...), const DeviceInfo& device) {
+  return device.has_clusters && erc_host::machine.compiled_for >= 90;
 }
 
 template <class... Params, class... Args>

@@ -26,10 +26,11 @@ extern Thread* current;
 // What a test chooses; erc_cuda_host_configure of fibers.cpp sets it.
 struct Machine {
   bool has_clusters = true;
+  int compiled_for = 90;  // the architecture of the code, which a later GPU runs too
   int multiprocessors = 1;
   int l2_bytes = 1 << 20;
   int shared_bytes_per_block = 227 * 1024;
-  unsigned order = 0;             // of the fibers: 0 as numbered, 1 reversed, else the seed of a shuffle
+  unsigned order = 0;             // of fibers and of clusters: 0 as numbered, 1 reversed, else the seed of a shuffle
   unsigned char poison = 0xff;    // fills shared memory before a block starts
 };
 extern Machine machine;
