@@ -87,10 +87,10 @@ class Library:
             KeyError: where no source defines it.
         """
         if name not in self.programs:
-            self.programs[name] = Program(parse(self._text(name)))
+            self.programs[name] = Program(parse(self.text(name)))
         return self.programs[name]
 
-    def _text(self, name: str) -> str:
+    def text(self, name: str) -> str:
         """The part of a file that holds one kernel."""
         function = re.search(r"erc4cuda\d+(\w+?_kernel)", name)
         likely = [p for p in self.sources if function and function.group(1) in p.read_text()]
