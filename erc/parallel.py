@@ -17,8 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from erc.backend import NAMES
+from erc.constants import ABSENT_LABEL, Param
 from erc.inputs import check_logits
-from erc.ops import ABSENT_LABEL, ParamIndex
+from erc.ops import refuse_double_backward, stats_dtype
+
+_BACKENDS = (*NAMES, "another one")
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
@@ -103,14 +107,14 @@ class VocabShard:
     def agreement(self, validate: bool, device: torch.device) -> Iterator[dict[str, int]]:
         """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed.
 
-        The body enters its number of `rows` and of local `columns`, and a linear form its `memory_budget`, on which the
-        number of collectives depends.
+        The body enters its number of `rows` and of local `columns`, its `backend`, whose order of summation is its own,
+        and a linear form its `memory_budget`, on which the number of collectives depends.
 
         Raises:
-            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows or budgets differ, or
-                shards do not tile the vocabulary.
+            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows, backends or budgets
+                differ, or shards do not tile the vocabulary.
         """
-        facts = {"rows": 0, "columns": 0, "memory_budget": 0}
+        facts = {"rows": 0, "columns": 0, "memory_budget": 0, "backend": 0}
         try:
             yield facts
         except (ValueError, TypeError, IndexError):
@@ -140,6 +144,9 @@ class VocabShard:
             values = [facts[name] for facts in ranks]
             if len(set(values)) > 1:
                 return f"{name} must be the same on every rank, got {values}"
+        backends = [facts["backend"] for facts in ranks]
+        if len(set(backends)) > 1:
+            return f"backend must be the same on every rank, got {[_BACKENDS[number] for number in backends]}"
         expected, vocab_size = 0, ranks[0]["vocab_size"]
         for rank, facts in enumerate(ranks):
             start, columns = facts["start"], max(0, min(facts["columns"], vocab_size - facts["start"]))
@@ -172,8 +179,9 @@ def check_columns(logits: Tensor, shard: VocabShard | None, facts: dict[str, int
     return shard.vocab_size
 
 
-def check_shardable(backend: str, inplace_backward: bool) -> None:
-    """Refuse what a sharded call does not do."""
+def check_shardable(backend: str, inplace_backward: bool, facts: dict[str, int]) -> None:
+    """Refuse what a sharded call does not do; enter the backend into what the ranks agree on."""
+    facts["backend"] = _BACKENDS.index(backend) if backend in _BACKENDS else len(_BACKENDS) - 1
     if backend == "torch":
         raise ValueError("vocab_shard needs a backend with kernels: the torch backend has no partial statistics")
     if inplace_backward:
@@ -182,7 +190,7 @@ def check_shardable(backend: str, inplace_backward: bool) -> None:
 
 def _row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
     """x = v * scale, as the kernels take it: csrc/common/row_state.h."""
-    scalar, softcap, logit_scale = params[: ParamIndex.RULE].tolist()
+    scalar, softcap, logit_scale = params[: Param.RULE].tolist()
     numerator = logit_scale if softcap == 0 else 1.0
     return numerator / (scalar if temperature is None else temperature.double())
 
@@ -246,7 +254,8 @@ class _ShardedStats(torch.autograd.Function):
         shard: VocabShard,
         backend_operators: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        state = backend_operators.partial_stats(rows, labels, temperature, params, ignore_index, shard.start)
+        state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
+        backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
         state = merge_states(shard.gather(state).wait(), params, temperature)
         ignored = None if labels is None else labels == ignore_index
         local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
@@ -256,8 +265,8 @@ class _ShardedStats(torch.autograd.Function):
         return state_statistics(state, params, temperature, ignored)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("a sharded loss")
         rows, labels, temperature, params, saved = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 7

@@ -1,23 +1,28 @@
-"""Layer 1: the shapes that operators take."""
+"""Layer 2: rows of logits, as operators address and scale them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from erc.inputs import RowScaling
+from erc.constants import NUM_PARAMS, Param
+from erc.inputs import check_constant, positive, row_tensor
+from erc.ops import stats_dtype
+from erc.surrogate.validation import values_are_readable
 
 
 def as_rows(logits: Tensor) -> Tensor:
     """`[*, V]` as `[outer, inner, V]` with a last stride of 1: a view wherever strides allow one."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
-    if logits.dim() == 1:
-        return logits[None, None]
-    if logits.dim() == 2:
-        return logits[None]
     if logits.dim() == 3:
         return logits
+    if logits.dim() == 2:
+        return logits[None]
+    if logits.dim() == 1:
+        return logits[None, None]
     return logits.reshape(-1, logits.shape[-2], logits.shape[-1])
 
 
@@ -35,6 +40,79 @@ def check_inplace(logits: Tensor) -> None:
         raise ValueError("inplace_backward needs logits whose rows are contiguous in memory")
 
 
-def params_tensor(scaling: RowScaling, *numbers: float) -> Tensor:
-    """Everything that may change from step to step, in the order of `erc.ops.ParamIndex`, on the CPU."""
-    return torch.tensor([*scaling.values, *numbers], dtype=torch.float64, device="cpu")
+@dataclass(frozen=True)
+class RowScaling:
+    """`x = softcap(z * logit_scale) / temperature` for each row.
+
+    `temperature` is `[N]` in the statistics dtype, or None where the scalar in `values` holds for every row.
+    """
+
+    values: tuple[float, float, float]
+    temperature: Tensor | None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The scaled logits of `[N, V]` rows, by plain PyTorch."""
+        temperature, softcap, logit_scale = self.values
+        if softcap:  # an infinite logit stays infinite: -inf forbids a token, +inf makes its row NaN
+            x = torch.where(logits.isinf(), logits, softcap * torch.tanh(logits * (logit_scale / softcap)))
+        else:
+            x = logits if logit_scale == 1 else logits * logit_scale
+        if self.temperature is not None:
+            return x / self.temperature[:, None]
+        return x if temperature == 1 else x / temperature
+
+
+UNSCALED = RowScaling((1.0, 0.0, 1.0), None)
+
+
+def row_scaling(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, leading: tuple[int, ...], like: Tensor
+) -> RowScaling:
+    """Check and collect the scaling of `like`, the logits."""
+    if softcap is None and logit_scale == 1.0 and isinstance(temperature, float) and temperature == 1.0:
+        return UNSCALED
+    softcap = 0.0 if softcap is None else positive("softcap", softcap)
+    logit_scale = positive("logit_scale", logit_scale)
+    if not isinstance(temperature, Tensor):
+        return RowScaling((positive("temperature", temperature), softcap, logit_scale), None)
+    check_constant("temperature", temperature)
+    if temperature.dim() == 0:
+        temperature = temperature.to(like.device, non_blocking=True).expand(leading)
+    temperature = row_tensor("temperature", temperature, leading, like.device)
+    if not temperature.dtype.is_floating_point:
+        raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+    if values_are_readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise ValueError("temperature must be positive and finite in every row")
+    return RowScaling(
+        (1.0, softcap, logit_scale), temperature.detach().reshape(-1).to(stats_dtype(like.dtype)).contiguous()
+    )
+
+
+# ---- the numbers of a call ------------------------------------------------------------------------------------------
+
+_CACHE: dict[tuple[float, ...], Tensor] = {}
+_CACHE_SIZE = 256
+
+
+def params_tensor(numbers: tuple[float, ...]) -> Tensor:
+    """`numbers`, in the order of `erc.constants.Param`, as the CPU tensor that operators read; made once for each."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    params = _CACHE.get(numbers)
+    if params is None:
+        with torch.inference_mode(False):  # autograd saves it, whoever asked first
+            params = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        if type(params) is not Tensor:  # of a mode that makes its own tensors, such as fake ones
+            return params
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.clear()
+        _CACHE[numbers] = params
+    return params
+
+
+_NO_LOSS = (0.0,) * (NUM_PARAMS - Param.RULE)
+
+
+def scaling_params(scaling: RowScaling) -> Tensor:
+    """The params of a call that only scales."""
+    return params_tensor(scaling.values + _NO_LOSS)

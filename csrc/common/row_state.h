@@ -72,7 +72,8 @@ struct RowGradient {
       label = (g.logprob * state.sum_rest + g.logsumexp + g.entropy * mean) * inverse_sum;
     } else {
       const Real probability = std::exp(shift) * inverse_sum;
-      label = g.logprob * (1 - probability) + probability * (g.logsumexp + g.entropy * (mean - shift));
+      const Real others = probability == 0 ? Real(0) : probability * (g.logsumexp + g.entropy * (mean - shift));  // 0 * inf
+      label = g.logprob * (1 - probability) + others;
     }
   }
 };

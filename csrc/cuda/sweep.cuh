@@ -133,12 +133,15 @@ struct LaneState {
     for (int k = 0; k < kCount; ++k) accumulate<kHolesFilled>(scale, raw[k]);
   }
 
-  // max * rate differs from the rounded center by a residual so small that 2^residual needs two terms of its series.
+  // max * rate differs from the rounded center by a residual. 2^-residual needs two terms of its series where that is small;
+  // where no exponent holds it, NaN asks for the guarded form.
   ERC_DEVICE LaneResult<Real> finish(const RowScale<Real>& scale) const {
     const Real largest = max.value(), s = sum.a + sum.b, t = weighted.a + weighted.b;
     if (kGuarded || largest == -Real(INFINITY)) return {largest, s, t};
     const Real residual = fma_rn(largest, scale.rate, -center), y = residual * Real(-0.69314718055994530942);
-    const Real factor = fma_rn(y, fma_rn(y, Real(0.5), Real(1)), Real(1));
+    if (!(std::fabs(residual) <= Real(32))) return {largest, Real(NAN), Real(NAN)};
+    const bool small = std::fabs(residual) < (sizeof(Real) == 8 ? Real(0x1p-18) : Real(0x1p-8));
+    const Real factor = small ? fma_rn(y, fma_rn(y, Real(0.5), Real(1)), Real(1)) : std::exp2(-residual);
     return {largest, factor * s, factor * fma_rn(-residual, s, t)};
   }
 };
@@ -235,7 +238,7 @@ struct StatsShared {
 };
 
 template <class Real>
-constexpr int stats_shared_bytes(int segments, int states) {
+ERC_HOST_DEVICE constexpr int stats_shared_bytes(int segments, int states) {
   return segments * 3 * kLanes * int(sizeof(Real)) + states * int(sizeof(SegmentState<Real>));
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from erc.inputs import LOGITS_DTYPES
 from erc.ops import stats_dtype
 from erc.parallel import VocabShard
+from erc.surrogate.validation import values_are_readable
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of logits that exist at a time."""
@@ -82,38 +83,78 @@ class HeadGradients:
         for grad, target in zip((self.hidden, self.weight, self.bias), like, strict=True):
             if grad is not None:
                 rows = grad.view(1, -1, grad.shape[-1])
-                scale = factor.to(stats_dtype(grad.dtype)).expand(rows.shape[1]).contiguous()
-                backend_operators.scale_rows_(rows, scale)
-                grad = grad.to(target.dtype)
+                backend_operators.scale_rows_(rows, factor.to(stats_dtype(grad.dtype)))
+                grad = grad.to(target.dtype).view(target.shape)
             results.append(grad)
         return results
 
 
-def chunks(index: Tensor | None, count: int, size: int) -> Iterator[Tensor | slice]:
-    """Chunks of the active rows: of `index` where rows were compacted, else of all `count` rows.
+class Chunk(NamedTuple):
+    """Some rows of a call: as an index into tokens, and as the two arguments by which operators know them."""
 
-    At most `size` rows each, and alike: products of a small remainder run slowly.
+    index: Tensor | slice
+    row_index: Tensor | None
+    first_token: int
+
+
+class ActiveRows(NamedTuple):
+    """Which rows of a call are computed: all `count`, or those of `index`.
+
+    `ignored` `[N]` tells which of them contribute nothing, None where none does.
     """
-    total = count if index is None else len(index)
-    size = -(-total // max(1, -(-total // size)))
-    for start in range(0, total, max(1, size)):
-        stop = min(start + size, total)
-        yield slice(start, stop) if index is None else index[start:stop]
+
+    count: int
+    index: Tensor | None = None
+    ignored: Tensor | None = None
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """At most `size` rows each, and alike: products of a small remainder run slowly."""
+        total = self.count if self.index is None else len(self.index)
+        size = -(-total // max(1, -(-total // size)))
+        for start in range(0, total, max(1, size)):
+            stop = min(start + size, total)
+            if self.index is None:
+                yield Chunk(slice(start, stop), None, start)
+            else:
+                yield Chunk(self.index[start:stop], self.index[start:stop], 0)
+
+    def of(self, hidden: Tensor, chunk: Chunk) -> Tensor:
+        """The chunk's rows of `hidden`; what an ignored one holds, NaN too, reaches no product."""
+        rows = hidden[chunk.index]
+        return rows if self.ignored is None else rows.masked_fill(self.ignored[chunk.index, None], 0)
 
 
-def active_rows(labels: Tensor | None, ignore_index: int, num_active: int | None) -> Tensor | None:
-    """Indices of the rows that are read, or None for all: ignored rows then cost no flops.
+def active_rows(labels: Tensor | None, count: int, ignore_index: int, num_active: int | None) -> ActiveRows:
+    """The rows that are read; ignored ones cost no flops.
 
-    On a GPU counting them would synchronise, so rows are compacted there only where the caller gives `num_active`.
+    On a GPU counting them would synchronise, so rows are compacted there only where the caller gives an upper bound,
+    `num_active`. Surplus slots take the first ignored row, which contributes nothing however often it comes.
+
+    Raises:
+        ValueError: more rows are active than `num_active` says (on a GPU, and in compiled code, an assertion on the
+            device).
     """
+    if num_active is not None and (not isinstance(num_active, int) or isinstance(num_active, bool) or num_active < 0):
+        raise ValueError(f"num_active must be an int >= 0 or None, got {num_active!r}")
     if labels is None:
-        return None
+        return ActiveRows(count)
     active = labels != ignore_index
-    if num_active is not None:
-        return torch.nonzero_static(active, size=num_active).squeeze(-1)
-    if labels.device.type != "cpu" or bool(active.all()):
-        return None
-    return active.nonzero().squeeze(-1)
+    if values_are_readable(labels):
+        found = int(active.sum())
+        if num_active is not None and found > num_active:
+            raise ValueError(f"num_active must be at least the number of active rows, {found}, got {num_active}")
+        return ActiveRows(count, None if found == count else active.nonzero().squeeze(-1))
+    return _bounded_rows(active, num_active)
+
+
+def _bounded_rows(active: Tensor, num_active: int | None) -> ActiveRows:
+    """`active_rows` without reading a value."""
+    count = len(active)
+    if num_active is None or num_active >= count:
+        return ActiveRows(count, None, ~active)
+    torch._assert_async(active.sum() <= num_active, "num_active is smaller than the number of active rows")
+    index = torch.nonzero_static(active, size=num_active).squeeze(-1)
+    return ActiveRows(count, torch.where(index < 0, active.to(torch.uint8).argmin(), index), ~active)
 
 
 def check_head(

@@ -20,16 +20,22 @@ import torch
 from torch import Tensor
 
 from erc.surrogate.sequences import Sequences
+from erc.surrogate.validation import check_band
 
 MAX_LOG_RATIO = 20.0
 
 
 class RatioTerms(NamedTuple):
-    """Per-token policy loss, and which tokens the rule clipped below and above; all `[N]`."""
+    """Per-token policy loss, and which tokens the rule clipped below and above (None: none); all `[N]`.
+
+    The loss carries its graph, or is a constant whose `derivative` by the token's own log-prob stands beside it: then
+    the rest of the loss is one operator, and nothing is differentiated step by step.
+    """
 
     loss: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
+    clip_low: Tensor | None
+    clip_high: Tensor | None
+    derivative: Tensor | None = None
 
 
 class RatioInputs(NamedTuple):
@@ -48,10 +54,28 @@ class RatioInputs(NamedTuple):
     old_divergence: Tensor | None = None
     generator: torch.Generator | None = None
 
+    def constant(self) -> RatioInputs:
+        """Without any graph."""
+        return self._replace(logprob=self.logprob.detach(), entropy=self.entropy.detach())
+
 
 def log_difference(a: Tensor, b: Tensor) -> Tensor:
     """`a - b`, where -inf minus -inf counts as no difference."""
     return torch.where(torch.isneginf(a) & torch.isneginf(b), 0.0, a - b)
+
+
+def constant_log_ratio(inputs: RatioInputs) -> Tensor:
+    """The clamped log-ratio without its graph, in as few steps as possible. Of a NaN it is 0: who composes the rules
+    makes such a token NaN in the end."""
+    difference = (inputs.logprob.detach() - inputs.old_logprob).nan_to_num(0.0, torch.inf, -torch.inf)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def ratio_and_slope(inputs: RatioInputs) -> tuple[Tensor, Tensor]:
+    """The importance ratio and its derivative by the log-prob, both constants."""
+    difference = log_difference(inputs.logprob.detach(), inputs.old_logprob)
+    ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ratio, ratio.masked_fill(difference.abs() > MAX_LOG_RATIO, 0.0)
 
 
 def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
@@ -62,6 +86,21 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
 def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
     """`coefficient * logprob`, where a zero coefficient silences an infinite log-prob."""
     return torch.where(coefficient == 0, 0.0, coefficient * logprob)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float64; MPS has none."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 by way of float64: `torch.expm1` compiled for a CPU is that difference, which rounds small x away."""
+    return torch.expm1(widened(x)).to(x.dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The logistic function, whose autograd keeps its relative accuracy in both tails: there 1 - sigmoid(x) cancels."""
+    return torch.where(x > 0, 1 - torch.sigmoid(-x), torch.sigmoid(x))
 
 
 def nowhere(like: Tensor) -> Tensor:
@@ -96,6 +135,7 @@ class RatioRule:
     """Why a rule without `kernel_id` runs two-phase, as the end of a sentence."""
 
     needs_sequences: ClassVar[bool] = False
+    needs_batch: ClassVar[bool] = False
     needs_divergence: ClassVar[bool] = False
     """Whether the caller must pass `old_divergence`."""
 
@@ -127,7 +167,7 @@ class PPOClip(RatioRule):
     kernel_id: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip", "delta")
         check_value("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
 
@@ -158,7 +198,7 @@ class GPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip")
 
     def kernel_params(self) -> tuple[float, ...]:
@@ -180,7 +220,8 @@ class CEGPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
+        check_band(self, "eps_low", "eps_high")
+        check_widths(self, "beta1", "beta2")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.beta1, self.beta2
@@ -215,8 +256,12 @@ class CISPO(RatioRule):
 
     def __post_init__(self) -> None:
         check_widths(self, "ratio_max")
-        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= self.ratio_max
-        check_value("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
+        if self.ratio_max < 1:
+            low = 0.0 if self.ratio_min is None else self.ratio_min
+            advice = f"for widths {low:g} and {self.ratio_max:g} write CISPO({1 - low:g}, {1 + self.ratio_max:g})"
+            raise ValueError(f"ratio_max must be a bound on the ratio >= 1, got {self.ratio_max!r}; {advice}")
+        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= 1
+        check_value("ratio_min", self.ratio_min, low_is_sane, "None or a bound on the ratio in [0, 1]")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.ratio_min or 0.0, self.ratio_max
@@ -250,7 +295,7 @@ class SAPO(RatioRule):
         advantage = inputs.advantage
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
         tau = torch.where(advantage > 0, torch.full_like(r, self.tau_pos), self.tau_neg)  # in r's dtype, not float32
-        loss = -advantage * (4 / tau) * torch.sigmoid(tau * (r - 1))
+        loss = -advantage * (4 / tau) * sigmoid(tau * (r - 1))
         return RatioTerms(loss, nowhere(r), nowhere(r))
 
 
@@ -297,20 +342,24 @@ class DPPO(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         advantage, logprob, old_logprob = inputs.advantage, inputs.logprob.detach(), inputs.old_logprob
         r = importance_ratio(logprob, old_logprob)
-        moved = logprob.exp() - old_logprob.exp()
         if self.divergence == "tv":
+            moved = logprob.exp() - old_logprob.exp()
             above, below = moved > self.high, moved < -self.low
         else:
             distance = inputs.old_divergence if self.needs_divergence else binary_kl(old_logprob, logprob)
-            above, below = (moved > 0) & (distance > self.high), (moved < 0) & (distance > self.low)
+            # The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
+            up, down = logprob > old_logprob, logprob < old_logprob
+            above, below = up & (distance > self.high), down & (distance > self.low)
         high, low = (advantage > 0) & above, (advantage < 0) & below
         coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
+        if self.needs_divergence:
+            return RatioTerms(scaled_logprob(coefficient, logprob), low, high, coefficient)
         return RatioTerms(scaled_logprob(coefficient, inputs.logprob), low, high)
 
 
 def binary_kl(old_logprob: Tensor, logprob: Tensor) -> Tensor:
     """KL(old || new) of the two-point distributions (this token, any other)."""
-    p_old, rest_old, rest = old_logprob.exp(), -torch.expm1(old_logprob), -torch.expm1(logprob)
+    p_old, rest_old, rest = old_logprob.exp(), -expm1(old_logprob), -expm1(logprob)
     here = torch.where(p_old == 0, 0.0, p_old * log_difference(old_logprob, logprob))
     elsewhere = torch.where(rest_old == 0, 0.0, rest_old * (rest_old.log() - rest.log()))
     return here + elsewhere
@@ -329,7 +378,10 @@ class Reinforce(RatioRule):
 
 @dataclass(frozen=True)
 class DRO(RatioRule):
-    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl)."""
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl).
+
+    With beta = 0.1 it is Kimi k1.5's policy mirror descent token by token, beta its tau (arXiv 2501.12599 eq. 3, ROLL).
+    """
 
     beta: float = 1.0
     kernel_id: ClassVar[int | None] = 8
@@ -355,3 +407,51 @@ class NoClip(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
         return RatioTerms(-r * inputs.advantage, nowhere(r), nowhere(r))
+
+
+@dataclass(frozen=True)
+class IPO(RatioRule):
+    """`-r A` while `|p - p_old| <= eps`, for either sign of A, plus `tau (logprob - old_logprob)^2` on every token:
+    prime-rl's loss (its pull requests 2798 and 3418; since 3586 the defaults there are 0.3 and 0).
+
+    `old_logprob` is the log-prob that the rollout engine reports, as there. A blocked token keeps the quadratic term;
+    the entropy-ratio gate drops both.
+    """
+
+    eps: float = 0.1
+    tau: float = 1e-3
+    kernel_id: ClassVar[int | None] = 10
+
+    def __post_init__(self) -> None:
+        check_widths(self, "eps", "tau")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.eps, self.tau
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage, logprob, old_logprob = inputs.advantage, inputs.logprob, inputs.old_logprob
+        moved = logprob.detach().exp() - old_logprob.exp()
+        high, low = (advantage != 0) & (moved > self.eps), (advantage != 0) & (moved < -self.eps)
+        loss = torch.where(high | low, 0.0, -importance_ratio(logprob, old_logprob) * advantage)
+        if self.tau > 0:
+            loss = loss + self.tau * log_difference(logprob, old_logprob).square()
+        return RatioTerms(loss, low, high)
+
+
+@dataclass(frozen=True)
+class TOPR(RatioRule):
+    """`-A logprob` where A > 0, `-sg(min(r, 1)) A logprob` else: good samples are imitated however far the policy is,
+    bad ones push only as long as the policy would sample them (tapered off-policy REINFORCE, arXiv 2503.14286 eq. 8).
+
+    The paper and ROLL part by the sign of the reward; here the advantage's sign decides, which is the same where the
+    advantage is the reward or its difference to a baseline between the two.
+    """
+
+    kernel_id: ClassVar[int | None] = 11
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage = inputs.advantage
+        r = importance_ratio(inputs.logprob, inputs.old_logprob).detach()
+        weight = torch.where(advantage > 0, 1.0, r.clamp(max=1.0))
+        loss = scaled_logprob(-weight * advantage, inputs.logprob)
+        return RatioTerms(loss, nowhere(r), (advantage < 0) & (r > 1))

@@ -1,0 +1,39 @@
+"""The modules whose tests take the fixture `kernels`, again: in Triton's interpreter, and on other instruction sets."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import erc
+from erc.backend import cpu_isa
+
+HERE = Path(__file__).parent
+EVERY_BACKEND = ("test_extreme_rows.py", "test_linear_rows.py")
+pytestmark = pytest.mark.skipif(
+    "ERC_CPU_ISA" in os.environ or os.environ.get("TRITON_INTERPRET") == "1", reason="one of the other processes"
+)
+
+
+def run_again(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", *(HERE / name for name in EVERY_BACKEND), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=800)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_in_triton_s_interpreter():
+    run_again(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(erc.backends()["cpu"] != "available", reason="the cpu backend is not built")
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_on_another_instruction_set(isa):
+    if cpu_isa() == isa:
+        pytest.skip("the other tests ran on it")
+    run_again(ERC_CPU_ISA=isa)
