@@ -132,9 +132,9 @@ def main() -> int:
         for pair in PAIRS:
             if pair.torch in (options.torch or [pair.torch]):
                 rows.append(try_pair(pair, Path(folder), tried, options))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (options.output / "report.md").write_text(table(rows) + "\n")
+                options.output.mkdir(parents=True, exist_ok=True)
+                (options.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
+                (options.output / "report.md").write_text(table(rows) + "\n")
     print(table(rows))
     print(f"The wheel was built on PyTorch {tried.get('wheel', '-')}. Everything: {options.output / 'report.json'}")
     return int(any(row["problems"] for row in rows))
