@@ -6,7 +6,7 @@ Checks of values (a label out of range, a NaN advantage) look at CPU tensors onl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import inf, isfinite, log2, prod
 from numbers import Real
 
 import torch
@@ -31,9 +31,23 @@ def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse what is no one strided tensor, and say how to pass what it holds."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.to_local() with vocab_shard= where it is sharded by vocabulary, "
+            f"else {name}.full_tensor()"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: pass {name}.values() as packed rows, with cu_seqlens={name}.offsets()"
+        )
+
+
 def check_logits(logits: Tensor, name: str = "logits") -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    check_plain(name, logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:
@@ -118,25 +132,48 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
+def _factor_limit(dtype: torch.dtype) -> float:
+    """What logits may be multiplied or divided by: its square, a logit and an upstream gradient have room beside each
+    other in the statistics dtype."""
+    return 2.0**400 if dtype == torch.float64 else 2.0**40
+
+
 def row_scaling(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, leading: tuple[int, ...], like: Tensor
 ) -> RowScaling:
-    """Check and collect the scaling of `like`, the logits."""
+    """Check and collect the scaling of `like`, the logits. A temperature that nobody reads makes a bad row NaN."""
     softcap = 0.0 if softcap is None else _positive("softcap", softcap)
     logit_scale = _positive("logit_scale", logit_scale)
-    if not isinstance(temperature, Tensor):
-        return RowScaling((_positive("temperature", temperature), softcap, logit_scale), None)
+    limit, by_row = _factor_limit(like.dtype), isinstance(temperature, Tensor)
+    constant = 1.0 if by_row else _positive("temperature", temperature)
+    factors = (logit_scale / softcap, 1 / constant) if softcap else ()
+    for factor in (*factors, logit_scale / constant):
+        if not torch.compiler.is_compiling() and not 1 / limit <= factor <= limit:
+            raise ValueError(
+                f"temperature, softcap and logit_scale must scale the logits by 2^-{log2(limit):.0f} to "
+                f"2^{log2(limit):.0f} for {like.dtype} logits, got a factor of {factor:.3g}"
+            )
+    if not by_row:
+        return RowScaling((temperature, softcap, logit_scale), None)
     check_constant("temperature", temperature)
     if temperature.dim() == 0:
         temperature = temperature.to(like.device, non_blocking=True).expand(leading)
     temperature = row_tensor("temperature", temperature, leading, like.device)
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
-    if values_are_readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-        raise ValueError("temperature must be positive and finite in every row")
-    return RowScaling(
-        (1.0, softcap, logit_scale), temperature.detach().reshape(-1).to(stats_dtype(like.dtype)).contiguous()
+    rows = temperature.detach().reshape(-1).to(stats_dtype(like.dtype))
+    valid = (
+        (rows > 0) & rows.isfinite() & (rows >= max(1.0, logit_scale) / limit) & (rows <= min(1.0, logit_scale) * limit)
     )
+    if not values_are_readable(temperature):
+        rows = torch.where(valid, rows, torch.nan)
+    elif not bool(valid.all()):
+        bad = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"temperature must be positive and finite in every row, and scale the logits by 2^-{log2(limit):.0f} to "
+            f"2^{log2(limit):.0f} for {like.dtype} logits, got {float(temperature.reshape(-1)[bad])} at row {bad}"
+        )
+    return RowScaling((1.0, softcap, logit_scale), rows.contiguous())
 
 
 def resolve_objective(objective: str | Objective) -> Objective:
@@ -162,22 +199,51 @@ class TokenArguments:
     ref_kl: Tensor | None = None
     cu_seqlens: Tensor | None = None
     normalizer: float | Tensor | None = None
+    entropy_normalizer: float | Tensor | None = None
+    nll_normalizer: float | Tensor | None = None
     generator: torch.Generator | None = None
 
 
-def _float_rows(name: str, tensor: Tensor | None, leading, device, dtype, *, exact: bool = False) -> Tensor | None:
+_COMPARED = ("old_logprob", "old_entropy", "ref_logprob", "rollout_logprob")
+"""What the current policy is compared with by a ratio: in bfloat16, 39 % of unchanged tokens have a ratio that is
+off by more than 1 %."""
+
+
+def _float_rows(name: str, tensor: Tensor | None, leading, device, dtype) -> Tensor | None:
     if tensor is None:
         return None
     tensor = row_tensor(name, tensor, leading, device)
     check_constant(name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if exact and tensor.dtype not in (torch.float32, torch.float64):
+    if name in _COMPARED and tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float32 or float64, got {tensor.dtype}: "
             "rounded to 16 bits it cannot decide a ratio of 1.05"
         )
     return tensor.detach().reshape(-1).to(dtype).contiguous()
+
+
+def _advantage_rows(advantages: Tensor, leading: tuple[int, ...], sequences: Sequences | None) -> Tensor:
+    """`[N]` from `[*]`, or from one value per sequence: `[B]` or `[B, 1]`, of packed rows `[S]` or `[S, 1]`."""
+    shape = tuple(advantages.shape)
+    packed = sequences is not None and sequences.offsets is not None
+    if packed:
+        count = sequences.offsets.shape[0] - 1
+        # Where every sequence is one token, both readings are the same.
+        single = values_are_readable(sequences.offsets) and bool((sequences.offsets.diff() == 1).all())
+        if shape == leading == (count,) and not single:
+            raise ValueError(
+                f"advantages of shape {shape} may be one per token or one per sequence, of which there are as many: "
+                f"pass [{count}, 1] for one per sequence, or [1, {count}] rows for one per token"
+            )
+        if shape != leading and shape in ((count,), (count, 1)):
+            return sequences.expand(advantages.reshape(-1))
+    elif len(leading) > 1 and shape in (leading[:1], (leading[0], *(1,) * (len(leading) - 1))):
+        return advantages.reshape(leading[0], *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
+    if shape != leading:
+        raise ValueError(f"advantages must have shape {leading}, or one value per sequence, got {shape}")
+    return advantages.reshape(-1)
 
 
 def _advantages(advantages: Tensor, leading, device, dtype, sequences: Sequences | None, mask: Tensor) -> Tensor:
@@ -188,16 +254,7 @@ def _advantages(advantages: Tensor, leading, device, dtype, sequences: Sequences
         raise ValueError(f"advantages must be on {device} like logits, got {advantages.device}")
     if not advantages.dtype.is_floating_point:
         raise TypeError(f"advantages must be floating point, got {advantages.dtype}")
-    shape = tuple(advantages.shape)
-    rows = advantages.detach().to(dtype)
-    if shape == leading:
-        rows = rows.reshape(-1)
-    elif len(leading) > 1 and shape in (leading[:1], (leading[0], *(1,) * (len(leading) - 1))):
-        rows = rows.reshape(leading[0], *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
-    elif sequences is not None and sequences.offsets is not None and shape == (sequences.offsets.shape[0] - 1,):
-        rows = sequences.expand(rows)
-    else:
-        raise ValueError(f"advantages must have shape {leading}, or one value per sequence, got {shape}")
+    rows = _advantage_rows(advantages.detach().to(dtype), leading, sequences)
     if values_are_readable(rows):
         bad = ~rows.isfinite() & (mask != 0)
         if bool(bad.any()):
@@ -208,7 +265,12 @@ def _advantages(advantages: Tensor, leading, device, dtype, sequences: Sequences
 def _sequences(cu_seqlens: Tensor | None, leading: tuple[int, ...], device: torch.device) -> Sequences | None:
     tokens = prod(leading)
     if cu_seqlens is None:
-        return Sequences(tokens, length=leading[-1]) if len(leading) > 1 and leading[-1] > 0 else None
+        if len(leading) < 2:
+            return None
+        if leading[-1] > 0:
+            return Sequences(tokens, length=leading[-1])
+        empty = torch.zeros(prod(leading[:-1]) + 1, dtype=torch.int64, device=device)
+        return Sequences(0, offsets=empty)  # sequences without any token
     if (
         not isinstance(cu_seqlens, Tensor)
         or cu_seqlens.dtype not in (torch.int32, torch.int64)
@@ -263,8 +325,8 @@ def token_batch(
         )
     mask = _mask(arguments.mask, active, leading, device, dtype)
     rows = {
-        name: _float_rows(name, getattr(arguments, name), leading, device, dtype, exact=name == "old_entropy")
-        for name in ("old_logprob", "old_entropy", "ref_logprob", "rollout_logprob", "nll_mask", "old_divergence")
+        name: _float_rows(name, getattr(arguments, name), leading, device, dtype)
+        for name in (*_COMPARED, "nll_mask", "old_divergence")
     }
     ref_kl = _ref_kl(objective, arguments.ref_kl, leading, device, dtype)
     gate, correction = objective.entropy_ratio, objective.rollout_correction
@@ -289,18 +351,28 @@ def token_batch(
 
     max_length = objective.max_length
     if objective.reduction == "seq-mean-token-sum-norm" and max_length is None:
-        if sequences.length is None:
+        if arguments.cu_seqlens is not None:
             raise ValueError("max_length must be set in the objective for packed rows with seq-mean-token-sum-norm")
-        max_length = sequences.length
-    normalizer = _normalizer(arguments.normalizer, device, dtype)
-    weight = token_weights(objective.reduction, mask, sequences, normalizer, max_length)
-
-    entropy_weight = None
+        max_length = max(1, leading[-1])
+    _require_own_normalizers(objective, arguments)
+    weight = token_weights(
+        objective.reduction, mask, sequences, _normalizer("normalizer", arguments.normalizer, mask), max_length
+    )
+    own = objective.own_normalizers
+    entropy_weight = logprob_weight = policy_weight = None
     if objective.entropy_coef:
-        shared = objective.entropy_reduction == "loss" or objective.reduction == "none"
-        bonus = weight if shared else token_weights("token-mean", mask, None, None, None)
+        bonus = weight
+        if "entropy_normalizer" in own:
+            count = _normalizer("entropy_normalizer", arguments.entropy_normalizer, mask)
+            bonus = token_weights("token-mean", mask, None, count, None)
         entropy_weight = -objective.entropy_coef * bonus
-    policy_weight = None
+    if objective.nll_coef:
+        covered = torch.where(mask == 0, 0.0, rows["nll_mask"])
+        nll = weight * covered
+        if "nll_normalizer" in own:
+            count = _normalizer("nll_normalizer", arguments.nll_normalizer, mask * covered)
+            nll = token_weights("token-mean", mask * covered, None, count, None)
+        logprob_weight = -objective.nll_coef * nll
     if correction is not None:
         policy_weight = correction.weights(rows["old_logprob"], rows["rollout_logprob"], mask, sequences)
     return TokenBatch(
@@ -312,7 +384,7 @@ def token_batch(
         ref_logprob=rows["ref_logprob"],
         policy_weight=policy_weight,
         entropy_weight=entropy_weight,
-        logprob_weight=-objective.nll_coef * weight * rows["nll_mask"] if objective.nll_coef else None,
+        logprob_weight=logprob_weight,
         sequences=sequences,
         old_divergence=rows["old_divergence"],
         ref_kl=ref_kl,
@@ -337,17 +409,37 @@ def _generator(generator: torch.Generator | None) -> torch.Generator | None:
     return generator
 
 
-def _normalizer(normalizer: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> float | Tensor | None:
-    if normalizer is None:
+def _require_own_normalizers(objective: Objective, arguments: TokenArguments) -> None:
+    """Refuse a count for a part of the loss only: of the other part, micro-batches and ranks would each add a mean."""
+    if arguments.normalizer is None:
+        return
+    for name in objective.own_normalizers:
+        if getattr(arguments, name) is None:
+            raise ValueError(
+                f"{name} must be given beside normalizer: {name.removesuffix('_normalizer')} is a mean over a count of "
+                f"its own in {objective}"
+            )
+
+
+def _normalizer(name: str, value: float | Tensor | None, weights: Tensor) -> float | Tensor | None:
+    """What divides `weights`: positive, or 0 where all of them are 0."""
+    if value is None:
         return None
-    if isinstance(normalizer, Tensor):
-        check_constant("normalizer", normalizer)
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-        if values_are_readable(normalizer) and not bool(normalizer > 0):
-            raise ValueError(f"normalizer must be positive, got {float(normalizer)}")
-        return normalizer.detach().to(device, dtype, non_blocking=True)
-    return _positive("normalizer", normalizer)
+    if isinstance(value, Tensor):
+        check_constant(name, value)
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        readable = values_are_readable(value)
+        value = value.detach().to(weights.device, weights.dtype, non_blocking=True)
+    else:
+        if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+        readable = not torch.compiler.is_compiling()
+    if readable and not 0 <= value < inf:
+        raise ValueError(f"{name} must be positive and finite, got {float(value)}")
+    if readable and values_are_readable(weights) and value == 0 and bool(weights.any()):
+        raise ValueError(f"{name} must be positive where a token is active, got 0")
+    return value
 
 
 def labelled_batch(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from erc import reference
 from erc.backend import operators, select
+from erc.derivatives import refuse_double_backward
 from erc.inputs import (
     RowScaling,
     TokenArguments,
@@ -45,6 +46,8 @@ def policy_loss(
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     grad_scale: float | None = None,
     temperature: float | Tensor = 1.0,
@@ -70,14 +73,18 @@ def policy_loss(
             `ignore_index`.
         old_entropy: `[*]` float32 or float64 entropies of the rollout policy; required by an entropy-ratio gate.
         ref_logprob: `[*]`; required by a KL penalty. rollout_logprob: `[*]`; required by a rollout correction.
-        nll_mask: `[*]`; required by `nll_coef`.
+        nll_mask: `[*]`, 1 (or a weight) on the rows whose mean NLL `nll_coef` adds; required by it.
         old_divergence: `[*]` nats or total variation to the rollout policy's whole distribution; required by
             `DPPO("full-tv")` and `DPPO("full-kl")`.
         ref_kl: `[*]` exact KL(policy || reference) with its graph, `erc.entropy_ratio(logits, ref_logits).kl_new_old`;
             required by `KLPenalty("full")`. It is added to the loss of whatever path runs.
         cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
         normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and
-            gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing.
+            gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing. 0 where
+            no token is active at all.
+        entropy_normalizer, nll_normalizer: the same for the terms that divide by a count of their own: the active
+            tokens, of an entropy bonus with "active-mean"; those of `nll_mask`, of the NLL term. Required beside
+            `normalizer` where the objective has such a term.
         generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
         grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused
             gradient is rounded before it is scaled.
@@ -120,9 +127,11 @@ def policy_loss(
         ref_kl,
         cu_seqlens,
         normalizer,
+        entropy_normalizer,
+        nll_normalizer,
         generator,
     )
-    with agreement(vocab_shard, validate, logits) as facts:
+    with agreement(vocab_shard, validate) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
         objective = resolve_objective(objective)
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -136,6 +145,8 @@ def policy_loss(
         leading = tuple(logits.shape[:-1])
         scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
         labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index, vocab_size)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
+        facts.add(objective=objective)
     path = choose_path(name, objective, logits.dtype, needs_grad, grad_scale)
     if path.name == "reference":
         logprob, entropy, _ = reference.row_stats(logits, labels, scaling, ignore_index)
@@ -270,8 +281,8 @@ class _FusedLoss(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        refuse_double_backward()
         if ctx.used:
             raise RuntimeError(
                 "a second backward through the same policy_loss: the fused gradient was handed out by the first; "

@@ -12,8 +12,9 @@ Conventions (DESIGN: rows, row algebra):
   else float32).
 * `params` is a small CPU float64 tensor that the launcher reads on the host: whatever a user may change from step to
   step travels there, so nothing recompiles and nothing synchronises. `ParamIndex` is its layout.
-* A label equal to `ignore_index` marks a row that is not read; `ABSENT_LABEL` one whose label another vocabulary shard
-  holds; any other label outside `[0, V)` makes the row NaN (callers have checked labels where they can without a sync).
+* A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` makes the row NaN
+  (callers have checked labels where they can without a sync). `partial_stats` takes labels of the whole vocabulary, and
+  the backward that follows it `ABSENT_LABEL` where another shard holds the labelled column.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from erc.derivatives import refuse_double_backward
 
 ABSENT_LABEL = -(2**63)
 """The label of a row whose labelled column lies in another vocabulary shard."""
@@ -177,6 +180,7 @@ def _stats_context(ctx, inputs, output):
 
 def _stats_backward(namespace: str):
     def backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, _):
+        refuse_double_backward()
         if grad_logprob is None and grad_entropy is None and grad_logsumexp is None:
             return None, None, None, None, None
         logits, labels, temperature, params, saved = ctx.saved_tensors
@@ -198,6 +202,7 @@ def _loss_context(ctx, inputs, output):
 
 def _loss_backward(namespace: str):
     def backward(ctx, grad_loss, *_):
+        refuse_double_backward()
         if grad_loss is None:
             return (None,) * _LOSS_ARGUMENTS
         (grad_logits,) = ctx.saved_tensors
@@ -217,6 +222,7 @@ def _paired_context(ctx, inputs, output):
 
 def _paired_backward(namespace: str):
     def backward(ctx, grads, _):
+        refuse_double_backward()
         if grads is None:
             return None, None, None, None
         operator = getattr(torch.ops, namespace).paired_backward

@@ -109,7 +109,7 @@ def row_stats(
     active = labels != ignore_index
     in_range = (labels >= 0) & (labels < vocab_size)
     x = torch.where(active[:, None], x, 0.0)  # an ignored row is not read, whatever it holds
-    x = torch.where((in_range | ~active)[:, None], x, nan)
+    x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
     row = Row(scaling.apply(x))
     logprob = row.logprob(torch.where(in_range, labels, 0))
     return tuple(torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
@@ -174,6 +174,8 @@ def policy_loss(
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -196,6 +198,8 @@ def policy_loss(
         ref_kl,
         cu_seqlens,
         normalizer,
+        entropy_normalizer,
+        nll_normalizer,
         generator,
     )
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
@@ -220,6 +224,8 @@ def objective_loss(
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> PolicyLoss:
     """The policy loss from log-probs and entropies that a trainer holds already: no vocabulary work.
@@ -255,6 +261,8 @@ def objective_loss(
         ref_kl,
         cu_seqlens,
         normalizer,
+        entropy_normalizer,
+        nll_normalizer,
         generator,
     )
     batch = token_batch(objective, arguments, leading, logprob.device, logprob.dtype)

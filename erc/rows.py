@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from erc.derivatives import refuse_forward_mode
 from erc.inputs import RowScaling
 
 
 def as_rows(logits: Tensor) -> Tensor:
     """`[*, V]` as `[outer, inner, V]` with a last stride of 1: a view wherever strides allow one."""
+    refuse_forward_mode(logits)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     if logits.dim() == 1:
@@ -25,14 +27,26 @@ def check_inplace(logits: Tensor) -> None:
     """Refuse to overwrite logits that somebody may still need, or that the kernel would not really overwrite.
 
     Raises:
-        ValueError: for a leaf, overlapping rows, or a layout that `as_rows` would copy.
+        ValueError: for a leaf or a view of one, overlapping rows, or a layout that `as_rows` would copy.
     """
-    if logits.is_leaf:
-        raise ValueError("inplace_backward overwrites logits with their gradient, so logits must not be a leaf tensor")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("inplace_backward needs logits whose rows do not overlap, got an expanded tensor")
+    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf):
+        raise ValueError(
+            "inplace_backward overwrites logits with their gradient: logits must be neither a leaf nor a view of one"
+        )
+    if _may_overlap(logits):
+        raise ValueError(f"inplace_backward needs logits whose rows do not overlap, got strides {logits.stride()}")
     if as_rows(logits).data_ptr() != logits.data_ptr():
         raise ValueError("inplace_backward needs logits whose rows are contiguous in memory")
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: expanded tensors, sliding windows."""
+    span = 1  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += max(0, size - 1) * stride
+    return False
 
 
 def params_tensor(scaling: RowScaling, *numbers: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from erc import reference
 from erc.backend import operators, select
+from erc.derivatives import refuse_double_backward
 from erc.inputs import check_constant, check_labels, check_logits, row_scaling
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import EntropyRatio, TokenStats
@@ -62,7 +63,7 @@ def token_stats(
     >>> stats.entropy
     tensor([1.3863, 1.3863], grad_fn=<ViewBackward0>)
     """
-    with agreement(vocab_shard, validate, logits) as facts:
+    with agreement(vocab_shard, validate) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
         name, _ = select(logits, backend)
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -74,6 +75,7 @@ def token_stats(
             labels = check_labels(labels, leading, logits.device, vocab_size, ignore_index)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
     if name == "torch":
         logprob, entropy, logsumexp = reference.row_stats(logits, labels, scaling, ignore_index)
         return TokenStats(
@@ -105,8 +107,8 @@ class _InplaceStats(torch.autograd.Function):
         return logprob, entropy, logsumexp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        refuse_double_backward()
         if ctx.used:
             raise RuntimeError("a second backward through token_stats(inplace_backward=True): the logits are gone")
         if all(grad is None for grad in grads):

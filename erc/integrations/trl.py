@@ -196,7 +196,7 @@ class ERCTrainer(GRPOTrainer):
             mask = mask * inputs["tool_mask"]
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
-        objective = self._objective_of(inputs, accumulation)
+        objective = self._objective_of(inputs)
         old_logprob, weight = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
         arguments = {
             "old_logprob": old_logprob,
@@ -206,6 +206,7 @@ class ERCTrainer(GRPOTrainer):
             "ref_logprob": inputs.get("ref_per_token_logps"),
             "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
+            "entropy_normalizer": mask.sum().clamp(min=1.0) * accumulation,
         }
         out = self._call_head(
             model,
@@ -219,7 +220,7 @@ class ERCTrainer(GRPOTrainer):
         self._record_bonus(out, mode, accumulation)
         return out.loss
 
-    def _objective_of(self, inputs: dict[str, Any], accumulation: float) -> Objective:
+    def _objective_of(self, inputs: dict[str, Any]) -> Objective:
         """The objective with the terms of TRL's config, as far as this batch has what they need."""
         gated = inputs.get("old_entropies") is not None
         kl = KLPenalty("k3", self.beta, importance_weighted=self.args.use_bias_correction_kl) if self.beta else None
@@ -228,7 +229,7 @@ class ERCTrainer(GRPOTrainer):
             self.objective,
             entropy_ratio=self.objective.entropy_ratio if gated else None,
             kl=kl,
-            entropy_coef=self.entropy_coef / accumulation,
+            entropy_coef=self.entropy_coef,
             max_length=self.max_completion_length,
             rollout_correction=GIVEN_WEIGHTS if corrected else None,
         )
@@ -253,7 +254,7 @@ class ERCTrainer(GRPOTrainer):
     def _record_extremes(self, out: PolicyLoss, mode: str, objective: Objective, arguments: TokenArguments) -> None:
         """The least and the largest share of clipped tokens in a sequence of any rank, which TRL logs."""
         bare = Objective(objective.ratio, reduction="none")
-        given = replace(arguments, normalizer=None, ref_logprob=None, rollout_logprob=None)
+        given = replace(arguments, normalizer=None, entropy_normalizer=None, ref_logprob=None, rollout_logprob=None)
         shape = tuple(out.logprob.shape)
         batch = token_batch(bare, given, shape, out.logprob.device, out.logprob.dtype)
         flags = token_losses(bare, batch, out.logprob.flatten(), out.entropy.flatten()).flags.view(shape)

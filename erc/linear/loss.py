@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from erc.backend import operators, select
+from erc.derivatives import refuse_double_backward, refuse_forward_mode
 from erc.inputs import TokenArguments, labelled_batch, resolve_objective, row_scaling
 from erc.linear.head import ActiveRows, HeadGradients, active_rows, cast_head, check_head, chunk_rows, needs_grad
 from erc.linear.stats import linear_row_stats
@@ -44,6 +45,8 @@ def linear_policy_loss(
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     grad_scale: float | None = None,
     temperature: float | Tensor = 1.0,
@@ -88,13 +91,12 @@ def linear_policy_loss(
     >>> weight.grad.shape
     torch.Size([11, 8])
     """
-    with agreement(vocab_shard, validate, hidden) as facts:
+    with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, vocab_shard, facts)
         objective = resolve_objective(objective)
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward=False)
-            facts["memory_budget"] = memory_budget or 0
         leading, dtype = tuple(like.shape[:-1]), like.dtype
         arguments = TokenArguments(
             old_logprob,
@@ -108,11 +110,15 @@ def linear_policy_loss(
             ref_kl,
             cu_seqlens,
             normalizer,
+            entropy_normalizer,
+            nll_normalizer,
             generator,
         )
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         labels, batch = labelled_batch(objective, arguments, like, labels, ignore_index)
         active = active_rows(labels, len(labels), ignore_index, num_active)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
+        facts.add(objective=objective, memory_budget=memory_budget, num_active=num_active)
     needs = needs_grad(hidden, weight, bias)
     path = choose_path(name, objective, dtype, any(needs), grad_scale)
     fused = path.name == "fused" and vocab_shard is None and not (objective.reduction == "none" and any(needs))
@@ -121,6 +127,7 @@ def linear_policy_loss(
             hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
         )
         return policy_loss_result(objective, batch, logprob, entropy, leading)
+    refuse_forward_mode(hidden, weight, bias)
     call = _FusedCall(
         operators(name),
         fused_arguments(objective, batch, labels, scaling, ignore_index, grad_scale),
@@ -179,8 +186,8 @@ class _FusedLinearLoss(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward through the same linear_policy_loss: "

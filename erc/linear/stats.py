@@ -12,6 +12,7 @@ from torch import Tensor
 
 from erc import reference
 from erc.backend import operators, select
+from erc.derivatives import refuse_double_backward, refuse_forward_mode
 from erc.inputs import RowScaling, check_labels, row_scaling
 from erc.linear.head import (
     ActiveRows,
@@ -24,7 +25,15 @@ from erc.linear.head import (
     needs_grad,
 )
 from erc.ops import stats_dtype
-from erc.parallel import LOCAL_IGNORE_INDEX, VocabShard, agreement, check_shardable, merge_states, state_statistics
+from erc.parallel import (
+    LOCAL_IGNORE_INDEX,
+    VocabShard,
+    agreement,
+    check_shardable,
+    merge_states,
+    poisoned,
+    state_statistics,
+)
 from erc.results import TokenStats
 from erc.rows import params_tensor
 
@@ -60,17 +69,18 @@ def linear_token_stats(
     >>> erc.linear_token_stats(torch.zeros(2, 3), torch.zeros(4, 3)).entropy
     tensor([1.3863, 1.3863])
     """
-    with agreement(vocab_shard, validate, hidden) as facts:
+    with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, vocab_shard, facts)
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward=False)
-            facts["memory_budget"] = memory_budget or 0
         leading = tuple(like.shape[:-1])
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         if labels is not None:
             labels = check_labels(labels, leading, hidden.device, like.shape[-1], ignore_index)
         active = active_rows(labels, like.shape[:-1].numel(), ignore_index, num_active)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
+        facts.add(memory_budget=memory_budget, num_active=num_active)
     stats = linear_row_stats(
         hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
     )
@@ -96,6 +106,7 @@ def linear_row_stats(
             rows = rows.masked_fill((labels == ignore_index)[:, None], 0)
         logits = torch.nn.functional.linear(rows, weight, bias)
         return reference.row_stats(logits, labels, scaling, ignore_index)
+    refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         weight, bias = vocab_shard.local_rows(weight), None if bias is None else vocab_shard.local_rows(bias)
     dtype = gemm_dtype(hidden)
@@ -111,6 +122,7 @@ def linear_row_stats(
         dtype,
         needs_grad(hidden, weight, bias),
         vocab_shard,
+        len(weight),
     )
     logprob, entropy, logsumexp = _LinearStats.apply(hidden, weight, bias, call)
     return (None if labels is None else logprob), entropy, logsumexp
@@ -128,9 +140,15 @@ class _StatsCall(NamedTuple):
     needs: tuple[bool, bool, bool]
     vocab_shard: VocabShard | None
 
+    columns: int  # of the local weight
+
     @property
     def start(self) -> int:
         return 0 if self.vocab_shard is None else self.vocab_shard.start
+
+    @property
+    def vocab_size(self) -> int:
+        return self.columns if self.vocab_shard is None else self.vocab_shard.vocab_size
 
     def arguments(self, index: Tensor | slice, labels: Tensor | None, ignore_index: int) -> tuple:
         """What the statistics operators take after the logits, for the rows of `index`."""
@@ -162,6 +180,7 @@ class _LinearStats(torch.autograd.Function):
             for index, parts in gathered:
                 temperature = None if call.temperature is None else call.temperature[index]
                 state[:, index] = merge_states(parts.wait(), call.params, temperature)
+            state = poisoned(state, call.labels, call.ignore_index, call.vocab_size)
             ignored = None if call.labels is None else call.labels == call.ignore_index
             logprob, entropy, logsumexp = state_statistics(state, call.params, call.temperature, ignored)
         ctx.save_for_backward(hidden, weight, bias, state)
@@ -170,8 +189,8 @@ class _LinearStats(torch.autograd.Function):
         return logprob, entropy, logsumexp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         if all(grad is None for grad in grads):
             return None, None, None, None
         call = ctx.call

@@ -29,6 +29,7 @@ def policy_metrics(
     objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor, flags: Tensor
 ) -> dict[str, Tensor]:
     """Fractions, means and extremes over the active tokens (`mask != 0`) of this rank; NaN where an input is missing.
+    Without an active token, fractions and means are 0 and extremes NaN.
 
     `approx_kl` is the k3 estimate of KL(old || new), `kl` the objective's own estimate to the reference.
     """
@@ -36,6 +37,10 @@ def policy_metrics(
     tokens = active.sum()
     count = tokens.clamp(min=1)
     missing = torch.full((), nan, dtype=logprob.dtype, device=logprob.device)
+
+    def largest(values: Tensor) -> Tensor:
+        found = torch.where(active, values, -inf).max() if len(values) else missing
+        return torch.where(tokens == 0, missing, found)
 
     # All flags, and below all means, at once: on a GPU a launch costs more than the work of one of them.
     bits = torch.arange(len(TokenFlag), device=flags.device)
@@ -50,11 +55,11 @@ def policy_metrics(
         eps = (objective.entropy_ratio or EntropyRatioClip()).eps
         ratio = entropy_ratio_of(entropy, batch.old_entropy, eps)
         means |= {"old_entropy": batch.old_entropy, "entropy_ratio": ratio}
-        metrics["entropy_ratio_min"] = torch.where(active, ratio, inf).min() if len(ratio) else missing
-        metrics["entropy_ratio_max"] = torch.where(active, ratio, -inf).max() if len(ratio) else missing
+        metrics["entropy_ratio_min"] = -largest(-ratio)
+        metrics["entropy_ratio_max"] = largest(ratio)
     old_logprob = logprob if batch.old_logprob is None else batch.old_logprob
     difference = log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    metrics["ratio_max"] = torch.where(active, difference, -inf).max().exp() if len(difference) else missing
+    metrics["ratio_max"] = largest(difference).exp()
     means["approx_kl"] = k3(difference)
     if objective.kl is not None:
         exact = objective.kl.kind == "full"

@@ -40,8 +40,8 @@ class Objective:
         rollout_correction: weights for rollouts that another engine sampled, or None.
         high_entropy: restricts the policy term to high-entropy tokens, or None.
         off_policy_mask: drops sequences that the policy has left, or None.
-        nll_coef: the loss gains `-nll_coef * logprob` on the rows of `nll_mask`, in the loss's own reduction (ERC's
-            public recipe adds 0.1 on rows with reward 1).
+        nll_coef: the loss gains `-nll_coef` times the mean log-prob of the tokens of `nll_mask` (ERC's public recipe
+            adds 0.1 on rows with reward 1).
     """
 
     ratio: RatioRule = field(default_factory=PPOClip)
@@ -112,6 +112,14 @@ class Objective:
             or self.off_policy_mask is not None
             or (correction is not None and correction.level == "sequence")
         )
+
+    @property
+    def own_normalizers(self) -> tuple[str, ...]:
+        """The arguments that replace the count of a term which does not share the loss's reduction. With reduction
+        "none" no term has any: each is of its token alone."""
+        bonus = self.entropy_coef and self.entropy_reduction == "active-mean"
+        terms = {"entropy_normalizer": bonus, "nll_normalizer": self.nll_coef}
+        return tuple(name for name, present in terms.items() if present and self.reduction != "none")
 
     def kernel_params(self) -> tuple[float, ...]:
         """The objective's numbers in the order of `erc.ops.ParamIndex`, after the scaling."""

@@ -60,7 +60,7 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
 
 
 def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
-    """`coefficient * logprob`, where a zero coefficient silences an infinite log-prob."""
+    """`coefficient * logprob`, where a zero coefficient silences an infinite log-prob, or the loss that it gives."""
     return torch.where(coefficient == 0, 0.0, coefficient * logprob)
 
 
@@ -359,7 +359,10 @@ class DRO(RatioRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         difference = log_difference(inputs.logprob, inputs.old_logprob)
-        loss = scaled_logprob(-inputs.advantage, inputs.logprob) + self.beta / 2 * difference.square()
+        loss = scaled_logprob(-inputs.advantage, inputs.logprob)
+        if self.beta:  # an infinite distance has no gradient, so that a weight of 0 silences it: 0 * inf is NaN
+            distance = torch.where(difference.isinf(), 0.0, difference).square()
+            loss = loss + self.beta / 2 * torch.where(difference.isinf(), torch.inf, distance)
         return RatioTerms(loss, nowhere(loss), nowhere(loss))
 
 

@@ -36,7 +36,8 @@ def token_weights(
             `seq-mean-token-sum-norm` Dr. GRPO's (arXiv 2503.20783): the sum over tokens divided by a constant length.
         mask: `[N]` weights; 0 takes the token out of numerator and denominator.
         sequences: needed by the `seq-` reductions.
-        normalizer: replaces the count (of tokens, or of sequences), as data parallelism and gradient accumulation need.
+        normalizer: replaces the count (of tokens, or of sequences), as data parallelism and gradient accumulation need;
+            0 where there is nothing to divide.
         max_length: the constant of `seq-mean-token-sum-norm`.
 
     A sequence without active tokens does not count; no active token at all gives weight 0 everywhere, not NaN.
@@ -55,7 +56,7 @@ def token_weights(
         else:
             weights = mask / max_length
     if normalizer is not None:
-        return weights / normalizer
+        return torch.where(weights == 0, 0.0, weights / normalizer)
     if count is None:
         return weights
     return weights / torch.where(count == 0, 1.0, count)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erc.ops import TokenFlag
 from erc.surrogate.objective import Objective
-from erc.surrogate.ratio_rules import RatioInputs
+from erc.surrogate.ratio_rules import RatioInputs, scaled_logprob
 from erc.surrogate.sequences import Sequences
 
 
@@ -67,7 +67,7 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
     )
     policy, clip_low, clip_high = objective.ratio.terms(inputs)
     if batch.policy_weight is not None:
-        policy = policy * torch.where(active, batch.policy_weight, 0.0)
+        policy = scaled_logprob(torch.where(active, batch.policy_weight, 0.0), policy)
     flags = clip_low * TokenFlag.CLIP_LOW + clip_high * TokenFlag.CLIP_HIGH
 
     filtered = _filtered(objective, inputs)
@@ -82,7 +82,7 @@ def token_losses(objective: Objective, batch: TokenBatch, logprob: Tensor, entro
         flags = flags + dropped * TokenFlag.ERC_DROPPED + below * TokenFlag.ERC_LOW + above * TokenFlag.ERC_HIGH
 
     token_loss = policy
-    if objective.kl is not None and objective.kl.kind != "full":
+    if objective.kl is not None and objective.kl.kind != "full" and objective.kl.coef:
         ref_logprob = torch.where(active, batch.ref_logprob, 0.0)
         token_loss = token_loss + objective.kl.coef * objective.kl.estimate(logprob, old_logprob, ref_logprob)
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.

@@ -47,7 +47,7 @@ def policy_loss_kernel(
     for turn in range(tl.cdiv(N - first_row, programs)):
         row = first_row + turn * programs
         label = tl.load(labels + row)
-        column, inside, error = label_column(label, V)
+        column, inside = label_column(label, V)
         zero = real(0.0, L)
         if label == ignore_index:
             tl.store(loss + row, zero)
@@ -61,7 +61,7 @@ def policy_loss_kernel(
             start = row_pointer(logits, row, inner, stride_outer, stride_inner, L)
             POLICY: tl.constexpr = "evict_first" if out is None else "evict_last"
             row_max, rest, weighted, s = row_state(
-                lanes, start, row, V, error, temperature, scale, cap, cap_scale, False, POLICY, L
+                lanes, start, row, V, inside == 0, temperature, scale, cap, cap_scale, False, POLICY, L
             )
             label_value, _ = load_label(start, column, inside, cap, cap_scale, L)
             lp = row_logprob(row_max, rest, label_value, s)

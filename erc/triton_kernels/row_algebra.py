@@ -443,18 +443,6 @@ def careful_row(row, V, scale2, cap, cap_scale, L: tl.constexpr):
     return tl.where(valid, row_max, nan), tl.where(valid, rest, nan), tl.where(valid, weighted, nan)
 
 
-@triton.jit
-def exact_scale(row_max, scale2):
-    """scale2; for huge logits a power of two, by which row_max does not round: there neighbouring numbers are so far
-    apart that only equal ones share the row's probability."""
-    most = tl.minimum(scale2, 1.0)
-    if most.dtype == tl.float64:  # the exponent's bits alone
-        power = (most.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-    else:
-        power = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(is_tame(row_max, scale2), scale2, power)
-
-
 # ---- what follows from a state ---------------------------------------------------------------------------------------
 
 
@@ -471,9 +459,9 @@ def row_entropy(sum_rest, weighted_sum):
 
 @triton.jit
 def label_column(label, V):
-    """(column to load, whether the label is in the row, whether it is an error)."""
+    """(column to load, whether the label is in the row)."""
     inside = (label >= 0) & (label < V)
-    return tl.where(inside, label, 0), inside, (label != ABSENT_LABEL) & (inside == 0)
+    return tl.where(inside, label, 0), inside
 
 
 @triton.jit
@@ -497,15 +485,15 @@ def label_gradient(row_max, sum_rest, weighted_sum, scale, g_logprob, g_entropy,
 
 
 @triton.jit
-def column_coefficients(row_max, sum_rest, weighted_sum, scale, scale2, g_logprob, g_entropy, g_logsumexp):
-    """(reference, constant, slope): d/dv_j = exp2(d) * (constant + slope * d) with d = fma(v_j, scale2, -reference)."""
+def column_coefficients(sum_rest, weighted_sum, scale, g_logprob, g_entropy, g_logsumexp):
+    """(constant, slope): d/dv_j = exp2(d) * (constant + slope * d) with d = (v_j - row_max) * scale2.
+
+    d is centred before it is scaled, one operation more than a fused multiply-add: what rounding would leave of the
+    maximum's own d is all of a peaked row's entropy gradient.
+    """
     inverse_sum = 1.0 / (1.0 + sum_rest)
-    mean = weighted_sum * inverse_sum
-    reference = row_max * scale2
-    offset = tl.fma(row_max, scale2, -reference)  # d of the maximum: what rounding left of it
-    factor = inverse_sum * scale * tl.exp2(-offset)
-    slope = -g_entropy * LN2 * factor
-    return reference, (g_logsumexp - g_logprob + g_entropy * mean) * factor - slope * offset, slope
+    factor = inverse_sum * scale
+    return (g_logsumexp - g_logprob + g_entropy * (weighted_sum * inverse_sum)) * factor, -g_entropy * LN2 * factor
 
 
 # ---- the gradient sweep ----------------------------------------------------------------------------------------------
@@ -513,12 +501,12 @@ def column_coefficients(row_max, sum_rest, weighted_sum, scale, scale2, g_logpro
 
 @triton.jit
 def _gradient_tile(
-    row, out, first, V, scale2, cap, cap_scale, reference, constant, slope,
+    row, out, first, V, scale2, cap, cap_scale, row_max, constant, slope,
     MASKED: tl.constexpr, SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     z = load_tile(row, first, V, MASKED, POLICY, L)
     v, chain = carrier_and_chain(z, cap, cap_scale, L)
-    d = tl.fma(v, scale2, -reference)
+    d = (v - row_max) * scale2
     e = tl.exp2(d)
     if SLOPE:
         # exp(-inf) * -inf would be NaN; a NaN stays in e.
@@ -537,7 +525,7 @@ def _gradient_tile(
 
 @triton.jit
 def gradient_sweep(
-    row, out, begin, end, V, scale2, cap, cap_scale, reference, constant, slope,
+    row, out, begin, end, V, scale2, cap, cap_scale, row_max, constant, slope,
     SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of columns `[begin, end)`; `out` may be `row`, since a thread stores what it has loaded."""
@@ -547,10 +535,10 @@ def gradient_sweep(
         for load in tl.static_range(L.LOADS):
             first = begin + (tile * L.LOADS + load) * LOAD
             _gradient_tile(
-                row, out, first, V, scale2, cap, cap_scale, reference, constant, slope, False, SLOPE, POLICY, L
+                row, out, first, V, scale2, cap, cap_scale, row_max, constant, slope, False, SLOPE, POLICY, L
             )
     for first in range(begin + full * (LOAD * L.LOADS), end, LOAD):
-        _gradient_tile(row, out, first, V, scale2, cap, cap_scale, reference, constant, slope, True, SLOPE, POLICY, L)
+        _gradient_tile(row, out, first, V, scale2, cap, cap_scale, row_max, constant, slope, True, SLOPE, POLICY, L)
 
 
 @triton.jit
@@ -602,19 +590,16 @@ def write_gradient(
 ):  # fmt: skip
     """The gradient of columns `[begin, end)`, the labelled one by its own formula."""
     s, scale2 = row_scale(scale, temperature, row, L)
-    scale2 = exact_scale(row_max, scale2)
     # Read before the sweep: `target` may be `start`, and another program may be writing columns outside [begin, end).
     inside = inside & (column >= begin) & (column < end)
     label_value, label_chain = load_label(start, column, inside, cap, cap_scale, L)
     at_label = label_gradient(row_max, rest, weighted, s, g_logprob, g_entropy, g_logsumexp, label_value)
     at_label *= s * label_chain
     at_label = tl.where(label_value == float("-inf"), 0.0, at_label)
-    reference, constant, slope = column_coefficients(
-        row_max, rest, weighted, s, scale2, g_logprob, g_entropy, g_logsumexp
-    )
+    constant, slope = column_coefficients(rest, weighted, s, g_logprob, g_entropy, g_logsumexp)
     tl.debug_barrier()
     gradient_sweep(
-        start, target, begin, end, V, scale2, cap, cap_scale, reference, constant, slope, SLOPE, "evict_first", L
+        start, target, begin, end, V, scale2, cap, cap_scale, row_max, constant, slope, SLOPE, "evict_first", L
     )
     # Whoever wrote the label's column in the sweep is another thread.
     tl.debug_barrier()

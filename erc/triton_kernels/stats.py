@@ -35,7 +35,8 @@ def stats_forward_kernel(
     ignored = row < 0
     if labels is not None:
         label = tl.load(labels + row)
-        column, inside, error = label_column(label, V)
+        column, inside = label_column(label, V)
+        error = inside == 0
         ignored = label == ignore_index
     if ignored:
         zero = real(0.0, L)
@@ -76,7 +77,7 @@ def stats_backward_kernel(
     column, inside, ignored = row * 0, row < 0, row < 0
     if labels is not None:
         label = tl.load(labels + row)
-        column, inside, _ = label_column(label, V)
+        column, inside = label_column(label, V)
         ignored = label == ignore_index
     if ignored:
         write_zeros(target, begin, end, L)

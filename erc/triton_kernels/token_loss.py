@@ -60,7 +60,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def scaled_logprob(coefficient, logprob):
-    """coefficient * logprob, where a zero coefficient silences an infinite log-prob."""
+    """coefficient * logprob, where a zero coefficient silences an infinite log-prob, or the loss that it gives."""
     return tl.where(coefficient == 0.0, 0.0, coefficient * logprob)
 
 
@@ -158,8 +158,8 @@ def ratio_term(RULE: tl.constexpr, p0, p1, p2, p3, logprob, old_logprob, advanta
         value = scaled_logprob(d_logprob, logprob)
     elif RULE == DRO:
         difference = log_difference(logprob, old_logprob)
-        value = scaled_logprob(-advantage, logprob) + p0 / 2.0 * difference * difference
-        d_logprob = p0 * difference - advantage
+        value = scaled_logprob(-advantage, logprob) + scaled_logprob(p0 / 2.0, difference * difference)
+        d_logprob = scaled_logprob(p0, difference) - advantage
     else:
         tl.static_assert(RULE == NO_CLIP)
     return value, d_logprob, flags
@@ -206,8 +206,8 @@ def token_loss(
 ):  # fmt: skip
     """(unweighted value, derivative of the weighted loss by the log-prob, flags) of a token."""
     value, d_logprob, flags = ratio_term(RULE, p0, p1, p2, p3, logprob, old_logprob, advantage)
-    value *= policy_weight
-    d_logprob *= policy_weight
+    value = scaled_logprob(policy_weight, value)
+    d_logprob = scaled_logprob(policy_weight, d_logprob)
     if GATE != GATE_NONE:
         dropped = entropy_ratio_flags(beta_low, beta_high, gate_eps, entropy, old_entropy)
         flags = flags | dropped
@@ -220,8 +220,8 @@ def token_loss(
             r, d_r = importance_ratio(logprob, old_logprob)
             d_penalty = d_penalty * r + penalty * d_r
             penalty = penalty * r
-        value += kl_coef * penalty
-        d_logprob += kl_coef * d_penalty
+        value += scaled_logprob(kl_coef, penalty)
+        d_logprob += scaled_logprob(kl_coef, d_penalty)
     d_logprob = weight * d_logprob + logprob_weight
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
     valid = entropy >= 0.0

@@ -144,7 +144,7 @@ def test_an_operator_never_reads_outside_a_row():
     if erc.backends()["cpu"] != "available":
         pytest.skip("the cpu backend is not built")
     params = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    for label in (10, -1, 2**62):
+    for label in (10, -1, 2**62, -(2**63)):
         outputs = torch.ops.erc_cpu.stats_forward(torch.zeros(1, 1, 10), torch.tensor([label]), None, params, -100)
         assert all(output.isnan().all() for output in outputs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import erc
-from erc import entropy_control
+from erc.surrogate import entropy_control
 
 B, T = 3, 7
 

@@ -16,7 +16,8 @@ void stats_forward(const StatsForward& call, int64_t begin, int64_t end) {
       const Label label = row_label(in, i);
       double logprob = 0, entropy = 0, logsumexp = 0;
       RowState<double> state{0, 0, 0};
-      if (label.kind == LabelKind::kOutOfRange) {
+      const bool absent = in.labels != nullptr && label.kind == LabelKind::kAbsent;  // but these are all columns
+      if (label.kind == LabelKind::kOutOfRange || absent) {
         logprob = entropy = logsumexp = NAN;
         state = {NAN, NAN, NAN};
       } else if (label.kind != LabelKind::kIgnored) {
