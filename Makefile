@@ -1,6 +1,6 @@
 # make setup, make demo, make test: `make help` lists everything.
 # Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
-# BENCH_ARGS; what steers the compiled backends stands at the top of setup.py.
+# BENCH_ARGS, COMPAT_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -11,25 +11,28 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-EXTRAS := triton,test,demo,bench,lint,trl
+EXTRAS := triton,test,demo,bench,lint,trl,recipes
+VERL_VENV := .venv-verl
+VERL_PY := $(VERL_VENV)/bin/python
+VERL_TESTS := $(wildcard tests/integrations/test_verl*.py tests/examples/test_recipes.py)
 SOURCES := $(wildcard erc tests benchmarks examples setup.py)
 
 ifeq ($(HAS_GPU),yes)
 TORCH ?= torch>=2.10
-INSTALL_TORCH = $(PY) -m pip install "$(TORCH)"
+install_torch = $(1) -m pip install "$(TORCH)"
 else
 # nvcc without a GPU: minutes for a library that nothing here loads. A wheel that is to have it is built with pip.
 export ERC_BUILD_CUDA ?= 0
 TORCH ?= torch==2.13.0
 # A wheel of the CPU build that pip finds by itself (PIP_FIND_LINKS) saves asking PyTorch's index.
-INSTALL_TORCH = $(PY) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
-	$(PY) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
+install_torch = $(1) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
+	$(1) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test lint format bench bench-gpu sanitize clean
+.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format bench bench-gpu gpu-report sanitize clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backends and everything that tests and demo need
 
@@ -38,6 +41,18 @@ demo: setup ## train a small language model with the fused erc-dapo loss (minute
 
 test: setup $(VENV)/.peers ## every test that this machine can run
 	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+
+test-verl: build $(VERL_VENV)/.installed ## verl's own trainers over Ray, in an environment of verl's pins (minutes)
+	$(VERL_PY) -m pytest $(VERL_TESTS) -q $(PYTEST_ARGS)
+
+ptx: setup ## compiled GPU code executed without a GPU, whole: every architecture, dtype and form (half an hour at first)
+	ERC_PTX=all $(PY) -m pytest tests/ptx -q $(PYTEST_ARGS)
+
+compat: setup ## every supported PyTorch and Triton, in throw-away environments: gigabytes of wheels, the better part of an hour
+	$(PY) -m tests.compat $(COMPAT_ARGS)
+
+compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
+	$(PY) -m tests.compat --quick
 
 lint: setup ## ruff, without changing anything
 	$(BIN)/ruff check $(SOURCES)
@@ -53,6 +68,9 @@ bench: setup ## the benchmarks of the CPU backend, the short form
 bench-gpu: setup ## the benchmarks of the GPU backends
 	$(PY) -m benchmarks gpu $(BENCH_ARGS)
 
+gpu-report: ## all that a GPU machine can say, without a network or .venv: PYTHON=python3, PART=build, check, tests-cuda, ...
+	$(PYTHON) -m benchmarks.gpu_report $(if $(PART),--part $(PART)) $(GPU_REPORT_ARGS)
+
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
 # finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.
 sanitize: setup ## the tests marked `sanitize`, on a CPU library built under AddressSanitizer and UBSan
@@ -61,10 +79,10 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize --capture=sys $(PYTEST_ARGS)
 
-clean: ## remove what was built (not .venv)
+clean: ## remove what was built (not .venv and .venv-verl)
 	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
 	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed $(VENV)/.peers
+	rm -f $(VENV)/.installed $(VENV)/.peers $(VERL_VENV)/.installed
 
 # ---- how the environment is made -------------------------------------------------------------------------------------
 
@@ -74,7 +92,7 @@ $(PY):
 # The PyTorch that this step settles on is a constraint on all that follows: nothing may replace it.
 $(VENV)/.torch: | $(PY)
 	$(PY) -m pip install -q "setuptools>=77" numpy
-	$(PY) -c "import torch" 2>/dev/null || { $(INSTALL_TORCH); }
+	$(PY) -c "import torch" 2>/dev/null || { $(call install_torch,$(PY)); }
 	$(PY) -c "import torch; print(f'torch=={torch.__version__}')" > $(VENV)/constraints.txt
 	touch $@
 
@@ -93,4 +111,16 @@ $(VENV)/.peers: $(VENV)/.installed
 		echo "Liger and cut-cross-entropy could not be installed: their tests will be skipped"
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl-losses]" && \
 	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
+	$(PY) -m pip install -q --no-deps "openrlhf>=0.11.2,<0.12" "skyrl>=0.3,<0.5" jaxtyping wadler-lindig || \
+		echo "OpenRLHF and SkyRL could not be installed: their tests will be skipped"
+	touch $@
+
+# verl with all that its Ray trainers need: an environment of its own, because verl and TRL pin different transformers.
+$(VERL_PY):
+	$(PYTHON) -m venv $(VERL_VENV)
+
+$(VERL_VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch | build $(VERL_PY)
+	$(VERL_PY) -m pip install -q "setuptools>=77" numpy
+	$(VERL_PY) -c "import torch" 2>/dev/null || { $(call install_torch,$(VERL_PY)); }
+	$(VERL_PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[verl,recipes,test,demo]"
 	touch $@

@@ -5,8 +5,8 @@ the Python files (`erc/lib/liberc_cpu.so`, `erc/lib/liberc_cuda.so`) that `torch
 serves every Python and every PyTorch from 2.10 on. Environment variables that steer the build:
 
     ERC_BUILD=0         compile nothing; the package then runs on its plain PyTorch backend
-    ERC_BUILD_CUDA      1: build the CUDA library, an error where that is not possible; 0: do not;
-                        unset: build it where nvcc is found
+    ERC_BUILD_CUDA      1: build the CUDA library, an error where that is not possible or fails; 0: do not;
+                        unset: build it where nvcc is found, and go on without it where that fails
     ERC_CUDA_ARCHS      what to compile it for, default the GPU that is there, else "8.0;9.0;10.0+PTX"
     ERC_NVCC            nvcc, default $CUDA_HOME/bin/nvcc, then the one on PATH
     CXX                 the C++ compiler, default c++, g++ or clang++
@@ -92,18 +92,30 @@ def run(command: Sequence[str]) -> str:
 
 @functools.cache
 def cxx() -> list[str] | None:
-    """The C++ compiler's command, None where there is none."""
+    """The C++ compiler's command, None where there is none.
+
+    Raises:
+        PlatformError: where $CXX names none.
+    """
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen:
-        return chosen if shutil.which(chosen[0]) else None
+        if shutil.which(chosen[0]) is None:
+            raise PlatformError(f"CXX={os.environ['CXX']}: {chosen[0]} is not found")
+        return chosen
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
 @functools.cache
 def nvcc() -> str | None:
-    """The path of nvcc, None where there is none."""
-    if "ERC_NVCC" in os.environ:
-        return shutil.which(os.environ["ERC_NVCC"])
+    """The path of nvcc, None where there is none.
+
+    Raises:
+        PlatformError: where $ERC_NVCC names none.
+    """
+    if chosen := os.environ.get("ERC_NVCC"):
+        if shutil.which(chosen) is None:
+            raise PlatformError(f"ERC_NVCC={chosen}: it is not found")
+        return shutil.which(chosen)
     home = os.environ.get("CUDA_HOME", "")
     return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
 
@@ -231,7 +243,11 @@ class Library:
         if stale:
             say(f"compiling {len(stale)} of {len(self.objects)} objects for {self.path.name}")
             with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(Object.compile, stale))
+                try:
+                    list(pool.map(Object.compile, stale))
+                except CompileError:
+                    pool.shutdown(cancel_futures=True)  # nobody needs what has not begun
+                    raise
         elif self.path.exists() and recipe_file.exists() and recipe_file.read_text() == recipe:
             return False
         run(command)
@@ -257,7 +273,7 @@ def cpu_library(sanitize: bool) -> Library:
     compile_ = [*compiler, *CXX_FLAGS, *optimise, *common_flags()]
     objects = [
         Object(source, build_dir / source.parent.name / f"{source.stem}.o", tuple(compile_))
-        for source in sources("cpu/*.cpp", "bindings/cpu.cpp", "bindings/gradient_memory.cpp")
+        for source in sources("cpu/*.cpp", "bindings/cpu.cpp", "bindings/gradient_memory.cpp", "bindings/stamp.cpp")
     ]
     for isa, flags in ISA_FLAGS.items():
         command = (*compile_, f"-DERC_ISA={isa}", *flags)
@@ -291,20 +307,21 @@ def gencode(archs: str) -> list[str]:
 
 
 def cuda_library() -> Library:
-    """csrc/cuda/*.cu by nvcc, its bindings by the C++ compiler."""
+    """csrc/cuda/*.cu by nvcc, its bindings by the C++ compiler: these first, to fail before minutes are spent."""
     build_dir = BUILD_DIR / "cuda"
     compiler = cxx() or []
     driver = nvcc() or ""
     cuda_home = toolkit_of(driver)
     archs = gencode(os.environ.get("ERC_CUDA_ARCHS") or ";".join(gpu_archs()) or DEFAULT_CUDA_ARCHS)
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    # No contraction: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     device = (driver, "-ccbin", compiler[0], *flags, *archs, *common_flags())
     host = (*compiler, *CXX_FLAGS, "-O3", *common_flags(), "-DUSE_CUDA", "-isystem", str(cuda_home / "include"))
-    objects = [Object(source, build_dir / "device" / f"{source.stem}.o", device) for source in sources("cuda/*.cu")]
-    objects += [
+    objects = [
         Object(source, build_dir / "host" / f"{source.stem}.o", host)
-        for source in sources("cuda/*.cpp", "bindings/cuda.cpp")
+        for source in sources("cuda/*.cpp", "bindings/cuda.cpp", "bindings/stamp.cpp")
     ]
+    objects += [Object(source, build_dir / "device" / f"{source.stem}.o", device) for source in sources("cuda/*.cu")]
     # libtorch.so stands for libtorch_cpu.so and, in a CUDA build of PyTorch, libtorch_cuda.so: so this also links
     # against a PyTorch without CUDA. The CUDA run-time is linked in: its version need not be that of PyTorch's.
     libraries = ("-Wl,--no-as-needed", f"-L{torch_dir() / 'lib'}", "-ltorch", *cuda_runtime(cuda_home))
@@ -344,30 +361,40 @@ class BuildNative(Command):
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
-    def _libraries(self) -> list[Library]:
-        if not builds_native():
-            return []
-        cpu = cpu_library(bool(enabled("ERC_SANITIZE")))
-        return [cpu] if why_no_cuda() else [cpu, cuda_library()]
-
     def _destination(self) -> Path:
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib or "")
         return package / "erc" / "lib"
 
     def run(self) -> None:
-        libraries = self._libraries()
-        if not libraries:
+        if not builds_native():
             return
         import fcntl  # builds are for Linux, this file is read everywhere
 
-        jobs = int(os.environ.get("ERC_BUILD_JOBS") or len(os.sched_getaffinity(0)))
+        reason = why_no_cuda()
         BUILD_DIR.mkdir(parents=True, exist_ok=True)
         with open(BUILD_DIR / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at a time would link each other's unfinished objects
-            for library in libraries:
-                if library.build(jobs) and why_no_cuda():
-                    say(f"the CUDA backend is not built: {why_no_cuda()}")
-                self._install(library.path, self._destination() / library.path.name)
+            fresh = self._build(cpu_library(bool(enabled("ERC_SANITIZE"))))
+            if reason is None:
+                self._build_cuda()
+            elif fresh:
+                say(f"the CUDA backend is not built: {reason}")
+
+    def _build(self, library: Library) -> bool:
+        fresh = library.build(int(os.environ.get("ERC_BUILD_JOBS") or len(os.sched_getaffinity(0))))
+        self._install(library.path, self._destination() / library.path.name)
+        return fresh
+
+    def _build_cuda(self) -> None:
+        """A CUDA library that nobody asked for may fail: an nvcc on the PATH may be too old, or its headers missing."""
+        try:
+            self._build(cuda_library())
+        except CompileError as error:
+            if enabled("ERC_BUILD_CUDA"):
+                raise
+            (self._destination() / "liberc_cuda.so").unlink(missing_ok=True)  # an older one would be loaded
+            say(f"{error}\nerc: the CUDA backend is NOT built, see above; everything else is installed")
+            say("ERC_BUILD_CUDA=0 leaves it out, ERC_BUILD_CUDA=1 makes this an error")
 
     def _install(self, built: Path, installed: Path) -> None:
         if installed.exists() and installed.stat().st_mtime_ns >= built.stat().st_mtime_ns:
@@ -382,7 +409,7 @@ class BuildNative(Command):
         return [str(path) for path in sources("**/*.*")]
 
     def get_outputs(self) -> list[str]:
-        return [str(self._destination() / library.path.name) for library in self._libraries()]
+        return [str(path) for path in self._destination().glob("liberc_*.so")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

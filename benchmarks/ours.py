@@ -139,6 +139,7 @@ def rule_variants(backends: tuple[str, ...] = BACKENDS) -> list[Variant]:
         if backend != "torch"
         for preset in erc.objectives()
         if erc.objective(preset).fused and preset.removeprefix("erc-") not in _SAME_RULE_AS_DAPO
+        if not erc.objective(preset).nll_coef  # recipes: rules that others show
     ]
 
 

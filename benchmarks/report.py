@@ -126,8 +126,11 @@ def case_table(results: Results, key: tuple) -> Table:
     table = Table("", title=case_title(key), title_justify="left")
     peak = results.machine.get("gpu_peak_gbps") if key[6] == "cuda" else None
     limit = f"of {peak:,.0f} GB/s" if peak else f"x {baseline}" if baseline else ""
+    host = key[6] == "cuda"
     for heading in ("median ms", "quartiles ms", "GB/s", "x fastest", limit, "extra memory / logits"):
         table.add_column(heading, justify="right")
+    if host:
+        table.add_column("host us", justify="right")
     for m in sorted(case.values(), key=lambda m: (m.variant in BASELINES, m.median)):
         memory = "" if m.peak_extra_bytes is None else f"{m.peak_extra_bytes / logits_bytes:.2f}"
         table.add_row(
@@ -138,6 +141,7 @@ def case_table(results: Results, key: tuple) -> Table:
             f"{m.median / fastest.median:.2f}" if fastest else "",
             f"{100 * m.gbps / peak:.0f} %" if peak else f"{m.median / case[baseline].median:.2f}" if baseline else "",
             memory,
+            *(["" if m.host is None else f"{1e6 * m.host:.0f}"] if host else []),
             style="dim" if m.variant in BASELINES else ("bold" if m.variant.startswith("erc") else ""),
         )
     return table

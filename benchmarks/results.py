@@ -37,7 +37,8 @@ _ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant on one case. Times in seconds; `gbps` counts the essential bytes of the case only."""
+    """One variant on one case. Times in seconds; `gbps` counts the essential bytes of the case only. On a GPU the times
+    are the GPU's, and `host` is what the host needs to queue a call."""
 
     operator: str
     objective: str
@@ -53,6 +54,7 @@ class Measurement:
     samples: int
     gbps: float
     peak_extra_bytes: int | None = None
+    host: float | None = None
 
     @property
     def case_key(self) -> tuple:

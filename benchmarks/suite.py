@@ -126,6 +126,7 @@ def _measure(entry: Entry, variants: list[Variant], results: Results) -> torch.T
                 samples=spread.samples,
                 gbps=case.essential_bytes / spread.median / 1e9,
                 peak_extra_bytes=extra.get(name),
+                host=spread.host,
             )
         )
     return entropy

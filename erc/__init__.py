@@ -4,11 +4,11 @@ from erc import reference, rlvr
 from erc.backend import backends, use_backend
 from erc.diagnosis import Diagnosis, diagnose
 from erc.explanation import explain
+from erc.labels import shifted_labels
 from erc.linear.loss import linear_policy_loss
 from erc.linear.stats import linear_token_stats
-from erc.loss import policy_loss
+from erc.loss import objective_loss, policy_loss
 from erc.parallel import VocabShard
-from erc.reference import objective_loss
 from erc.results import EntropyRatio, PolicyLoss, TokenStats
 from erc.stats import entropy_ratio, token_stats
 from erc.surrogate.batch_rules import ClipCov, KLCov
@@ -23,7 +23,9 @@ from erc.surrogate.ratio_rules import (
     DPPO,
     DRO,
     GPPO,
+    IPO,
     SAPO,
+    TOPR,
     NoClip,
     PPOClip,
     RatioInputs,
@@ -45,7 +47,9 @@ __all__ = [
     "GMPO",
     "GPPO",
     "GSPO",
+    "IPO",
     "SAPO",
+    "TOPR",
     "VESPO",
     "AdaptiveEntropyCoef",
     "ClipCov",
@@ -79,6 +83,7 @@ __all__ = [
     "policy_loss",
     "reference",
     "rlvr",
+    "shifted_labels",
     "token_stats",
     "use_backend",
 ]

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -35,30 +36,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m erc", description=__doc__)
     parser.add_argument("command", choices=("info", "check"), help="what to print")
     command = parser.parse_args().command
+    if command == "info":
+        print_table("this installation", ("", "value"), info().items())
+        return 0
+    results = check()
+    header = (
+        "backend",
+        "dtype",
+        "logprob error",
+        "entropy error (relative)",
+        "gradient error",
+        "ERC flips",
+        "contract",
+    )
+    rows = []
+    for row in results:
+        errors = (f"{value:.1e}" for value in (row.logprob, row.entropy, row.gradient))
+        flips = f"{row.flips} of {row.rows}"
+        rows.append((row.backend, row.dtype, *errors, flips, "holds" if row.passed else "BROKEN"))
+    print_table("this installation against the float64 oracle", header, rows)
+    return 0 if all(row.passed for row in results) else 1
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """By rich, where it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("python -m erc prints tables with rich: pip install rich", file=sys.stderr)
-        return 2
-    if command == "info":
-        table = Table("", "value", title="this installation")
-        for name, value in info().items():
-            table.add_row(name, value)
-        Console().print(table)
-        return 0
-    results = check()
-    table = Table(
-        "backend", "dtype", "logprob error", "entropy error (relative)", "gradient error", "ERC flips", "contract"
-    )
-    table.title = "this installation against the float64 oracle"
-    for row in results:
-        errors = (f"{value:.1e}" for value in (row.logprob, row.entropy, row.gradient))
-        table.add_row(
-            row.backend, row.dtype, *errors, f"{row.flips} of {row.rows}", "holds" if row.passed else "BROKEN"
-        )
+        print(title, *("  ".join(row) for row in (header, *rows)), sep="\n")
+        return
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-    return 0 if all(row.passed for row in results) else 1
 
 
 if __name__ == "__main__":

@@ -3,13 +3,19 @@
 `cpu` is the C++ library built beside this package, `triton` and `cuda` are for GPUs, `torch` is `erc.reference` and
 runs everywhere. A call takes, in this order: its `backend=` argument, `use_backend`, the environment variable
 `ERC_BACKEND`, or the first available one of `DEFAULT_ORDER` for the device of the logits.
+
+A backend is available on a device if its library loads and a call of two tiny operators gives the right numbers there.
+That call reads a result, so it is made once per device, and never while a graph is captured or a call is traced:
+there an earlier answer counts, or the launch's own error.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,14 +24,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from erc import ops
+from erc import ops, reference
+from erc.constants import NUM_PARAMS
 
 NAMES = ("cpu", "triton", "cuda", "torch")
 DEFAULT_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _NAMESPACES = {name: f"erc_{name}" for name in ("cpu", "triton", "cuda")}
 _libraries: dict[str, torch.library.Library] = {}
 _forced: list[str] = []
+_answers: dict[tuple[str, torch.device], str | None] = {}  # of `_try_out`, by backend and device
+_warned: set[torch.device] = set()
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 def library_path(name: str) -> Path:
@@ -39,11 +52,19 @@ def _load_library(name: str) -> str | None:
     if not path.exists():
         return f"{path.name} was not built: install with a C++ compiler{' and nvcc' if name == 'cuda' else ''}"
     _libraries[name] = ops.define(_NAMESPACES[name])
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path.name} does not load: {error}"
+    torch.ops.load_library(path)
+    if _text_of(path, "erc_stamp") != ops.stamp():
+        return f"{path.name} was built from other sources than this package: build it again"
     return None
+
+
+def _text_of(path: Path, symbol: str) -> str | None:
+    """What a function `const char* symbol()` of a library returns, None where it has no such function."""
+    function = getattr(ctypes.CDLL(str(path)), symbol, None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def _load_cuda() -> str | None:
@@ -78,13 +99,91 @@ _LOADERS: dict[str, Callable[[], str | None]] = {
 
 
 @cache
-def why_not(name: str) -> str | None:
-    """Why backend `name` is not available, or None where it is. Loads it."""
-    return _LOADERS[name]()
+def _load(name: str) -> str | None:
+    """Why backend `name` does not load, or None where it does."""
+    try:
+        return _LOADERS[name]()
+    except Exception as error:  # whatever it is, another backend may run
+        return f"does not load: {_in_short(error)}"
+
+
+def _in_short(error: BaseException) -> str:
+    """The first line of an error; of a chain, as compilers raise it, the line of the first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+# ---- trying out ------------------------------------------------------------------------------------------------------
+
+
+def _try_out(name: str, device: torch.device) -> str | None:
+    """Why backend `name` does not run on `device`, found by statistics and gradient of two rows; None where it does."""
+    kwargs = {"device": device, "dtype": torch.float32}
+    logits = torch.tensor([0.0, 1.0, 0.0, 2.0], **kwargs).mul(math.log(2)).expand(1, 2, 4).contiguous()
+    params = torch.tensor([1.0, 0.0, 1.0] + [0.0] * (NUM_PARAMS - 3), dtype=torch.float64, device="cpu")
+    inputs = (logits, torch.full((2,), 3, dtype=torch.int64, device=device), None, params, -100)
+    expected = [-math.log(2), 1.75 * math.log(2), 3 * math.log(2), -0.125, -0.25, -0.125, 0.5]
+    try:
+        with _synchronisation_allowed(device):
+            logprob, entropy, logsumexp, saved = operators(name).stats_forward(*inputs)
+            gradient = operators(name).stats_backward(*inputs, saved, torch.ones(2, **kwargs), None, None)
+            rows = torch.cat((torch.stack((logprob, entropy, logsumexp), 1), gradient[0]), 1).tolist()
+    except Exception as error:
+        return f"does not run on {device}: {_in_short(error)}"
+    if all(
+        math.isclose(value, right, rel_tol=1e-5) for row in rows for value, right in zip(row, expected, strict=True)
+    ):
+        return None
+    return f"gives wrong numbers on {device}: {rows[0]} for {expected}"
+
+
+@contextmanager
+def _synchronisation_allowed(device: torch.device) -> Iterator[None]:
+    """Inside, reading a result is no error, whatever `torch.cuda.set_sync_debug_mode` says."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _can_try_out(device: torch.device) -> bool:
+    """Whether a result can be read: not under a dispatch mode, such as fake tensors, nor while a graph is captured."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _home(name: str) -> torch.device:
+    """The device on which a backend is tried out where no tensor says which."""
+    gpu = name == "cuda" or (name == "triton" and not triton_is_interpreted())
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def why_not(name: str, device: torch.device | None = None, tracing: bool = False) -> str | None:
+    """Why backend `name` is not available on `device` (by default the current one), or None where it is.
+
+    Loads it, and tries it out once per device, unless `tracing` or a mode or capture forbids it.
+    """
+    reason = _load(name)
+    if reason is not None or name == "torch":
+        return reason
+    key = (name, device or _home(name))
+    if key not in _answers:
+        if tracing or not _can_try_out(key[1]):
+            return None
+        _answers[key] = _try_out(*key)
+    return _answers[key]
 
 
 def backends() -> dict[str, str]:
-    """Every backend's name, and "available" or the reason why it is not.
+    """Every backend's name, and "available" or the reason why it is not, on the current GPU where it needs one.
 
     >>> backends()["torch"]
     'available'
@@ -94,11 +193,7 @@ def backends() -> dict[str, str]:
 
 def cpu_isa() -> str | None:
     """The instruction set that the `cpu` backend runs on this processor, None where it is not available."""
-    if why_not("cpu") is not None:
-        return None
-    symbol = ctypes.CDLL(str(library_path("cpu"))).erc_cpu_isa
-    symbol.restype = ctypes.c_char_p
-    return symbol().decode()
+    return None if why_not("cpu") is not None else _text_of(library_path("cpu"), "erc_cpu_isa")
 
 
 @contextmanager
@@ -130,14 +225,15 @@ def _runs_on(name: str, device: str) -> bool:
 def select(logits: Tensor, backend: str | None = None) -> tuple[str, str]:
     """The backend for `logits`, and the reason. Compiled code keeps the choice made when it was traced.
 
+    Warns once where no compiled backend is available and the float64 reference takes the call.
+
     Raises:
         ValueError: for an unknown backend, one for another device, or one that is not available.
     """
-    return _select(logits.device.type, backend)
+    return _select(logits.device, backend, torch.compiler.is_compiling())
 
 
-@torch.compiler.assume_constant_result
-def _select(device: str, backend: str | None) -> tuple[str, str]:
+def _select(device: torch.device, backend: str | None, tracing: bool) -> tuple[str, str]:
     for name, reason in (
         (backend, "the backend argument"),
         (_forced[-1] if _forced else None, "use_backend"),
@@ -146,19 +242,41 @@ def _select(device: str, backend: str | None) -> tuple[str, str]:
         if name is None:
             continue
         _check_name(name, "backend")
-        if not _runs_on(name, device):
-            raise ValueError(f"backend {name!r} (from {reason}) does not run on {device} tensors")
-        if name in NAMES and why_not(name) is not None:
-            raise ValueError(f"backend {name!r} (from {reason}) is not available: {why_not(name)}")
+        if not _runs_on(name, device.type):
+            raise ValueError(f"backend {name!r} (from {reason}) does not run on {device.type} tensors")
+        if name in NAMES and (problem := why_not(name, device, tracing)) is not None:
+            raise ValueError(f"backend {name!r} (from {reason}) is not available: {problem}")
         return name, reason
-    for name in DEFAULT_ORDER.get(device, ("torch",)):
-        if why_not(name) is None:
-            return name, f"the first available one for {device} tensors"
+    problems = {}
+    for name in DEFAULT_ORDER.get(device.type, ("torch",)):
+        problems[name] = why_not(name, device, tracing)
+        if problems[name] is None:
+            if name == "torch":
+                _warn_of_fallback(device, problems)
+            return name, f"the first available one for {device.type} tensors"
     raise AssertionError("the torch backend is always available")
 
 
+def _warn_of_fallback(device: torch.device, problems: dict[str, str | None]) -> None:
+    if device in _warned or device.type == "meta":
+        return
+    _warned.add(device)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in problems.items() if reason) or "none is for them"
+    warnings.warn(
+        f"erc computes {device} tensors in float64 by plain PyTorch, many times slower and with several tensors as "
+        f"large as the logits: no other backend is available ({reasons})",
+        stacklevel=2,
+    )
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports the whole compiler.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def operators(name: str) -> Any:
-    """The operator namespace of backend `name`: `operators("cpu").stats_forward(...)`."""
+    """The operators of backend `name`: `operators("cpu").stats_forward(...)`."""
+    if name == "torch":
+        return reference.OPERATORS
     return getattr(torch.ops, _NAMESPACES[name])
 
 

@@ -6,19 +6,25 @@ them tokens of low entropy, and the two barely overlap.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from erc.inputs import TokenArguments, resolve_objective, token_batch
-from erc.ops import TokenFlag
-from erc.results import PolicyLoss, TokenStats
+from erc.call import TokenArguments
+from erc.constants import TokenFlag
+from erc.inputs import resolve_objective
+from erc.reference import OPERATORS
+from erc.results import PolicyLoss, TokenStats, tokens_of
 from erc.surrogate.entropy_ratio import EntropyRatioClip, entropy_ratio_of
 from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import importance_ratio
-from erc.surrogate.token_loss import token_losses
+
+SUSPICIOUS_SHARE = 0.5
+"""Updates drop a fifth of the tokens (the paper); where most tokens go on one side, the old statistics are suspect."""
 
 _CLIPPED = int(TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH)
 
@@ -42,13 +48,15 @@ class Diagnosis:
 
     `groups` parts them: "kept", "clipped" (by the ratio rule alone), "dropped" (by the gate alone), "both"; "all" is
     everything. `histogram` `[bins, bins]` counts tokens by log ratio (rows) and log entropy ratio (columns), between
-    `edges` `[bins + 1]`; what lies beyond the edges is in the outermost bins.
+    `edges` `[bins + 1]`; what lies beyond the edges is in the outermost bins. `causes` are sentences on what probably
+    went wrong; a healthy update has none.
     """
 
     objective: Objective
     groups: dict[str, TokenGroup]
     histogram: Tensor
     edges: Tensor
+    causes: tuple[str, ...] = ()
 
     @property
     def overlap(self) -> float:
@@ -63,7 +71,8 @@ class Diagnosis:
             rows.append([name, str(group.tokens), *(f"{getattr(group, column):.4g}" for column in names[1:])])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, f"caught by both: {self.overlap:.2%} of the tokens caught by either"])
+        lines.append(f"caught by both: {self.overlap:.2%} of the tokens caught by either")
+        return "\n".join([*lines, *self.causes])
 
     def plot(self, path: str | None = None) -> Any:
         """The joint histogram with the bounds of the gate, as a matplotlib figure; saved where `path` is given.
@@ -103,6 +112,7 @@ def diagnose(
     objective: str | Objective = "erc-dapo",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     bins: int = 60,
     span: float = 1.5,
@@ -112,7 +122,7 @@ def diagnose(
     Args:
         stats: what `token_stats` or `policy_loss` returned for the new policy; its `logprob` and `entropy` `[*]` are
             read.
-        old_logprob, old_entropy, advantages, mask, cu_seqlens, generator: as `policy_loss`.
+        old_logprob, old_entropy, advantages, mask, cu_seqlens, sequence_group, generator: as `policy_loss`.
         objective: its ratio rule and gate are applied; without a gate the default `EntropyRatioClip()` is, to show
             what it would drop.
         bins, span: the histogram's bins a side, and the largest |log ratio| on its axes.
@@ -141,11 +151,14 @@ def diagnose(
         raise TypeError(f"stats must be a TokenStats with log-probs or a PolicyLoss, got {type(stats).__name__}")
     if not isinstance(bins, int) or bins < 1 or not span > 0:
         raise ValueError(f"bins must be a positive int and span positive, got {bins!r} and {span!r}")
-    logprob, entropy = stats.logprob.reshape(-1), stats.entropy.reshape(-1)
     bare = Objective(objective.ratio, objective.entropy_ratio, reduction="none")
-    arguments = TokenArguments(old_logprob, advantages, mask, old_entropy, cu_seqlens=cu_seqlens, generator=generator)
-    batch = token_batch(bare, arguments, tuple(stats.logprob.shape), logprob.device, logprob.dtype)
-    flags = token_losses(bare, batch, logprob, entropy).flags
+    arguments = TokenArguments(
+        old_logprob, advantages, mask, old_entropy,
+        cu_seqlens=cu_seqlens, generator=generator, sequence_group=sequence_group,
+    )  # fmt: skip
+    tokens = tokens_of(OPERATORS, stats.logprob, stats.entropy, bare, arguments)
+    batch, losses = tokens.judged()
+    logprob, entropy, flags = tokens.logprob, tokens.entropy, losses.flags
     active = batch.mask != 0
     columns = {
         "entropy": entropy,
@@ -164,7 +177,24 @@ def diagnose(
     total = int(active.sum())
     groups = {name: _group(tokens & active, columns, total) for name, tokens in chosen.items()}
     edges = torch.linspace(-span, span, bins + 1, dtype=torch.float64)
-    return Diagnosis(bare, groups, _histogram(columns, active, edges), edges)
+    return Diagnosis(bare, groups, _histogram(columns, active, edges), edges, tuple(_causes(flags, active)))
+
+
+def _causes(flags: Tensor, active: Tensor) -> Iterator[str]:
+    """What most of the active tokens have in common, where that points at the caller's side."""
+    total = max(int(active.sum()), 1)
+    shares = {
+        side: int((((flags & int(flag)) != 0) & active).sum()) / total
+        for side, flag in (("fell", TokenFlag.ERC_LOW), ("rose", TokenFlag.ERC_HIGH))
+    }
+    side = max(shares, key=shares.get)
+    if shares[side] > SUSPICIOUS_SHARE and shares[side] > 0.95 * sum(shares.values()):
+        yield (
+            f"The gate drops {shares[side]:.1%} of the tokens because their entropy {side}, so hardly any policy "
+            "gradient is left. Entropies that all move one way mostly come from old statistics at another temperature "
+            "(or softcap or logit_scale) than the loss: compute old_logprob and old_entropy by erc.token_stats with "
+            "the same arguments, in the same mode of the model (no dropout)."
+        )
 
 
 def _gated(objective: Objective) -> Objective:

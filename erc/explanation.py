@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from erc.backend import select
+from erc.call import choose_route
 from erc.inputs import check_logits, resolve_objective
-from erc.loss import choose_path
 from erc.surrogate.objective import Objective
 
 
@@ -30,10 +30,14 @@ def explain(
     logits: Tensor,
     objective: str | Objective = "erc-dapo",
     *,
-    grad_scale: float | None = None,
+    grad_scale: float | Tensor | None = None,
+    linear: bool = False,
+    sharded: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """What `policy_loss(logits, ..., objective=objective)` would run, and why. Runs nothing.
+    """What `policy_loss(logits, ..., objective=objective)` would run, and why; with `linear` what `linear_policy_loss`
+    would, of whose logits `logits` have dtype and device, and with `sharded` either of them under `vocab_shard`. Runs
+    nothing.
 
     >>> import torch, erc
     >>> print(erc.explain(torch.zeros(2, 5), "gspo", backend="torch"))
@@ -43,5 +47,8 @@ def explain(
     check_logits(logits)
     name, reason = select(logits, backend)
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    path = choose_path(name, resolve_objective(objective), logits.dtype, needs_grad, grad_scale)
+    path = choose_route(
+        name, resolve_objective(objective), logits.dtype,
+        needs_grad=needs_grad, grad_scale=grad_scale, sharded=sharded, linear=linear,
+    )  # fmt: skip
     return Explanation(name, reason, path.name, path.reason)

@@ -1,33 +1,29 @@
-"""Layer 3: policy losses from logits.
+"""Layer 3: policy losses from logits, and from log-probs that exist already.
 
-The fused path makes the gradient while the row is on chip: one read of the logits and one write of the gradient, for
-forward and backward together. The two-phase path (statistics, then the loss on `[N]` numbers, then the gradient)
-serves what needs more than one token at a time; it reads the logits twice. The objective decides, never the user;
-`erc.explain` tells.
+The fused route makes the gradient while the row is on chip: one read of the logits and one write of the gradient, for
+forward and backward together. The two-phase route (statistics, then the loss on `[N]` numbers, then the gradient)
+serves what needs more than one token at a time; it reads the logits twice. `erc.call.choose_route` decides, never the
+user; `erc.explain` tells.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from erc import reference
 from erc.backend import operators, select
-from erc.derivatives import refuse_double_backward
-from erc.inputs import (
-    RowScaling,
-    TokenArguments,
-    labelled_batch,
-    resolve_objective,
-    row_scaling,
-)
-from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
-from erc.results import PolicyLoss, collect, policy_loss_result
-from erc.rows import as_rows, check_inplace, params_tensor
+from erc.call import LossCall, TokenArguments, choose_route, loss_call
+from erc.inputs import resolve_objective
+from erc.ops import no_graph, refuse_double_backward, refuse_forward_mode
+from erc.parallel import VocabShard, agreement, check_columns, check_shardable
+from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, tokens_of, two_phase_result
+from erc.rows import as_rows, check_inplace, row_scaling
+from erc.stats import row_statistics
 from erc.surrogate.objective import Objective
-from erc.surrogate.token_loss import TokenBatch, TokenLosses
 
 
 def policy_loss(
@@ -45,11 +41,12 @@ def policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     nll_normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
-    grad_scale: float | None = None,
+    grad_scale: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -73,21 +70,25 @@ def policy_loss(
             `ignore_index`.
         old_entropy: `[*]` float32 or float64 entropies of the rollout policy; required by an entropy-ratio gate.
         ref_logprob: `[*]`; required by a KL penalty. rollout_logprob: `[*]`; required by a rollout correction.
-        nll_mask: `[*]`, 1 (or a weight) on the rows whose mean NLL `nll_coef` adds; required by it.
+        nll_mask: `[*]`; required by `nll_coef`.
         old_divergence: `[*]` nats or total variation to the rollout policy's whole distribution; required by
             `DPPO("full-tv")` and `DPPO("full-kl")`.
         ref_kl: `[*]` exact KL(policy || reference) with its graph, `erc.entropy_ratio(logits, ref_logits).kl_new_old`;
             required by `KLPenalty("full")`. It is added to the loss of whatever path runs.
         cu_seqlens: `[S + 1]` offsets of packed rows `[N]`.
+        sequence_group: the ranks over which sequences are split (context parallelism): each passes its part, `[B,
+            T_local]` or packed with its own offsets, of the same sequences in the same order. Sums per sequence and
+            every count are then over all ranks, and the ranks' losses and gradients add up to those of one process.
+            Metrics are of the local tokens.
         normalizer: replaces the count of the reduction (global token or sequence count for data parallelism and
-            gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing. 0 where
-            no token is active at all.
-        entropy_normalizer, nll_normalizer: the same for the terms that divide by a count of their own: the active
-            tokens, of an entropy bonus with "active-mean"; those of `nll_mask`, of the NLL term. Required beside
-            `normalizer` where the objective has such a term.
+            gradient accumulation); with it the upstream gradient is 1, and the backward then touches nothing. A number
+            or a 0-d tensor, which is not read on the host; 0 is allowed where no token is active.
+        entropy_normalizer, nll_normalizer: the same for the terms with a denominator of their own: the entropy bonus of
+            `entropy_reduction="active-mean"` (all active tokens) and the NLL (those of `nll_mask`). Required with
+            `normalizer` where such a term is on.
         generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
-        grad_scale: GradScaler's current scale. float16 logits take the two-phase path without it, because a fused
-            gradient is rounded before it is scaled.
+        grad_scale: GradScaler's current scale, a number or a 0-d tensor, which is not read on the host. float16 logits
+            take the two-phase path without it, because a fused gradient is rounded before it is scaled.
         temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs
             two-phase. Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo
             compiles again for every new Python float.
@@ -100,7 +101,7 @@ def policy_loss(
         gradient is computed twice.
 
     Raises:
-        ValueError, TypeError, IndexError: naming the argument and what was expected, before any kernel runs.
+        ValueError, TypeError, IndexError: naming the argument and what was expected, before any row is read.
 
     Sources: PPO arXiv 1707.06347, DAPO arXiv 2503.14476, entropy-ratio clipping arXiv 2512.05591; the other rules in
     `erc.surrogate.ratio_rules`.
@@ -116,181 +117,135 @@ def policy_loss(
     0.0
     """
     arguments = TokenArguments(
-        old_logprob,
-        advantages,
-        mask,
-        old_entropy,
-        ref_logprob,
-        rollout_logprob,
-        nll_mask,
-        old_divergence,
-        ref_kl,
-        cu_seqlens,
-        normalizer,
-        entropy_normalizer,
-        nll_normalizer,
-        generator,
-    )
+        old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy, ref_logprob=ref_logprob,
+        rollout_logprob=rollout_logprob, nll_mask=nll_mask, old_divergence=old_divergence, ref_kl=ref_kl,
+        cu_seqlens=cu_seqlens, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer, grad_scale=grad_scale, generator=generator, sequence_group=sequence_group,
+    )  # fmt: skip
     with agreement(vocab_shard, validate) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
         objective = resolve_objective(objective)
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
         if inplace_backward and needs_grad:
             check_inplace(logits)
-        if grad_scale is not None and not grad_scale > 0:
-            raise ValueError(f"grad_scale must be positive, got {grad_scale!r}")
         name, _ = select(logits, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward)
-        leading = tuple(logits.shape[:-1])
-        scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-        labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index, vocab_size)
-        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
-        facts.add(objective=objective)
-    path = choose_path(name, objective, logits.dtype, needs_grad, grad_scale)
-    if path.name == "reference":
-        logprob, entropy, _ = reference.row_stats(logits, labels, scaling, ignore_index)
-        return policy_loss_result(objective, batch, logprob, entropy, leading)
-    backend_operators = operators(name)
-    rows = as_rows(logits)
-    if vocab_shard is not None:
-        statistics = (labels, scaling.temperature, params_tensor(scaling), ignore_index, vocab_shard, backend_operators)
-        logprob, entropy, _ = sharded_stats(rows, *statistics)
-        return policy_loss_result(objective, batch, logprob, entropy, leading)
-    if path.name == "two-phase":
-        logprob, entropy, _, _ = backend_operators.stats_forward(
-            rows, labels, scaling.temperature, params_tensor(scaling), ignore_index
-        )
-        return policy_loss_result(objective, batch, logprob, entropy, leading)
-    call = FusedCall(backend_operators, fused_arguments(objective, batch, labels, scaling, ignore_index, grad_scale))
-    loss, token_loss, logprob, entropy, flags = call(rows, needs_grad, inplace_backward)
-    if grad_scale is not None:
-        loss = loss / grad_scale
-    return collect(objective, batch, TokenLosses(loss, token_loss, flags), logprob, entropy, leading)
+            check_shardable(name, inplace_backward, facts)
+        scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
+        route = choose_route(
+            name, objective, logits.dtype,
+            needs_grad=needs_grad, grad_scale=grad_scale, sharded=vocab_shard is not None,
+            split=sequence_group is not None,
+        )  # fmt: skip
+        fused = route.name == "fused"
+        call = loss_call(objective, arguments, labels, ignore_index, logits, scaling, vocab_size, fused=fused)
+        backend_operators = operators(name)
+        if not fused:
+            table = call.token_table(backend_operators)
+        call.add_facts(facts)
+    if fused:
+        return fused_loss(call, backend_operators, logits, needs_grad, inplace_backward)
+    logprob, entropy, _ = row_statistics(backend_operators, logits, table[1], scaling, ignore_index, vocab_shard)
+    return two_phase_result(TokenCall(call, backend_operators, table, logprob, entropy))
 
 
-class Path(NamedTuple):
-    """How a policy loss runs: "fused", "two-phase" or "reference", and the reason."""
-
-    name: str
-    reason: str
-
-
-def choose_path(
-    backend: str, objective: Objective, dtype: torch.dtype, needs_grad: bool, grad_scale: float | None
-) -> Path:
-    """The path of a call. Everything that decides it is here."""
-    if backend == "torch":
-        return Path("reference", "plain PyTorch: several tensors as large as the logits")
-    if not objective.fused:
-        return Path("two-phase", objective.two_phase_reason)
-    if dtype == torch.float16 and needs_grad and grad_scale is None:
-        return Path("two-phase", "a fused float16 gradient would be rounded before the loss scale: pass grad_scale")
-    return Path("fused", "one read of the logits and one write of the gradient, for forward and backward together")
-
-
-class FusedArguments(NamedTuple):
-    """The arguments of the `policy_loss` operator after the logits, in its order; tensors but `params` are `[N]`."""
-
-    labels: Tensor
-    temperature: Tensor | None
-    params: Tensor
-    ignore_index: int
-    weight: Tensor
-    advantages: Tensor
-    old_logprob: Tensor | None
-    old_entropy: Tensor | None
-    ref_logprob: Tensor | None
-    policy_weight: Tensor | None
-    entropy_weight: Tensor | None
-    logprob_weight: Tensor | None
-    rule: int
-    kl: int
-    gate: int
-
-    def rows(self, index: Tensor) -> FusedArguments:
-        """The same arguments for the rows of `index`."""
-        chosen = {
-            name: value[index]
-            for name, value in self._asdict().items()
-            if isinstance(value, Tensor) and name != "params"
-        }
-        return self._replace(**chosen)
-
-
-def fused_arguments(
-    objective: Objective,
-    batch: TokenBatch,
-    labels: Tensor,
-    scaling: RowScaling,
-    ignore_index: int,
-    grad_scale: float | None = None,
-) -> FusedArguments:
-    """What the `policy_loss` operator needs to run `objective` on `batch`, its gradient multiplied by `grad_scale`."""
-
-    def scaled(weight: Tensor | None) -> Tensor | None:
-        return weight if weight is None or grad_scale is None else weight * grad_scale
-
-    return FusedArguments(
-        labels=labels,
-        temperature=scaling.temperature,
-        params=params_tensor(scaling, *objective.kernel_params()),
-        ignore_index=ignore_index,
-        weight=scaled(batch.weight),
-        advantages=batch.advantages,
-        old_logprob=batch.old_logprob,
-        old_entropy=batch.old_entropy if objective.entropy_ratio else None,
-        ref_logprob=batch.ref_logprob if objective.kl and objective.kl.kernel_id else None,
-        policy_weight=batch.policy_weight,
-        entropy_weight=scaled(batch.entropy_weight),
-        logprob_weight=scaled(batch.logprob_weight),
-        rule=objective.ratio.kernel_id,
-        kl=objective.kl.kernel_id if objective.kl else 0,
-        gate=objective.entropy_ratio.gate_id if objective.entropy_ratio else 0,
-    )
-
-
-class FusedCall(NamedTuple):
-    """One call of the fused operator. Returns (loss, token_loss, logprob, entropy, flags), each `[N]`; only loss has a
-    graph."""
-
-    operators: Any
-    arguments: FusedArguments
-
-    def __call__(self, rows: Tensor, needs_grad: bool, inplace: bool) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling() or not needs_grad:
-            return self.operators.policy_loss(rows, *self.arguments, needs_grad)[:5]
-        return _FusedLoss.apply(rows, self, inplace)
+def fused_loss(call: LossCall, backend_operators: Any, logits: Tensor, needs_grad: bool, inplace: bool) -> PolicyLoss:
+    """Table, rows and summary by one operator, and the gradient with them."""
+    refuse_forward_mode(logits)
+    per_row = call.objective.reduction == "none"
+    arguments = (call.scaling.temperature, *call.tokens, per_row, needs_grad)
+    try:
+        if needs_grad and not torch.compiler.is_compiling():
+            others: list[Tensor] = []
+            loss = _FusedLoss.apply(logits, backend_operators, arguments, inplace, others)
+            per_token, _, metrics, count = others
+        else:
+            with no_graph() if not needs_grad else nullcontext():
+                loss, per_token, _, metrics, count, _ = backend_operators.policy_loss(as_rows(logits), *arguments)
+    except RuntimeError as error:
+        call.explain(error)
+        raise
+    return add_exact_kl(call, loss_result(call, loss, per_token, metrics, count), backend_operators)
 
 
 class _FusedLoss(torch.autograd.Function):
     """The eager fused loss: its gradient exists after the forward; the backward scales it in place, or not at all."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, call: FusedCall, inplace: bool) -> tuple[Tensor, ...]:
-        rows = rows.detach()
+    def forward(
+        ctx: Any, logits: Tensor, backend_operators: Any, arguments: tuple, inplace: bool, others: list[Tensor]
+    ) -> Tensor:
+        rows = as_rows(logits.detach())
+        operator = backend_operators.policy_loss_ if inplace else backend_operators.policy_loss
+        with no_graph():
+            loss, *results, grad = operator(rows, *arguments)
         if inplace:
-            outputs, grad = call.operators.policy_loss_(rows, *call.arguments), rows
+            grad = rows
             torch.autograd.graph.increment_version(rows)
-        else:
-            *outputs, grad = call.operators.policy_loss(rows, *call.arguments, True)
+        others.extend(results)  # constants: as outputs each of them would cost a place in the graph
         ctx.save_for_backward(grad)
-        ctx.operators, ctx.used = call.operators, False
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.operators, ctx.used, ctx.shape = backend_operators, False, logits.shape
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
-        refuse_double_backward()
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        refuse_double_backward("policy_loss")
         if ctx.used:
             raise RuntimeError(
                 "a second backward through the same policy_loss: the fused gradient was handed out by the first; "
                 "call policy_loss again"
             )
         if grad_loss is None:
-            return None, None, None
+            return None, None, None, None, None
         ctx.used = True
         (grad,) = ctx.saved_tensors
         ctx.operators.scale_rows_(grad, grad_loss.contiguous())
-        return grad, None, None
+        return grad.view(ctx.shape), None, None, None, None
+
+
+def objective_loss(
+    logprob: Tensor,
+    entropy: Tensor,
+    *,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    objective: str | Objective = "erc-dapo",
+    mask: Tensor | None = None,
+    old_entropy: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    nll_mask: Tensor | None = None,
+    old_divergence: Tensor | None = None,
+    ref_kl: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> PolicyLoss:
+    """The policy loss from log-probs and entropies that a trainer holds already: no vocabulary work.
+
+    Differentiable in `logprob` `[*]` (nats, float32 or float64), and in `entropy` `[*]` if and only if the objective
+    has an entropy term; the entropy-ratio gate reads the entropy's value only. Everything else as `erc.policy_loss`.
+
+    >>> import torch
+    >>> logprob = torch.tensor([-1.0, -2.0], requires_grad=True)
+    >>> entropy = torch.tensor([1.0, 1.2])
+    >>> rollout = {"old_logprob": logprob.detach(), "old_entropy": torch.ones(2), "advantages": torch.ones(2)}
+    >>> out = objective_loss(logprob, entropy, objective="erc-dapo", **rollout)
+    >>> out.loss.backward()
+    >>> logprob.grad  # the second token's entropy rose by 20 %: its gradient is dropped
+    tensor([-0.5000, -0.0000])
+    """
+    arguments = TokenArguments(
+        old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy, ref_logprob=ref_logprob,
+        rollout_logprob=rollout_logprob, nll_mask=nll_mask, old_divergence=old_divergence, ref_kl=ref_kl,
+        cu_seqlens=cu_seqlens, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer, generator=generator, sequence_group=sequence_group,
+    )  # fmt: skip
+    if not isinstance(logprob, Tensor):
+        raise TypeError(f"logprob must be a torch.Tensor, got {type(logprob).__name__}")
+    chosen = operators(select(logprob)[0])
+    return two_phase_result(tokens_of(chosen, logprob, entropy, objective, arguments))

@@ -1,99 +1,96 @@
 """Layer 1: the operators every backend implements, one schema for all, one namespace a backend.
 
 `erc_cpu::stats_forward`, `erc_triton::stats_forward` and `erc_cuda::stats_forward` are the same operator on different
-machinery; `erc.backends` picks the namespace, and nothing else in the package knows which one runs.
+machinery; `erc.backend` picks the namespace, and nothing else in the package knows which one runs.
 Fake implementations and autograd formulas are registered here, once for all backends.
 
-Conventions (DESIGN: rows, row algebra):
+Conventions:
 
 * `logits` is `[outer, inner, V]` with a last stride of 1; row `i` starts at `(i // inner) * stride(0) + (i % inner) *
-  stride(1)`, so that `logits[:, :-1]` of a `[B, T, V]` tensor costs no copy. `N = outer * inner`.
-* Everything per row is contiguous `[N]`: labels int64, floats in the statistics dtype (float64 for float64 logits,
-  else float32).
+  stride(1)`, so that `logits[:, :-1]` of a `[B, T, V]` tensor costs no copy. There are `outer * inner` rows.
+* Everything per token is contiguous, in any shape of `N` elements, and in the statistics dtype (float64 for float64
+  logits, else float32); labels are int64. Row `i` is of token `i`; an operator that ends in `_` and takes `row_index`
+  works on some of the tokens: row `i` is of token `row_index[i]`, or without it of `first_token + i`. A negative token
+  is a row that nobody wants: it is not read and its gradient is 0.
+* `token_table` and `policy_loss` take per-token tensors as callers have them, in any dtype.
 * `params` is a small CPU float64 tensor that the launcher reads on the host: whatever a user may change from step to
-  step travels there, so nothing recompiles and nothing synchronises. `ParamIndex` is its layout.
-* A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` makes the row NaN
-  (callers have checked labels where they can without a sync). `partial_stats` takes labels of the whole vocabulary, and
-  the backward that follows it `ABSENT_LABEL` where another shard holds the labelled column.
+  step travels there, so nothing recompiles and nothing synchronises. `erc.constants.Param` is its layout.
+* A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` is an error on the CPU
+  and makes the row NaN on a GPU. `partial_stats_` takes labels of the whole vocabulary, and the backward that follows
+  it `ABSENT_LABEL` where another shard holds the labelled column.
+* A gradient's memory is the logits' own, or other memory of their dtype, or, of float32 logits, of a 16-bit dtype.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from erc.derivatives import refuse_double_backward
+from erc.constants import PAIRED_OUTPUTS, PAIRED_SAVED, Column, Metric, header
 
-ABSENT_LABEL = -(2**63)
-"""The label of a row whose labelled column lies in another vocabulary shard."""
-
-
-class ParamIndex(IntEnum):
-    """Positions in the `params` tensor. Mirrored by `csrc/common/params.h` and `erc/triton_kernels/params.py`."""
-
-    TEMPERATURE = 0
-    SOFTCAP = 1  # 0 means none
-    LOGIT_SCALE = 2
-    RULE = 3  # four numbers whose meaning the ratio rule defines
-    BETA_LOW = 7
-    BETA_HIGH = 8
-    GATE_EPS = 9
-    KL_COEF = 10
-    KL_CLAMP = 11
-
-
-NUM_SCALING_PARAMS = 3
-NUM_PARAMS = 12
-
-
-class TokenFlag(IntEnum):
-    """Bits of the `flags` output of `policy_loss`: what happened to a token. The last one is of filters that run
-    two-phase; no kernel sets it."""
-
-    CLIP_LOW = 1
-    CLIP_HIGH = 2
-    ERC_LOW = 4
-    ERC_HIGH = 8
-    ERC_DROPPED = 16
-    FILTERED = 32
-
-
-PAIRED_OUTPUTS = ("ratio", "entropy", "old_entropy", "kl_new_old", "kl_old_new", "total_variation")
-
-_STATS_INPUTS = "Tensor logits, Tensor? labels, Tensor? temperature, Tensor params, int ignore_index"
+_ROWS = "Tensor logits, Tensor? labels, Tensor? temperature, Tensor params, int ignore_index"
+_SOME = "Tensor? row_index, int first_token"
 _GRADIENTS = "Tensor saved, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_logsumexp"
-_LOSS_INPUTS = (
-    "Tensor labels, Tensor? temperature, Tensor params, int ignore_index, Tensor weight, Tensor advantages, "
-    "Tensor? old_logprob, Tensor? old_entropy, Tensor? ref_logprob, Tensor? policy_weight, Tensor? entropy_weight, "
-    "Tensor? logprob_weight, int rule, int kl, int gate"
+_TOKENS = (
+    "Tensor labels, Tensor advantages, Tensor? mask, Tensor? old_logprob, Tensor? old_entropy, Tensor? ref_logprob, "
+    "Tensor? policy_weight, Tensor? nll_mask, Tensor? cu_seqlens, Tensor? normalizer, Tensor? entropy_normalizer, "
+    "Tensor? nll_normalizer, Tensor? grad_scale, Tensor params, int ignore_index"
 )
-_PAIRED_INPUTS = "Tensor logits, Tensor old_logits, Tensor? temperature, Tensor params"
-_LOSS_OUTPUTS = "Tensor loss, Tensor token_loss, Tensor logprob, Tensor entropy, Tensor flags"
+_PAIR = "Tensor logits, Tensor old_logits, Tensor? temperature, Tensor params"
+_LOSS = f"Tensor? temperature, {_TOKENS}, bool per_row, bool need_grad"
+_LOSS_OUTPUTS = "Tensor loss, Tensor per_token, Tensor flags, Tensor metrics, Tensor tokens, Tensor grad_logits"
 
 SCHEMAS = {
     # Row statistics. saved = [3, N] (row_max, sum_rest, weighted_sum); logprob is [0] without labels.
-    "stats_forward": f"({_STATS_INPUTS}) -> (Tensor logprob, Tensor entropy, Tensor logsumexp, Tensor saved)",
-    "stats_backward": f"({_STATS_INPUTS}, {_GRADIENTS}) -> Tensor",
-    "stats_backward_": f"({_STATS_INPUTS.replace('Tensor logits', 'Tensor(a!) logits')}, {_GRADIENTS}) -> ()",
-    # The whole token loss and its gradient from one read. loss = weight * token_loss + entropy_weight * entropy
-    # + logprob_weight * logprob; grad_logits is [0, 0, 0] unless need_grad.
-    "policy_loss": f"(Tensor logits, {_LOSS_INPUTS}, bool need_grad) -> ({_LOSS_OUTPUTS}, Tensor grad_logits)",
-    "policy_loss_": f"(Tensor(a!) logits, {_LOSS_INPUTS}) -> ({_LOSS_OUTPUTS})",
-    # Multiply row i by scale[i]; a row whose scale is 1 is not touched.
+    "stats_forward": f"({_ROWS}) -> (Tensor logprob, Tensor entropy, Tensor logsumexp, Tensor saved)",
+    # stats = [6, N]: logprob, entropy, logsumexp, saved.
+    "stats_forward_": f"({_ROWS}, {_SOME}, Tensor(a!) stats) -> ()",
+    "stats_backward": f"({_ROWS}, {_GRADIENTS}) -> Tensor",
+    "stats_backward_": f"({_ROWS}, {_SOME}, {_GRADIENTS}, Tensor(a!) grad_logits) -> ()",
+    # State of a vocabulary shard that starts at column `start`: [4, N] (row_max, sum_rest, weighted_sum, label value).
+    "partial_stats_": f"({_ROWS}, {_SOME}, int start, Tensor(a!) state) -> ()",
+    # All that is known of a token before its logits are read: [N, 8] (`erc.constants.Column`), the labels that remain,
+    # and what the summary of the same tokens counts with.
+    "token_table": f"({_TOKENS}, int vocab_size, bool wide) -> (Tensor table, Tensor labels, Tensor counter)",
+    # The fused loss of some rows. per_token = [4, N]: share of the loss, token loss, log-prob, entropy.
+    "loss_rows_": f"({_ROWS.replace('Tensor? labels', 'Tensor labels')}, {_SOME}, Tensor table, Tensor(a!) per_token, "
+    "Tensor(b!) flags, Tensor(c!)? grad_logits) -> ()",
+    # The loss of tokens whose statistics exist, by the params' rule, or with a policy term that was computed elsewhere
+    # (its value, derivative by the log-prob, and what it clipped); filtered tokens lose theirs. per_token as above;
+    # [2, N]: derivatives of the share by log-prob and entropy.
+    "token_losses": "(Tensor logprob, Tensor entropy, Tensor table, Tensor labels, Tensor params, int ignore_index, "
+    "Tensor? policy, Tensor? d_policy, Tensor? clip_low, Tensor? clip_high, Tensor? filtered) -> "
+    "(Tensor per_token, Tensor derivatives, Tensor flags)",
+    # The scalar loss, the metrics (`erc.constants.Metric`, float64) and the number of active tokens (int64).
+    "token_summary": "(Tensor per_token, Tensor flags, Tensor table, Tensor labels, Tensor(a!) counter, "
+    "Tensor params, int ignore_index) -> (Tensor loss, Tensor metrics, Tensor tokens)",
+    # Table, rows and summary in one: what the fused token-level loss calls. loss is a scalar, or [N] with per_row;
+    # per_token = [3, N]: token loss, log-prob, entropy; grad_logits is [0, 0, 0] unless need_grad, and where it is
+    # written over the logits.
+    "policy_loss": f"(Tensor logits, {_LOSS}) -> ({_LOSS_OUTPUTS})",
+    "policy_loss_": f"(Tensor(a!) logits, {_LOSS}) -> ({_LOSS_OUTPUTS})",
+    # Multiply row i by scale[i], or every row by a 0-d scale; in place, a row whose scale is 1 is not touched.
     "scale_rows": "(Tensor grad, Tensor scale) -> Tensor",
     "scale_rows_": "(Tensor(a!) grad, Tensor scale) -> ()",
-    # State of a vocabulary shard that starts at column `start`: [4, N] (row_max, sum_rest, weighted_sum, label value).
-    "partial_stats": f"({_STATS_INPUTS}, int start) -> Tensor",
     # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs.
-    "paired_forward": f"({_PAIRED_INPUTS}) -> (Tensor stats, Tensor saved)",
-    "paired_backward": f"({_PAIRED_INPUTS}, Tensor saved, Tensor grads) -> Tensor",
+    "paired_forward": f"({_PAIR}) -> (Tensor stats, Tensor saved)",
+    "paired_backward": f"({_PAIR}, Tensor saved, Tensor grads) -> Tensor",
 }
 
-PAIRED_SAVED = 8
-"""Rows of `paired_forward`'s saved tensor: (row_max, sum_rest, weighted_sum) of new and of old, KL(new||old),
-E_p[sign(p - q)]."""
+
+def stamp() -> str:
+    """A digest of all that the package and a compiled library must agree on: schemas and constants.
+
+    `python -m erc.ops` prints `csrc/common/stamp.h`, and a test holds the file to it. A library with another stamp is
+    refused when it is loaded.
+    """
+    return hashlib.sha256(f"{SCHEMAS}{header()}".encode()).hexdigest()[:16]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,43 +103,59 @@ def define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
-    torch.library.register_autograd(
-        f"{namespace}::stats_forward", _stats_backward(namespace), setup_context=_stats_context, lib=library
-    )
-    torch.library.register_autograd(
-        f"{namespace}::policy_loss", _loss_backward(namespace), setup_context=_loss_context, lib=library
-    )
-    torch.library.register_autograd(
-        f"{namespace}::paired_forward", _paired_backward(namespace), setup_context=_paired_context, lib=library
-    )
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES.get(name, _fake_nothing), lib=library)
+    for name, (backward, setup_context) in _AUTOGRAD.items():
+        torch.library.register_autograd(
+            f"{namespace}::{name}", backward(namespace), setup_context=setup_context, lib=library
+        )
     return library
 
 
 # ---- fakes: shapes and dtypes only ---------------------------------------------------------------------------------
 
 
-def _rows(logits: Tensor, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
+def _tokens(logits: Tensor, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
     count = logits.shape[0] * logits.shape[1]
     return logits.new_empty((*leading, count), dtype=dtype or stats_dtype(logits.dtype))
 
 
-def _fake_stats_forward(logits, labels, temperature, params, ignore_index):
-    logprob = _rows(logits) if labels is not None else logits.new_empty((0,), dtype=stats_dtype(logits.dtype))
-    return logprob, _rows(logits), _rows(logits), _rows(logits, 3)
+def _fake_stats_forward(logits, labels, *_):
+    logprob = _tokens(logits) if labels is not None else logits.new_empty((0,), dtype=stats_dtype(logits.dtype))
+    return logprob, _tokens(logits), _tokens(logits), _tokens(logits, 3)
 
 
-def _fake_stats_backward(logits, *_):
+def _like(logits, *_):
     return logits.new_empty(logits.shape)
 
 
-def _fake_policy_loss_(logits, *_):
-    return _rows(logits), _rows(logits), _rows(logits), _rows(logits), _rows(logits, dtype=torch.int32)
+def _fake_token_table(labels, *args):
+    real = torch.float64 if args[-1] else torch.float32
+    count = labels.numel()
+    table = labels.new_empty((count, len(Column)), dtype=real)
+    return table, labels.new_empty((count,), dtype=torch.int64), labels.new_empty((1,), dtype=torch.int32)
+
+
+def _fake_token_losses(logprob, *_):
+    count = logprob.numel()
+    return (
+        logprob.new_empty((4, count)),
+        logprob.new_empty((2, count)),
+        logprob.new_empty((count,), dtype=torch.int32),
+    )
+
+
+def _fake_token_summary(per_token, *_):
+    metrics = per_token.new_empty((len(Metric),), dtype=torch.float64)
+    return per_token.new_empty(()), metrics, per_token.new_empty((), dtype=torch.int64)
 
 
 def _fake_policy_loss(logits, *args):
-    need_grad = args[-1]
-    return (*_fake_policy_loss_(logits), logits.new_empty(logits.shape if need_grad else (0, 0, 0)))
+    *_, per_row, need_grad = args
+    loss = _tokens(logits) if per_row else logits.new_empty((), dtype=stats_dtype(logits.dtype))
+    per_token = _tokens(logits, 3)
+    _, metrics, tokens = _fake_token_summary(per_token)
+    grad_logits = logits.new_empty(logits.shape if need_grad else (0, 0, 0))
+    return loss, per_token, _tokens(logits, dtype=torch.int32), metrics, tokens, grad_logits
 
 
 def _fake_nothing(*_):
@@ -151,23 +164,50 @@ def _fake_nothing(*_):
 
 _FAKES = {
     "stats_forward": _fake_stats_forward,
-    "stats_backward": _fake_stats_backward,
-    "stats_backward_": _fake_nothing,
+    "stats_backward": _like,
+    "token_table": _fake_token_table,
+    "token_losses": _fake_token_losses,
+    "token_summary": _fake_token_summary,
     "policy_loss": _fake_policy_loss,
-    "policy_loss_": _fake_policy_loss_,
-    "scale_rows": lambda grad, scale: grad.new_empty(grad.shape),
-    "scale_rows_": _fake_nothing,
-    "partial_stats": lambda logits, *_: _rows(logits, 4),
-    "paired_forward": lambda logits, *_: (_rows(logits, len(PAIRED_OUTPUTS)), _rows(logits, PAIRED_SAVED)),
-    "paired_backward": _fake_stats_backward,
+    "policy_loss_": lambda logits, *args: _fake_policy_loss(logits, *args[:-1], False),
+    "scale_rows": _like,
+    "paired_forward": lambda logits, *_: (_tokens(logits, len(PAIRED_OUTPUTS)), _tokens(logits, PAIRED_SAVED)),
+    "paired_backward": _like,
 }
 
 
 # ---- autograd: the functional forms, which torch.compile traces -----------------------------------------------------
 
 
-def _contiguous(grad: Tensor | None) -> Tensor | None:
+def contiguous(grad: Tensor | None) -> Tensor | None:
+    """What autograd hands a backward may be expanded."""
     return None if grad is None else grad.contiguous()
+
+
+def no_graph() -> AbstractContextManager[Any]:
+    """Around an eager operator call that makes no graph: its kernel is called at once, not by way of the autograd
+    formula that is registered for it, which costs more than a short row. Compiled code traces the formula."""
+    return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+
+
+def refuse_double_backward(function: str) -> None:
+    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function} has no second derivative, which would be dropped without a word: call backward without "
+            "create_graph"
+        )
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            'erc\'s kernels have no forward-mode derivative: use reverse mode, or backend="torch" for token_stats and '
+            "entropy_ratio"
+        )
 
 
 def _stats_context(ctx, inputs, output):
@@ -180,36 +220,34 @@ def _stats_context(ctx, inputs, output):
 
 def _stats_backward(namespace: str):
     def backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, _):
-        refuse_double_backward()
+        refuse_double_backward("token_stats")
         if grad_logprob is None and grad_entropy is None and grad_logsumexp is None:
             return None, None, None, None, None
         logits, labels, temperature, params, saved = ctx.saved_tensors
         operator = getattr(torch.ops, namespace).stats_backward
-        grads = map(_contiguous, (grad_logprob if labels is not None else None, grad_entropy, grad_logsumexp))
+        grads = map(contiguous, (grad_logprob if labels is not None else None, grad_entropy, grad_logsumexp))
         return operator(logits, labels, temperature, params, ctx.ignore_index, saved, *grads), None, None, None, None
 
     return backward
 
 
-_LOSS_ARGUMENTS = 17  # of policy_loss; only logits has a gradient
-
-
 def _loss_context(ctx, inputs, output):
-    ctx.save_for_backward(output[5])
+    ctx.save_for_backward(output[-1])
+    ctx.num_inputs, ctx.need_grad = len(inputs), inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _loss_backward(namespace: str):
     def backward(ctx, grad_loss, *_):
-        refuse_double_backward()
+        refuse_double_backward("policy_loss")
+        nothing = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
-            return (None,) * _LOSS_ARGUMENTS
+            return None, *nothing
         (grad_logits,) = ctx.saved_tensors
-        if grad_logits.numel() == 0:
+        if not ctx.need_grad:
             raise RuntimeError("policy_loss was called with need_grad=False, so it has no gradient")
-        scaled = getattr(torch.ops, namespace).scale_rows(grad_logits, grad_loss.contiguous())
-        return (scaled,) + (None,) * (_LOSS_ARGUMENTS - 1)
+        return getattr(torch.ops, namespace).scale_rows(grad_logits, grad_loss.contiguous()), *nothing
 
     return backward
 
@@ -222,10 +260,21 @@ def _paired_context(ctx, inputs, output):
 
 def _paired_backward(namespace: str):
     def backward(ctx, grads, _):
-        refuse_double_backward()
+        refuse_double_backward("entropy_ratio")
         if grads is None:
             return None, None, None, None
         operator = getattr(torch.ops, namespace).paired_backward
         return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None
 
     return backward
+
+
+_AUTOGRAD: dict[str, tuple[Callable[[str], Any], Callable[..., None]]] = {
+    "stats_forward": (_stats_backward, _stats_context),
+    "policy_loss": (_loss_backward, _loss_context),
+    "paired_forward": (_paired_backward, _paired_context),
+}
+
+
+if __name__ == "__main__":
+    print("// Generated by `python -m erc.ops`.", "#pragma once", f'#define ERC_STAMP "{stamp()}"', sep="\n")

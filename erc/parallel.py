@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erc.derivatives import refuse_double_backward
+from erc.constants import ABSENT_LABEL, Param
 from erc.inputs import check_logits
-from erc.ops import ABSENT_LABEL, ParamIndex
+from erc.ops import refuse_double_backward, stats_dtype
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
@@ -146,7 +146,7 @@ class Facts(dict[str, Any]):
 def _comparable(value: Any) -> Any:
     """A tensor as its dtype, shape and a digest of its bytes."""
     if not isinstance(value, Tensor):
-        return value if value is None or isinstance(value, (int, float)) else repr(value)
+        return value if value is None or isinstance(value, (int, float, str)) else repr(value)
     values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()
     return f"{value.dtype} {tuple(value.shape)} of digest {digest}"
@@ -192,8 +192,10 @@ def check_columns(logits: Tensor, shard: VocabShard | None, facts: Facts) -> int
     return shard.vocab_size
 
 
-def check_shardable(backend: str, inplace_backward: bool) -> None:
-    """Refuse what a sharded call does not do."""
+def check_shardable(backend: str, inplace_backward: bool, facts: Facts) -> None:
+    """Refuse what a sharded call does not do; enter the backend, whose order of summation is its own, into what the
+    ranks agree on."""
+    facts.add(backend=backend)
     if backend == "torch":
         raise ValueError("vocab_shard needs a backend with kernels: the torch backend has no partial statistics")
     if inplace_backward:
@@ -202,7 +204,7 @@ def check_shardable(backend: str, inplace_backward: bool) -> None:
 
 def _row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
     """x = v * scale, as the kernels take it: csrc/common/row_state.h."""
-    scalar, softcap, logit_scale = params[: ParamIndex.RULE].tolist()
+    scalar, softcap, logit_scale = params[: Param.RULE].tolist()
     numerator = logit_scale if softcap == 0 else 1.0
     return numerator / (scalar if temperature is None else temperature.double())
 
@@ -245,6 +247,7 @@ def poisoned(state: Tensor, labels: Tensor | None, ignore_index: int, vocab_size
     where nobody reads labels (on a GPU, in compiled code) nothing else does."""
     if labels is None:
         return state
+    labels = labels.reshape(-1)
     valid = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
     return torch.where(valid, state, torch.nan)
 
@@ -275,7 +278,8 @@ class _ShardedStats(torch.autograd.Function):
         shard: VocabShard,
         backend_operators: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        state = backend_operators.partial_stats(rows, labels, temperature, params, ignore_index, shard.start)
+        state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
+        backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
         state = merge_states(shard.gather(state).wait(), params, temperature)
         state = poisoned(state, labels, ignore_index, shard.vocab_size)
         ignored = None if labels is None else labels == ignore_index
@@ -287,7 +291,7 @@ class _ShardedStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_double_backward("a sharded loss")
         rows, labels, temperature, params, saved = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 7

@@ -9,25 +9,22 @@ autograd. Memory is that of eager PyTorch: several tensors as large as the logit
 from __future__ import annotations
 
 from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from erc.inputs import (
-    RowScaling,
-    TokenArguments,
-    check_constant,
-    check_labels,
-    check_logits,
-    labelled_batch,
-    resolve_objective,
-    row_scaling,
-    token_batch,
-)
+from erc.call import TokenArguments, labels_explained, loss_call
+from erc.constants import INVALID_VALUE, RATIO_EPS, Param
+from erc.inputs import check_constant, check_logits, label_rows, resolve_objective
 from erc.ops import stats_dtype
-from erc.results import EntropyRatio, PolicyLoss, TokenStats, policy_loss_result
+from erc.results import EntropyRatio, PolicyLoss, TokenCall, TokenStats, tokens_of, two_phase_result
+from erc.rows import RowScaling, as_rows, row_scaling, scaling_params
 from erc.surrogate.entropy_ratio import entropy_ratio_of
+from erc.surrogate.metrics import token_summary
 from erc.surrogate.objective import Objective
+from erc.surrogate.token_table import token_table
+from erc.surrogate.validation import values_are_readable
 
 
 class Row:
@@ -77,6 +74,82 @@ class Row:
         return self.exp_u / (1 + torch.expm1(self.log_sum))[:, None]
 
 
+# ---- the operators of the torch backend ------------------------------------------------------------------------------
+
+
+class OPERATORS:
+    """What `erc.ops` declares, as far as PyTorch's autograd does not make it superfluous: the same arguments, results
+    and meaning, differentiable in the logits as often as one likes."""
+
+    token_table = staticmethod(token_table)
+    token_summary = staticmethod(token_summary)
+    token_losses = None  # erc.surrogate.token_loss is their definition, and carries its graph
+
+    @staticmethod
+    def stats_forward(
+        logits: Tensor, labels: Tensor | None, temperature: Tensor | None, params: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Log-prob, entropy and logsumexp `[N]`; nothing to save."""
+        dtype, scaling = stats_dtype(logits.dtype), _scaling(params, temperature)
+        x = _widened(logits)
+        if labels is None:
+            row = Row(scaling.apply(x))
+            return row.entropy.new_empty(0, dtype=dtype), row.entropy.to(dtype), row.logsumexp.to(dtype), None
+        labels = labels.reshape(-1)
+        active = labels != ignore_index
+        in_range = (labels >= 0) & (labels < logits.shape[-1])
+        if values_are_readable(labels) and bool((active & ~in_range).any()):
+            raise RuntimeError(INVALID_VALUE)
+        x = torch.where(active[:, None], x, 0.0)  # an ignored row is not read, whatever it holds
+        x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
+        row = Row(scaling.apply(x))
+        logprob = row.logprob(torch.where(in_range, labels, 0))
+        stats = (torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
+        return (*stats, None)
+
+    @staticmethod
+    def paired_forward(
+        logits: Tensor, old_logits: Tensor, temperature: Tensor | None, params: Tensor
+    ) -> tuple[list[Tensor], None]:
+        """Six `[N]` in the order of `erc.constants.PAIRED_OUTPUTS`, not stacked: a zero gradient of an infinite
+        divergence would be NaN, and reach the others. Nothing to save."""
+        scaling = _scaling(params, temperature)
+        new, old = (Row(scaling.apply(_widened(z))) for z in (logits, old_logits))
+        p, q, log_p, log_q = new.probabilities(), old.probabilities(), new.logprobs(), old.logprobs()
+        stats = (
+            entropy_ratio_of(new.entropy, old.entropy, RATIO_EPS),
+            new.entropy,
+            old.entropy,
+            _divergence(p, log_p, log_q, q),
+            _divergence(q, log_q, log_p, p),
+            (p - q).abs().sum(-1) / 2,
+        )
+        return [stat.to(stats_dtype(logits.dtype)) for stat in stats], None
+
+
+def _scaling(params: Tensor, temperature: Tensor | None) -> RowScaling:
+    return RowScaling(tuple(params[: Param.RULE].tolist()), temperature)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Rows `[N, V]` in float64, so that every dtype of logits gets the oracle's answer, rounded once. MPS has no
+    float64."""
+    return logits.reshape(-1, logits.shape[-1]).to(torch.float32 if logits.device.type == "mps" else torch.float64)
+
+
+def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) as `sum p (delta + expm1(-delta))` with `delta = log p - log q`: every term >= 0, so nothing
+    cancels."""
+    delta = torch.where(torch.isneginf(log_p), 0.0, log_p) - torch.where(torch.isneginf(log_p), 0.0, log_q)
+    terms = torch.where(torch.isneginf(log_p), q, p * delta + (q - p))
+    small = delta.abs() < 0.5  # further out the two terms no longer cancel, and expm1 would overflow
+    delta_small = torch.where(small, delta, 0.0)
+    return torch.where(small & ~torch.isneginf(log_p), p * (delta_small + torch.expm1(-delta_small)), terms).sum(-1)
+
+
+# ---- the public functions, by the operators above --------------------------------------------------------------------
+
+
 def token_stats(
     logits: Tensor,
     labels: Tensor | None = None,
@@ -88,37 +161,15 @@ def token_stats(
 ) -> TokenStats:
     """Log-prob of the labels, entropy and logsumexp of each row; see `erc.token_stats`."""
     check_logits(logits)
-    leading = tuple(logits.shape[:-1])
+    leading = logits.shape[:-1]
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     if labels is not None:
-        labels = check_labels(labels, leading, logits.device, logits.shape[-1], ignore_index)
-    return TokenStats(
-        *(None if s is None else s.view(leading) for s in row_stats(logits, labels, scaling, ignore_index))
-    )
-
-
-def row_stats(
-    logits: Tensor, labels: Tensor | None, scaling: RowScaling, ignore_index: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Log-prob, entropy and logsumexp of checked arguments, each `[N]` in the statistics dtype."""
-    vocab_size, dtype = logits.shape[-1], stats_dtype(logits.dtype)
-    x = _widened(logits)
-    if labels is None:
-        row = Row(scaling.apply(x))
-        return None, row.entropy.to(dtype), row.logsumexp.to(dtype)
-    active = labels != ignore_index
-    in_range = (labels >= 0) & (labels < vocab_size)
-    x = torch.where(active[:, None], x, 0.0)  # an ignored row is not read, whatever it holds
-    x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
-    row = Row(scaling.apply(x))
-    logprob = row.logprob(torch.where(in_range, labels, 0))
-    return tuple(torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
-
-
-def _widened(logits: Tensor) -> Tensor:
-    """Rows `[N, V]` in float64, so that every dtype of logits gets the oracle's answer, rounded once. MPS has no
-    float64."""
-    return logits.reshape(-1, logits.shape[-1]).to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        labels = label_rows(labels, leading, logits.device, ignore_index)
+    with labels_explained(labels, leading, logits.shape[-1], ignore_index):
+        logprob, entropy, logsumexp, _ = OPERATORS.stats_forward(
+            as_rows(logits), labels, scaling.temperature, scaling_params(scaling), ignore_index
+        )
+    return TokenStats(None if labels is None else logprob.view(leading), entropy.view(leading), logsumexp.view(leading))
 
 
 def entropy_ratio(
@@ -133,137 +184,40 @@ def entropy_ratio(
     check_logits(logits)
     check_logits(old_logits, "old_logits")
     check_constant("old_logits", old_logits)
-    leading = tuple(logits.shape[:-1])
+    leading = logits.shape[:-1]
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    new, old = (Row(scaling.apply(_widened(z))) for z in (logits, old_logits.detach()))
-    p, q, log_p, log_q = new.probabilities(), old.probabilities(), new.logprobs(), old.logprobs()
-    stats = (
-        entropy_ratio_of(new.entropy, old.entropy, 1e-8),
-        new.entropy,
-        old.entropy,
-        _divergence(p, log_p, log_q, q),
-        _divergence(q, log_q, log_p, p),
-        (p - q).abs().sum(-1) / 2,
-    )
-    return EntropyRatio(*(stat.to(stats_dtype(logits.dtype)).view(leading) for stat in stats))
-
-
-def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) as `sum p (delta + expm1(-delta))` with `delta = log p - log q`: every term >= 0, so nothing
-    cancels."""
-    delta = torch.where(torch.isneginf(log_p), 0.0, log_p) - torch.where(torch.isneginf(log_p), 0.0, log_q)
-    terms = torch.where(torch.isneginf(log_p), q, p * delta + (q - p))
-    small = delta.abs() < 0.5  # further out the two terms no longer cancel, and expm1 would overflow
-    delta_small = torch.where(small, delta, 0.0)
-    return torch.where(small & ~torch.isneginf(log_p), p * (delta_small + torch.expm1(-delta_small)), terms).sum(-1)
+    rows, old_rows = as_rows(logits), as_rows(old_logits.detach())
+    stats, _ = OPERATORS.paired_forward(rows, old_rows, scaling.temperature, scaling_params(scaling))
+    return EntropyRatio(*(stat.view(leading) for stat in stats))
 
 
 def policy_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    old_logprob: Tensor | None,
-    advantages: Tensor,
     objective: str | Objective = "erc-dapo",
-    mask: Tensor | None = None,
-    old_entropy: Tensor | None = None,
-    ref_logprob: Tensor | None = None,
-    rollout_logprob: Tensor | None = None,
-    nll_mask: Tensor | None = None,
-    old_divergence: Tensor | None = None,
-    ref_kl: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    entropy_normalizer: float | Tensor | None = None,
-    nll_normalizer: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    **arguments: Any,
 ) -> PolicyLoss:
-    """The policy loss from logits; see `erc.policy_loss`."""
+    """The policy loss from logits; see `erc.policy_loss`, whose other arguments are these."""
     check_logits(logits)
-    objective = resolve_objective(objective)
-    leading = tuple(logits.shape[:-1])
-    arguments = TokenArguments(
-        old_logprob,
-        advantages,
-        mask,
-        old_entropy,
-        ref_logprob,
-        rollout_logprob,
-        nll_mask,
-        old_divergence,
-        ref_kl,
-        cu_seqlens,
-        normalizer,
-        entropy_normalizer,
-        nll_normalizer,
-        generator,
+    scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
+    call = loss_call(
+        resolve_objective(objective), TokenArguments(**arguments), labels, ignore_index, logits, scaling,
+        logits.shape[-1], fused=False,
+    )  # fmt: skip
+    table = call.token_table(OPERATORS)
+    logprob, entropy, _, _ = OPERATORS.stats_forward(
+        as_rows(logits), table[1], scaling.temperature, call.tokens.params, ignore_index
     )
-    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    labels, batch = labelled_batch(objective, arguments, logits, labels, ignore_index)
-    logprob, entropy, _ = row_stats(logits, labels, scaling, ignore_index)
-    return policy_loss_result(objective, batch, logprob, entropy, leading)
+    return two_phase_result(TokenCall(call, OPERATORS, table, logprob, entropy))
 
 
 def objective_loss(
-    logprob: Tensor,
-    entropy: Tensor,
-    *,
-    old_logprob: Tensor | None,
-    advantages: Tensor,
-    objective: str | Objective = "erc-dapo",
-    mask: Tensor | None = None,
-    old_entropy: Tensor | None = None,
-    ref_logprob: Tensor | None = None,
-    rollout_logprob: Tensor | None = None,
-    nll_mask: Tensor | None = None,
-    old_divergence: Tensor | None = None,
-    ref_kl: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    entropy_normalizer: float | Tensor | None = None,
-    nll_normalizer: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    logprob: Tensor, entropy: Tensor, *, objective: str | Objective = "erc-dapo", **arguments: Any
 ) -> PolicyLoss:
-    """The policy loss from log-probs and entropies that a trainer holds already: no vocabulary work.
-
-    Differentiable in `logprob` `[*]` (nats, float32 or float64), and in `entropy` `[*]` if and only if the objective
-    has an entropy term; the entropy-ratio gate reads the entropy's value only. Everything else as `erc.policy_loss`.
-
-    >>> import torch
-    >>> logprob = torch.tensor([-1.0, -2.0], requires_grad=True)
-    >>> entropy = torch.tensor([1.0, 1.2])
-    >>> rollout = {"old_logprob": logprob.detach(), "old_entropy": torch.ones(2), "advantages": torch.ones(2)}
-    >>> out = objective_loss(logprob, entropy, objective="erc-dapo", **rollout)
-    >>> out.loss.backward()
-    >>> logprob.grad  # the second token's entropy rose by 20 %: its gradient is dropped
-    tensor([-0.5000, -0.0000])
-    """
-    objective = resolve_objective(objective)
-    for name, tensor in (("logprob", logprob), ("entropy", entropy)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be a float32 or float64 tensor, got {getattr(tensor, 'dtype', type(tensor))}")
-    leading = tuple(logprob.shape)
-    if tuple(entropy.shape) != leading or entropy.device != logprob.device:
-        raise ValueError(f"entropy must have the shape and device of logprob, {leading}, got {tuple(entropy.shape)}")
-    arguments = TokenArguments(
-        old_logprob,
-        advantages,
-        mask,
-        old_entropy,
-        ref_logprob,
-        rollout_logprob,
-        nll_mask,
-        old_divergence,
-        ref_kl,
-        cu_seqlens,
-        normalizer,
-        entropy_normalizer,
-        nll_normalizer,
-        generator,
-    )
-    batch = token_batch(objective, arguments, leading, logprob.device, logprob.dtype)
-    return policy_loss_result(objective, batch, logprob.reshape(-1), entropy.reshape(-1), leading)
+    """The policy loss from log-probs and entropies; see `erc.objective_loss`, whose other arguments are these."""
+    return two_phase_result(tokens_of(OPERATORS, logprob, entropy, objective, TokenArguments(**arguments)))

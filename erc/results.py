@@ -1,14 +1,18 @@
-"""What the public functions return, and how per-token values become it."""
+"""Layer 2: what the public functions return, and the last two stations of a loss, which make it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from erc.surrogate.metrics import policy_metrics
+from erc.call import LossCall, TokenArguments, loss_call
+from erc.inputs import EXACT_DTYPES, resolve_objective, row_tensor
+from erc.rows import UNSCALED
+from erc.surrogate.metrics import metrics_by_name
 from erc.surrogate.objective import Objective
-from erc.surrogate.token_loss import TokenBatch, TokenLosses, exact_kl_terms, token_losses
+from erc.surrogate.token_loss import TokenBatch, TokenLosses, filtered_tokens, token_losses, with_derivatives
 
 
 class TokenStats(NamedTuple):
@@ -37,7 +41,7 @@ class PolicyLoss(NamedTuple):
     """The result of a policy loss. `loss` carries the gradient; everything else is detached.
 
     `loss` is a scalar, or `[*]` for reduction "none". `per_token_loss` `[*]` is unweighted and 0 where masked.
-    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.surrogate.metrics.policy_metrics`).
+    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.surrogate.metrics.metrics_by_name`).
     """
 
     loss: Tensor
@@ -47,35 +51,119 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def policy_loss_result(
-    objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor, leading: tuple[int, ...]
-) -> PolicyLoss:
-    """The loss of `objective` on `[N]` log-probs and entropies, by plain PyTorch and autograd."""
-    losses = token_losses(objective, batch, logprob, entropy)
-    return collect(objective, batch, losses, logprob, entropy, leading)
+class TokenCall(NamedTuple):
+    """The stations of a two-phase loss up to its tokens: what the operator `token_table` returned, and the statistics
+    `[N]`, 0 where a token is not active. `logprob_full` is None unless `logprob` is over a sampling support."""
+
+    call: LossCall
+    operators: Any
+    table: tuple[Tensor, Tensor, Tensor]
+    logprob: Tensor
+    entropy: Tensor
+    logprob_full: Tensor | None = None
+
+    def judged(self) -> tuple[TokenBatch, TokenLosses]:
+        """The batch, and what the objective makes of each token."""
+        batch = self.call.batch(*self.table[:2])
+        return batch, token_losses(self.call.objective, batch, self.logprob, self.entropy, self.logprob_full)
 
 
-def collect(
-    objective: Objective,
-    batch: TokenBatch,
-    losses: TokenLosses,
-    logprob: Tensor,
-    entropy: Tensor,
-    leading: tuple[int, ...],
-) -> PolicyLoss:
-    """Per-token results `[N]` as a `PolicyLoss` of rows `[*]`."""
-    logprob, entropy = logprob.detach(), entropy.detach()
-    loss, token_loss, exact_kl = losses.loss, losses.token_loss, exact_kl_terms(objective, batch)
-    if objective.reduction != "none":
-        loss = loss.sum()
-    if exact_kl is not None:
-        weighted = batch.weight * exact_kl
-        loss = loss + (weighted if objective.reduction == "none" else weighted.sum())
-        token_loss = token_loss + exact_kl.detach()
-    return PolicyLoss(
-        loss=loss.view(leading) if objective.reduction == "none" else loss,
-        per_token_loss=token_loss.view(leading),
-        logprob=logprob.view(leading),
-        entropy=entropy.view(leading),
-        metrics=policy_metrics(objective, batch, logprob, entropy, losses.flags),
+def two_phase_result(tokens: TokenCall) -> PolicyLoss:
+    """The loss of statistics that exist: by one operator, or by PyTorch and its autograd for a rule that has only them,
+    and on the `torch` backend."""
+    call, objective, (table, labels, counter) = tokens.call, tokens.call.objective, tokens.table
+    given, batch, terms, filtered = call.tokens, None, None, None
+    if objective.ratio.kernel_id is None or objective.filters:
+        batch = call.batch(table, labels)
+        inputs = batch.ratio_inputs(tokens.logprob, tokens.entropy)
+        filtered = filtered_tokens(objective, inputs)
+        terms = objective.ratio.terms(inputs) if objective.ratio.kernel_id is None else None
+    by_autograd = terms is not None and terms.derivative is None
+    if by_autograd or tokens.operators.token_losses is None or tokens.logprob_full is not None:
+        batch, losses = tokens.judged()
+        loss, flags = losses.loss, losses.flags
+        per_token = torch.stack((loss.detach(), losses.token_loss, tokens.logprob.detach(), tokens.entropy.detach()))
+        if objective.reduction != "none":
+            loss = loss.sum()
+        summed = tokens.operators.token_summary(
+            per_token, flags, table, labels, counter, given.params, given.ignore_index
+        )
+    else:
+        policy = (None, None, None, None)
+        if terms is not None:
+            policy = (terms.loss, terms.derivative, terms.clip_low, terms.clip_high)
+        per_token, derivatives, flags = tokens.operators.token_losses(
+            tokens.logprob.detach(), tokens.entropy.detach(), table, labels, given.params, given.ignore_index,
+            *policy, filtered,
+        )  # fmt: skip
+        summed = tokens.operators.token_summary(
+            per_token, flags, table, labels, counter, given.params, given.ignore_index
+        )
+        loss = per_token[0] if objective.reduction == "none" else summed[0]
+        d_entropy = derivatives[1] if objective.entropy_coef else None
+        loss = with_derivatives(loss, derivatives[0], d_entropy, tokens.logprob, tokens.entropy)
+    out = loss_result(call, loss, per_token[1:], *summed[1:])
+    if tokens.logprob_full is not None:
+        out = _support_metrics(tokens, batch, out)
+    return add_exact_kl(call, out, tokens.operators, batch)
+
+
+@torch.no_grad()
+def _support_metrics(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
+    """With a support: the mean kept mass, and the KL estimate over what the objective compares. The summary of the
+    tokens knows the log-probs over the support alone."""
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
+
+    metrics = out.metrics | {"kept_mass": mean((tokens.logprob_full - tokens.logprob).exp())}
+    kl = tokens.call.objective.kl
+    if kl is not None and kl.kind != "full":
+        old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
+        metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, tokens.logprob_full))
+    return out._replace(metrics=metrics)
+
+
+def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor, count: Tensor) -> PolicyLoss:
+    """What the stations left, `per_token` being [3, N] token loss, log-prob and entropy, as the caller's rows."""
+    token_loss, logprob, entropy = per_token.view(3, *call.leading).unbind()
+    if loss.dim():
+        loss = loss.view(call.leading)
+    if call.scale is not None:
+        loss = loss / call.scale  # the weights of the tokens hold it, and so do their gradients
+    return PolicyLoss(loss, token_loss, logprob, entropy, metrics_by_name(metrics, count))
+
+
+def add_exact_kl(call: LossCall, out: PolicyLoss, operators: Any, batch: TokenBatch | None = None) -> PolicyLoss:
+    """`KLPenalty("full")` needs nothing of the sampled token: it is added to what any route computes."""
+    kl = call.objective.kl
+    if kl is None or kl.kind != "full":
+        return out
+    batch = batch or call.batch(*call.token_table(operators)[:2])
+    exact = torch.where(batch.mask != 0, batch.ref_kl, 0.0)
+    weighted = batch.weight * kl.coef * exact / (1.0 if call.scale is None else call.scale)
+    metrics = {**out.metrics, "kl": exact.detach().double().sum() / out.metrics["tokens"].clamp(min=1)}
+    return out._replace(
+        loss=out.loss + (weighted.view(call.leading) if out.loss.dim() else weighted.sum()),
+        per_token_loss=out.per_token_loss + kl.coef * exact.detach().view(call.leading),
+        metrics=metrics,
     )
+
+
+def tokens_of(
+    operators: Any, logprob: Tensor, entropy: Tensor, objective: str | Objective, arguments: TokenArguments
+) -> TokenCall:
+    """The stations without the rows, from log-probs and entropies that exist already."""
+    for name, tensor in (("logprob", logprob), ("entropy", entropy)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in EXACT_DTYPES:
+            raise TypeError(f"{name} must be a float32 or float64 tensor, got {getattr(tensor, 'dtype', type(tensor))}")
+    leading = logprob.shape
+    row_tensor("entropy", entropy, leading, logprob.device)
+    labels = torch.zeros(leading, dtype=torch.int64, device=logprob.device)  # of a vocabulary of one token
+    like = logprob.detach()[..., None]
+    call = loss_call(resolve_objective(objective), arguments, labels, -100, like, UNSCALED, 1, fused=False)
+    table = call.token_table(operators)
+    ignored = table[1] != 0
+    logprob, entropy = (values.reshape(-1).masked_fill(ignored, 0.0) for values in (logprob, entropy.to(logprob.dtype)))
+    entropy = entropy.masked_fill(logprob.isnan(), torch.nan)  # a row without a distribution has neither
+    return TokenCall(call, operators, table, logprob, entropy)

@@ -1,19 +1,20 @@
-"""Layer 2: row statistics as autograd functions."""
+"""Layer 3: row statistics as autograd functions."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from erc import reference
 from erc.backend import operators, select
-from erc.derivatives import refuse_double_backward
-from erc.inputs import check_constant, check_labels, check_logits, row_scaling
+from erc.call import labels_explained
+from erc.inputs import check_constant, check_label_values, check_logits, label_rows
+from erc.ops import contiguous, no_graph, refuse_double_backward, refuse_forward_mode
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import EntropyRatio, TokenStats
-from erc.rows import as_rows, check_inplace, params_tensor
+from erc.rows import RowScaling, as_rows, check_inplace, row_scaling, scaling_params
 
 
 def token_stats(
@@ -47,7 +48,7 @@ def token_stats(
             gradient of the one replicated loss.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective and a
             synchronisation.
-        backend: see `erc.backends`.
+        backend: see `erc.backends()`.
 
     Returns:
         TokenStats of `[*]`, float32 (float64 for float64 logits), differentiable in `logits`. An output that takes no
@@ -66,32 +67,46 @@ def token_stats(
     with agreement(vocab_shard, validate) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
         name, _ = select(logits, backend)
-        needs_grad = logits.requires_grad and torch.is_grad_enabled()
-        if inplace_backward and needs_grad:
+        if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
             check_inplace(logits)
-        leading = tuple(logits.shape[:-1])
+        leading = logits.shape[:-1]
         scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
         if labels is not None:
-            labels = check_labels(labels, leading, logits.device, vocab_size, ignore_index)
+            labels = label_rows(labels, leading, logits.device, ignore_index).to(torch.int64)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward)
+            check_shardable(name, inplace_backward, facts)
+            if labels is not None:
+                check_label_values(labels, vocab_size, ignore_index)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
-    if name == "torch":
-        logprob, entropy, logsumexp = reference.row_stats(logits, labels, scaling, ignore_index)
-        return TokenStats(
-            None if labels is None else logprob.view(leading), entropy.view(leading), logsumexp.view(leading)
+    with labels_explained(labels, leading, vocab_size, ignore_index):
+        logprob, entropy, logsumexp = row_statistics(
+            operators(name), logits, labels, scaling, ignore_index, vocab_shard, inplace_backward
         )
-    backend_operators = operators(name)
-    arguments = (labels, scaling.temperature, params_tensor(scaling), ignore_index)
-    if vocab_shard is not None:
-        logprob, entropy, logsumexp = sharded_stats(as_rows(logits), *arguments, vocab_shard, backend_operators)
-    elif inplace_backward and needs_grad:
-        logprob, entropy, logsumexp = _InplaceStats.apply(as_rows(logits), backend_operators, arguments)
-    else:
-        logprob, entropy, logsumexp, _ = backend_operators.stats_forward(as_rows(logits), *arguments)
     return TokenStats(
         logprob.view(leading) if labels is not None else None, entropy.view(leading), logsumexp.view(leading)
     )
+
+
+def row_statistics(
+    backend_operators: Any,
+    logits: Tensor,
+    labels: Tensor | None,
+    scaling: RowScaling,
+    ignore_index: int,
+    vocab_shard: VocabShard | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and logsumexp `[N]` of checked arguments, differentiable in `logits`."""
+    arguments = (labels, scaling.temperature, scaling_params(scaling), ignore_index)
+    if backend_operators is not operators("torch"):
+        refuse_forward_mode(logits)
+    if vocab_shard is not None:
+        return sharded_stats(as_rows(logits), *arguments, vocab_shard, backend_operators)
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    if inplace_backward and differentiable and backend_operators is not operators("torch"):
+        return _InplaceStats.apply(as_rows(logits), backend_operators, arguments)
+    with nullcontext() if differentiable else no_graph():
+        return backend_operators.stats_forward(as_rows(logits), *arguments)[:3]
 
 
 class _InplaceStats(torch.autograd.Function):
@@ -108,7 +123,7 @@ class _InplaceStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        refuse_double_backward()
+        refuse_double_backward("token_stats(inplace_backward=True)")
         if ctx.used:
             raise RuntimeError("a second backward through token_stats(inplace_backward=True): the logits are gone")
         if all(grad is None for grad in grads):
@@ -116,10 +131,10 @@ class _InplaceStats(torch.autograd.Function):
         logits, labels, temperature, params, saved = ctx.saved_tensors
         ctx.used = True
         logits = logits.detach()
-        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
-        if labels is None:
-            grads = (None, *grads[1:])
-        ctx.operators.stats_backward_(logits, labels, temperature, params, ctx.ignore_index, saved, *grads)
+        grads = (grads[0] if labels is not None else None, *grads[1:])
+        ctx.operators.stats_backward_(
+            logits, labels, temperature, params, ctx.ignore_index, None, 0, saved, *map(contiguous, grads), logits
+        )
         torch.autograd.graph.increment_version(logits)
         return logits, None, None
 
@@ -163,12 +178,11 @@ def entropy_ratio(
             f"{logits.device}, got {tuple(old_logits.shape)} {old_logits.dtype} {old_logits.device}"
         )
     name, _ = select(logits, backend)
-    scaled = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    if name == "torch":
-        return reference.entropy_ratio(logits, old_logits, **scaled)
-    leading = tuple(logits.shape[:-1])
-    scaling = row_scaling(*scaled.values(), leading, logits)
+    if name != "torch":
+        refuse_forward_mode(logits, old_logits)
+    leading = logits.shape[:-1]
+    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     stats, _ = operators(name).paired_forward(
-        as_rows(logits), as_rows(old_logits.detach()), scaling.temperature, params_tensor(scaling)
+        as_rows(logits), as_rows(old_logits.detach()), scaling.temperature, scaling_params(scaling)
     )
-    return EntropyRatio(*(row.view(leading) for row in stats.unbind()))
+    return EntropyRatio(*(stat.view(leading) for stat in stats))

@@ -1,18 +1,28 @@
-"""The demo's trainer for In-Context RLVR: warm start on documents of worked solutions, demonstrated rollouts."""
+"""The demo's trainer for In-Context RLVR: `python -m examples.in_context_trainer`, here or with any causal LM.
+
+Sums are answered by their steps. The verifier sees the result alone; arithmetic on every step tells afterwards which
+right answers were also sound. The small decoder's warm start makes it go on as carefully as what it was shown.
+"""
 
 from __future__ import annotations
 
+import json
 import random
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
 from torch import Tensor
 
+import erc
 from erc.rlvr import DemonstrationPool, group_prompts
+from examples.progress import reporting
 from examples.rollout import Batch, Conversation, plain_prompts
 from examples.tasks import Problem, Task
-from examples.train_rlvr import TrainConfig, Trainer
+from examples.train_rlvr import TrainConfig, Trainer, warm_up
 from examples.worked import WorkedSums, demonstration, judge, solution
 
 POOL_SEED = 1
@@ -24,8 +34,9 @@ class InContextConfig(TrainConfig):
     """`demonstrated` of each group's rollouts see `per_rollout` demonstrations; 0 is plain RLVR.
 
     In the warm start an author writes `warm_start_examples` solutions a document. For the share `warm_start_sound` of
-    the steps all authors are sound; then a share `warm_start_slips` of them is careless, and right by luck with
-    probability `warm_start_luck`.
+    the steps all authors are careful; then a share `warm_start_slips` of them is careless. The two kinds slip in the
+    shares `warm_start_rates` of their solutions, and are right all the same, by luck, with probability
+    `warm_start_luck`.
     """
 
     objective: str = "dapo"
@@ -41,6 +52,7 @@ class InContextConfig(TrainConfig):
     warm_start_examples: int = 4
     warm_start_sound: float = 0.25
     warm_start_luck: float = 0.7
+    warm_start_rates: tuple[float, float] = (0.0, 1.0)
     eval_problems: int = 384
     terms: int = 3
     digits: int = 1
@@ -90,9 +102,11 @@ class InContextTrainer(Trainer):
         problems = self.task.problems(config.warm_start_batch * config.warm_start_examples, seed)
         rows = []
         for first in range(0, len(problems), config.warm_start_examples):
-            careless = rng if rng.random() < careless_share else None
+            rate = config.warm_start_rates[rng.random() < careless_share]
             chosen = problems[first : first + config.warm_start_examples]
-            rows.append([(p.question, solution(p, careless, config.warm_start_luck)) for p in chosen])
+            slips = [rng if rng.random() < rate else None for _ in chosen]
+            pairs = zip(chosen, slips, strict=True)
+            rows.append([(problem.question, solution(problem, s, config.warm_start_luck)) for problem, s in pairs])
         return dialogue_batch(self.tokenizer, rows, self.device)
 
     def prompts(self, problems: list[Problem]) -> list[Conversation]:
@@ -159,3 +173,60 @@ def dialogue_batch(tokenizer: Any, rows: list[list[tuple[str, str]]], device: to
         batch.attention[index, : len(tokens)] = 1
         batch.labels[index, : len(tokens)] = torch.tensor(labels)
     return Batch(batch.tokens.to(device), batch.attention.to(device), batch.labels.to(device))
+
+
+PAPER = InContextConfig(
+    overrides={"ratio": erc.PPOClip(0.2, 0.28, dual_clip=10.0)},
+    steps=300,
+    prompts=128,
+    updates_per_batch=8,  # mini-batches of 16 prompts
+    learning_rate=1e-6,
+    max_new_tokens=1024,
+    overlong_cache=256,
+    terms=6,
+    digits=3,
+    template="in-context",
+    micro_batch=4,
+    generation_batch=256,
+)
+
+
+def main(
+    preset: Annotated[str, typer.Option(help='"laptop", or "paper" for the settings of the paper')] = "laptop",
+    model: Annotated[str | None, typer.Option(help="any causal LM of transformers, instead of the small one")] = None,
+    demonstrated: Annotated[int, typer.Option(help="rollouts of each group that see a demonstration; 0 is DAPO")] = 6,
+    steps: Annotated[int | None, typer.Option(help="rollout batches")] = None,
+    prompts: Annotated[int | None, typer.Option(help="prompts a rollout batch")] = None,
+    warm_start_steps: Annotated[int | None, typer.Option()] = None,
+    eval_problems: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[Path, typer.Option(help="folder for in_context.json")] = Path("output/in_context"),
+) -> None:
+    """Train, and print how many bare held-out answers are right, and sound, before and after."""
+    if preset not in ("laptop", "paper"):
+        raise typer.BadParameter(f'preset must be "laptop" or "paper", got {preset!r}')
+    chosen = {"steps": steps, "prompts": prompts, "warm_start_steps": warm_start_steps, "eval_problems": eval_problems}
+    config = replace(
+        PAPER if preset == "paper" else InContextConfig(),
+        model=model,
+        demonstrated=demonstrated,
+        seed=seed,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    trainer, console = InContextTrainer(config), Console()
+    with reporting(console) as report:
+        warm_up(trainer, report)
+        trainer.history.before = trainer.evaluate()
+        for step in range(config.steps):
+            row = trainer.train_step()
+            report("RL", step + 1, config.steps, f"reward {row['reward']:.2f}  sound {row['plain_sound']:.2f}")
+        trainer.history.after = trainer.evaluate()
+    for when in ("before", "after"):
+        numbers = getattr(trainer.history, when).items()
+        console.print(f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers), highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "in_context.json").write_text(json.dumps(trainer.history.numbers(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

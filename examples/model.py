@@ -16,9 +16,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """Characters as tokens, built in memory; pads on the left, as generation needs."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *ALPHABET])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

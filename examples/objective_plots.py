@@ -11,13 +11,20 @@ import typer
 from torch import Tensor
 
 import erc
+from erc.surrogate.sequences import Sequences
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SAME_RULE = ("grpo", "dr-grpo", "luspo")
-"""Presets whose rule another one shows already; they differ in the reduction."""
+SAME_RULE = ("grpo", "dr-grpo", "luspo", "ic-dapo-paper")
+"""Presets whose rule another one shows already; they differ in the reduction or by an NLL term."""
 OLD_LOGPROB = -1.0
+CORRECTIONS = {
+    "TIS": erc.RolloutCorrection(),
+    "IcePop": erc.RolloutCorrection("mask"),
+    "geometric mask": erc.RolloutCorrection("mask", level="geometric"),
+    "KPop": erc.RolloutCorrection("binary-kl"),
+}
 COLOURS = {1.0: "tab:blue", -1.0: "tab:red"}
 
 
@@ -36,6 +43,13 @@ def curve(objective: erc.Objective, ratios: Tensor, advantage: float) -> tuple[T
     return out.loss.detach().squeeze(-1), logprob.grad.squeeze(-1)
 
 
+def weights(correction: erc.RolloutCorrection, ratios: Tensor) -> Tensor:
+    """The weight of the policy term of one-token sequences, at each ratio of old to rollout probability."""
+    rollout_logprob = torch.full_like(ratios, OLD_LOGPROB)
+    sequences = Sequences(len(ratios), length=1)
+    return correction.weights(rollout_logprob + ratios.log(), rollout_logprob, torch.ones_like(ratios), sequences)
+
+
 def presets() -> list[str]:
     """What is plotted: every rule once."""
     return [name for name in erc.objectives() if not name.startswith("erc-") and name not in SAME_RULE]
@@ -43,7 +57,8 @@ def presets() -> list[str]:
 
 def draw(path: Path, points: int = 401, columns: int = 5) -> None:
     names = presets()
-    rows = -(-len(names) // columns)
+    panels = len(names) + len(CORRECTIONS)
+    rows = -(-panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.5 * rows), sharex=True, layout="constrained")
     ratios = torch.linspace(0.25, 2.2, points, dtype=torch.float64)
     for axis, name in zip(axes.flat, names, strict=False):
@@ -55,10 +70,16 @@ def draw(path: Path, points: int = 401, columns: int = 5) -> None:
         axis.axvline(1.0, color="grey", linewidth=0.5)
         axis.set_title(name, fontsize=10)
         axis.set_ylim(-3.2, 3.2)
-    for axis in axes.flat[len(names) :]:
+    for axis, (name, correction) in zip(axes.flat[len(names) :], CORRECTIONS.items(), strict=False):
+        axis.plot(ratios, weights(correction, ratios), color="tab:green", label="rollout weight")
+        axis.axvline(1.0, color="grey", linewidth=0.5)
+        axis.set_title(f"{name} (old to rollout)", fontsize=10)
+        axis.set_ylim(-0.2, 2.4)
+    for axis in axes.flat[panels:]:
         axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower right", fontsize=9)
+    more_handles, more_labels = axes.flat[len(names)].get_legend_handles_labels()
+    figure.legend(handles + more_handles, labels + more_labels, loc="outside upper center", ncols=5, fontsize=9)
     figure.supxlabel("importance ratio of the token")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)

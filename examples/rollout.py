@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from examples.model import forward_precision
 from examples.tasks import Problem, Task
@@ -27,6 +29,10 @@ class Batch:
         """The sequences of `index`."""
         return Batch(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def first(self, count: int) -> Batch:
+        """The first `count` sequences."""
+        return self.rows(torch.arange(count, device=self.tokens.device))
+
     def logits(self, model: Any) -> Tensor:
         """`[B, L, V]`, with positions that count from each prompt's first token."""
         positions = (self.attention.cumsum(-1) - 1).clamp(min=0)
@@ -34,6 +40,18 @@ class Batch:
             return model(
                 input_ids=self.tokens, attention_mask=self.attention, position_ids=positions, use_cache=False
             ).logits
+
+
+def concatenate(batches: Sequence[Batch], pad: int) -> Batch:
+    """The sequences of all batches, padded on the left to the longest; answers have the same room in each."""
+    length = max(batch.tokens.shape[1] for batch in batches)
+    fill = {"tokens": pad, "attention": 0, "labels": -100}
+
+    def column(name: str) -> Tensor:
+        values = [getattr(batch, name) for batch in batches]
+        return torch.cat([functional.pad(value, (length - value.shape[1], 0), value=fill[name]) for value in values])
+
+    return Batch(*(column(field.name) for field in fields(Batch)))
 
 
 Conversation = list[dict[str, str]]

@@ -2,6 +2,7 @@
 
 A small decoder learns a reasoning-gym task a little by supervision, then by its own rollouts: groups of answers are
 sampled and verified, and several off-policy mini-batches a rollout batch move the policy through `erc.policy_loss`.
+What DAPO adds to the loss is there too: groups without an advantage are sampled anew, overlong answers are punished.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,11 @@ import typer
 from rich.console import Console
 
 import erc
-from erc.rlvr import group_advantages
+from erc.rlvr import group_advantages, informative_groups, overlong_penalty
 from examples.model import load_policy
-from examples.progress import Report, bars, silent
+from examples.progress import Report, reporting, silent
 from examples.report import METRICS, History, plot, summary
-from examples.rollout import Batch, Conversation, Rollouts, plain_prompts, sample, supervised_batch
+from examples.rollout import Batch, Conversation, Rollouts, concatenate, plain_prompts, sample, supervised_batch
 from examples.tasks import Problem, Task, slip
 
 BAND = 0.05
@@ -34,8 +35,11 @@ BAND = 0.05
 class TrainConfig:
     """One run. The same configuration gives the same numbers on the same machine.
 
-    `overrides` are fields of `erc.Objective` in place of the preset's. `micro_batch` sequences pass through the model
-    at a time in updates, `generation_batch` in rollouts; None takes all.
+    `overrides` are fields of `erc.Objective` in place of the preset's, `band` is the half-width of the entropy-ratio
+    gate. Each rollout batch is gone through `epochs` times in `updates_per_batch` mini-batches. Groups that are all
+    right or all wrong are replaced by those of fresh prompts, up to `resample` times; answers that leave less than
+    `overlong_cache` tokens of `max_new_tokens` are punished. `micro_batch` sequences pass through the model at a time
+    in updates, `generation_batch` in rollouts; None takes all.
     """
 
     objective: str = "erc-dapo"
@@ -48,6 +52,11 @@ class TrainConfig:
     prompts: int = 64
     group_size: int = 8
     updates_per_batch: int = 8
+    epochs: int = 1
+    band: float | None = None
+    optimizer: str = "adamw"
+    resample: int = 3
+    overlong_cache: int = 2
     temperature: float = 1.0
     max_new_tokens: int = 6
     warm_start_seed: int | None = None
@@ -76,11 +85,13 @@ class Trainer:
         self.model, self.tokenizer = load_policy(config.model, self.device)
         self.task = self.make_task()
         self.objective = erc.objective(config.objective, **config.overrides)
+        if config.band is not None:
+            if self.objective.entropy_ratio is None:
+                raise ValueError(f"band needs an objective with the entropy-ratio gate, got {config.objective!r}")
+            self.objective = replace(self.objective, entropy_ratio=erc.EntropyRatioClip(config.band, config.band))
         if config.micro_batch and self.objective.reduction != "token-mean":
             raise ValueError(f'micro_batch needs the reduction "token-mean", got {self.objective.reduction!r}')
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self.optimizer = make_optimizer(config, self.model)
         self.history = History()
         self.step = 0
 
@@ -153,27 +164,51 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One batch of rollouts, then several off-policy updates on it."""
         config = self.config
-        seed = (config.seed + 1) * 1_000_003 + self.step
-        problems = [p for p in self.task.problems(config.prompts, seed=seed) for _ in range(config.group_size)]
         with self.timed("rollout"):
-            batch, rewards, texts = self.rollouts(problems, self.prompts(problems), config.temperature)
-        advantages = group_advantages(rewards, group_size=config.group_size)
+            batch, rewards, row = self.informative_rollouts()
+        groups = {"group_size": config.group_size}
+        lengths = (batch.labels != -100).sum(1)
+        shaped = rewards + overlong_penalty(lengths, config.max_new_tokens, config.overlong_cache)
+        advantages = group_advantages(shaped, **groups)
         with self.timed("old log-probs"):
             old = self._old_stats(batch)
-        row = defaultdict(float)
-        for index in torch.randperm(len(problems)).to(self.device).chunk(config.updates_per_batch):
-            for name, value in self._update(batch, index, advantages, old).items():
-                row[name] += value / config.updates_per_batch
+        seen, updates = defaultdict(float), config.epochs * config.updates_per_batch
+        for _ in range(config.epochs):
+            for index in torch.randperm(len(rewards)).to(self.device).chunk(config.updates_per_batch):
+                for name, value in self._update(batch, index, advantages, old, rewards).items():
+                    seen[name] += value / updates
         self.step += 1
         active = batch.labels != -100
-        row |= {
-            "step": self.step,
-            "reward": float(rewards.mean()),
-            "rollout_entropy": float(old.entropy[active].mean()),
-            **self.observe(problems, texts, rewards),
-        }
+        row |= seen | {"step": self.step, "rollout_entropy": float(old.entropy[active].mean())}
         self.history.steps.append(dict(row))
         return row
+
+    def informative_rollouts(self) -> tuple[Batch, torch.Tensor, dict[str, float]]:
+        """Rollouts and rewards of `config.prompts` groups, and the numbers of the first batch of them.
+
+        Groups without an advantage make room for those of fresh prompts, which are sampled up to `resample` times
+        (DAPO's dynamic sampling). Where even that finds too few, uninformative groups fill the batch: they count in the
+        mean over tokens and change nothing else.
+        """
+        config = self.config
+        wanted, groups = config.prompts * config.group_size, {"group_size": config.group_size}
+        kept, spare, row = [], [], {}
+        for attempt in range(config.resample + 1):
+            missing = wanted - sum(len(rewards) for _, rewards in kept)
+            if missing == 0:
+                break
+            seed = (config.seed + 1) * 1_000_003 + self.step * (config.resample + 1) + attempt
+            problems = self.task.problems(missing // config.group_size, seed=seed)
+            problems = [problem for problem in problems for _ in range(config.group_size)]
+            batch, rewards, texts = self.rollouts(problems, self.prompts(problems), config.temperature)
+            informative = informative_groups(rewards, **groups)
+            kept.append((batch.rows(informative), rewards[informative]))
+            spare.append((batch.rows(~informative), rewards[~informative]))
+            if attempt == 0:
+                row = {"reward": float(rewards.mean()), "informative": float(informative.float().mean())}
+                row |= self.observe(problems, texts, rewards)
+        batches, rewards = zip(*kept, *spare, strict=True)
+        return concatenate(batches, self.tokenizer.pad_token_id).first(wanted), torch.cat(rewards)[:wanted], row
 
     def observe(self, problems: list[Problem], texts: list[str], rewards: torch.Tensor) -> dict[str, float]:
         """More numbers of a step's rollouts, for trainers that override it."""
@@ -192,10 +227,18 @@ class Trainer:
         return erc.TokenStats(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _update(
-        self, batch: Batch, index: torch.Tensor, advantages: torch.Tensor, old: erc.TokenStats
+        self,
+        batch: Batch,
+        index: torch.Tensor,
+        advantages: torch.Tensor,
+        old: erc.TokenStats,
+        rewards: torch.Tensor,
     ) -> dict[str, float]:
         """One optimiser step on the rollouts of `index`; what it saw, averaged over their tokens."""
         tokens = (batch.labels[index] != -100).sum()
+        # The papers' recipes (`-paper`) also imitate the rollouts with reward 1, in the mean over their tokens.
+        right = (rewards == 1).float()[:, None].expand(batch.labels.shape)
+        imitated = (right[index] * (batch.labels[index] != -100)).sum()
         seen, ratios = defaultdict(float), []
         self.optimizer.zero_grad()
         for rows in self._micro_batches(index):
@@ -211,7 +254,9 @@ class Trainer:
                     advantages=advantages[rows],
                     objective=self.objective,
                     temperature=self.config.temperature,
+                    nll_mask=right[rows],
                     normalizer=tokens if self.config.micro_batch else None,
+                    nll_normalizer=imitated if self.config.micro_batch else None,
                 )
             with self.timed("model backward"):
                 out.loss.backward()
@@ -245,6 +290,15 @@ class Trainer:
         self.history.seconds = defaultdict(float, state["history"]["seconds"])
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def make_optimizer(config: TrainConfig, model: Any) -> torch.optim.Optimizer:
+    """AdamW without weight decay, or SGD without momentum."""
+    if config.optimizer not in ("adamw", "sgd"):
+        raise ValueError(f'optimizer must be "adamw" or "sgd", got {config.optimizer!r}')
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def _distribution(ratio: torch.Tensor) -> dict[str, float]:
@@ -324,10 +378,19 @@ def main(
     updates_per_batch: Annotated[
         int, typer.Option(help="off-policy mini-batches a rollout batch")
     ] = DEFAULT.updates_per_batch,
+    epochs: Annotated[int, typer.Option(min=1, help="times each rollout batch is gone through")] = DEFAULT.epochs,
+    band: Annotated[float | None, typer.Option(help="half-width of the gate; default: the objective's own")] = None,
+    optimizer: Annotated[str, typer.Option(help='"adamw" or "sgd"')] = DEFAULT.optimizer,
+    resample: Annotated[int, typer.Option(help="times that groups without advantage are replaced")] = DEFAULT.resample,
+    overlong_cache: Annotated[
+        int, typer.Option(help="tokens before the limit in which an answer is punished")
+    ] = DEFAULT.overlong_cache,
     temperature: Annotated[float, typer.Option()] = DEFAULT.temperature,
     max_new_tokens: Annotated[int, typer.Option()] = DEFAULT.max_new_tokens,
     warm_start_steps: Annotated[int, typer.Option()] = DEFAULT.warm_start_steps,
     eval_problems: Annotated[int, typer.Option()] = DEFAULT.eval_problems,
+    micro_batch: Annotated[int | None, typer.Option(help="sequences at a time in updates; default: all")] = None,
+    generation_batch: Annotated[int | None, typer.Option(help="sequences at a time in rollouts; default: all")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
 ) -> None:
     """Train, print a table, and write curves and history."""
@@ -341,17 +404,24 @@ def main(
         prompts=prompts,
         group_size=group_size,
         updates_per_batch=updates_per_batch,
+        epochs=epochs,
+        band=band,
+        optimizer=optimizer,
+        resample=resample,
+        overlong_cache=overlong_cache,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         warm_start_steps=warm_start_steps,
         eval_problems=eval_problems,
+        micro_batch=micro_batch,
+        generation_batch=generation_batch,
     )
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / "checkpoint.pt"
     if not resume:
         checkpoint.unlink(missing_ok=True)
-    with bars(console) as report:
+    with reporting(console) as report:
         history = train(config, report, checkpoint)
     title = f"{objective} on {task}, {steps} steps, seed {seed}"
     console.print(summary(title, history))

@@ -19,8 +19,8 @@ from benchmarks.machine_code.sass import disassemble_file
 _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
 _CACHE = _ROOT / "build" / "machine_code"
-SOURCES = ("stats", "policy_loss", "paired", "partial", "scale")
-_FLAGS = ("-std=c++17", "-O3", "-lineinfo")  # as setup.py
+SOURCES = ("stats", "policy_loss", "paired", "scale", "tokens")
+_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as setup.py
 
 # bfloat16, without softcap, aligned rows: the variant that a training step runs, by its template arguments.
 _TRAINING = "8bfloat16ELb0ELb1E"

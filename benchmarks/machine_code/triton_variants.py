@@ -45,7 +45,7 @@ class Variant:
 
     def source(self) -> ASTSource:
         layout = params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
-        constants = {"L": layout, "SEGMENT": params.segment_columns(layout), **self.constants}
+        constants = {"L": params.compiled_layout(layout), "SEGMENT": params.segment_columns(layout), **self.constants}
         absent = self.absent | (frozenset() if self.per_row else {"temperature"})
         signature, constexprs = {}, {}
         for parameter in self.kernel.params:
@@ -68,7 +68,7 @@ class Variant:
     def compile(self, arch: str) -> triton.compiler.CompiledKernel:
         """The compiled kernel, with the options that `launch` passes."""
         target = TARGETS[arch]
-        options = tuning.compile_options(target.warp_size, self.dtype, self.softcap)
+        options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, self.softcap)
         return triton.compile(self.source(), target=target, options=options)
 
 

@@ -1,65 +1,71 @@
-// What a call passes to a kernel besides tensors. Mirrors erc/ops.py (ParamIndex, TokenFlag) and erc/objectives.py (rule ids).
+// The numbers of a call, as the `params` tensor holds them (erc/constants.py, Param).
 #pragma once
 
 #include <cstdint>
 
-namespace erc {
+#include "common/constants.h"
 
-// The label of a row whose labelled column lies in another vocabulary shard.
-constexpr int64_t kAbsentLabel = INT64_MIN;
+namespace erc {
 
 // x = softcap(z * logit_scale) / temperature, with softcap(u) = c * tanh(u / c); softcap 0 means none.
 struct Scaling {
   double temperature;
   double softcap;
   double logit_scale;
+
+  static Scaling read(const double* params) {
+    return {params[Param::kTemperature], params[Param::kSoftcap], params[Param::kLogitScale]};
+  }
 };
 
-enum class RatioRule : int {
-  kPPOClip = 0,    // rule: eps_low, eps_high, dual_clip (inf: none), delta (inf: none)
-  kGPPO = 1,       // rule: eps_low, eps_high, dual_clip
-  kCEGPPO = 2,     // rule: eps_low, eps_high, beta1, beta2
-  kCISPO = 3,      // rule: ratio_min, ratio_max
-  kSAPO = 4,       // rule: tau_pos, tau_neg
-  kDPPOTV = 5,     // rule: low, high, ratio_max
-  kDPPOKL = 6,     // rule: low, high, ratio_max
-  kReinforce = 7,  // rule: none
-  kDRO = 8,        // rule: beta
-  kNoClip = 9,     // rule: none
-};
-
-enum class KLKind : int { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3, kAbs = 4, kK3Plus = 5 };
-
-// Added to the KL kind: multiply the estimate by the importance ratio, gradient through both.
-constexpr int kImportanceWeightedKL = 16;
-
-enum class Gate : int { kNone = 0, kKeepValue = 1, kZeroValue = 2 };
-
-enum TokenFlag : int32_t {
-  kClipLow = 1,
-  kClipHigh = 2,
-  kErcLow = 4,
-  kErcHigh = 8,
-  kErcDropped = 16,
-};
-
-// The objective's numbers, in the order of the params tensor after the scaling.
+// What the loss of one token depends on besides the token.
 template <class Real>
 struct LossParams {
+  RuleId rule_id;
+  int kl;  // a KLKind, perhaps plus kImportanceWeightedKL
+  Gate gate;
+  int present;
   Real rule[4];
   Real beta_low, beta_high, gate_eps;
   Real kl_coef, kl_clamp;
+
+  static LossParams read(const double* p) {
+    return {RuleId(int(p[Param::kRuleId])),
+            int(p[Param::kKLId]),
+            Gate(int(p[Param::kGateId])),
+            int(p[Param::kPresent]),
+            {Real(p[Param::kRule]), Real(p[Param::kRule + 1]), Real(p[Param::kRule + 2]), Real(p[Param::kRule + 3])},
+            Real(p[Param::kBetaLow]),
+            Real(p[Param::kBetaHigh]),
+            Real(p[Param::kGateEps]),
+            Real(p[Param::kKLCoef]),
+            Real(p[Param::kKLClamp])};
+  }
 };
 
-constexpr int kNumScalingParams = 3;
-constexpr int kNumParams = 12;
+// What the weights of the tokens depend on. A normalizer below 0 is counted, or given as a tensor.
+struct TableParams {
+  Reduction reduction;
+  int present;
+  int64_t sequence_length, advantage_length;
+  double max_length, entropy_coef, nll_coef;
+  bool entropy_shares;
+  double normalizer, entropy_normalizer, nll_normalizer, grad_scale;
 
-inline Scaling read_scaling(const double* params) { return {params[0], params[1], params[2]}; }
-
-template <class Real>
-inline LossParams<Real> read_loss_params(const double* params) {
-  const double* p = params + kNumScalingParams;
-  return {{Real(p[0]), Real(p[1]), Real(p[2]), Real(p[3])}, Real(p[4]), Real(p[5]), Real(p[6]), Real(p[7]), Real(p[8])};
-}
+  static TableParams read(const double* p) {
+    return {Reduction(int(p[Param::kReduction])),
+            int(p[Param::kPresent]),
+            int64_t(p[Param::kSequenceLength]),
+            int64_t(p[Param::kAdvantageLength]),
+            p[Param::kMaxLength],
+            p[Param::kEntropyCoef],
+            p[Param::kNllCoef],
+            p[Param::kEntropyShares] != 0,
+            p[Param::kNormalizer],
+            p[Param::kEntropyNormalizer],
+            p[Param::kNllNormalizer],
+            p[Param::kGradScale]};
+  }
+};
 
 }  // namespace erc

@@ -1,26 +1,37 @@
-// The per-token loss: (value, derivative) of every part of an objective, composed in the order that OBJECTIVES fixes:
+// The per-token loss: (value, derivative) of every part of an objective, composed in one order:
 // ratio rule -> dual clip -> rollout weight -> entropy-ratio gate -> plus KL and entropy terms. The same formulas stand in
 // erc/surrogate (PyTorch) and erc/triton_kernels/token_loss.py (Triton); one test holds the three to the same numbers.
 #pragma once
 
 #include <cmath>
 
-#include "common/host_device.h"
-#include "common/params.h"
+#include "common/calls.h"
 
 namespace erc {
 
-constexpr double kMaxLogRatio = 20;  // d is clamped to +-20; outside, its derivative is 0
-
-// What is known of a token besides its own log-prob and entropy.
+// What is known of a token besides its own log-prob and entropy: a row of the token table (erc/constants.py, Column).
 template <class Real>
-struct TokenInputs {
+struct alignas(kNumColumns * sizeof(Real)) TokenInputs {
+  Real weight;  // of the token in the reduction
   Real advantage;
   Real old_logprob, old_entropy, ref_logprob;
   Real policy_weight;  // rollout correction: on the policy term only
-  Real weight;         // of the token in the reduction
   Real entropy_weight, logprob_weight;
+
+  // Of an on-policy update the old log-prob is the present one: the ratio is 1 and carries the gradient.
+  ERC_HOST_DEVICE static TokenInputs read(const void* table, int64_t token, int present, Real logprob) {
+    TokenInputs row = static_cast<const TokenInputs*>(table)[token];
+    if (!(present & Present::kOldLogprob)) row.old_logprob = logprob;
+    return row;
+  }
+
+  template <class Other>
+  ERC_HOST_DEVICE static TokenInputs from(const TokenInputs<Other>& row) {
+    return {Real(row.weight),      Real(row.advantage),     Real(row.old_logprob),    Real(row.old_entropy),
+            Real(row.ref_logprob), Real(row.policy_weight), Real(row.entropy_weight), Real(row.logprob_weight)};
+  }
 };
+static_assert(sizeof(TokenInputs<float>) == kNumColumns * sizeof(float), "a token is one load");
 
 template <class Real>
 struct TokenLoss {
@@ -85,48 +96,48 @@ struct Ratio {
 // Two-sided and dual clip belong to the same question: where is the surrogate cut, and what is its gradient there.
 // Ties on a bound keep the unclipped branch, so every comparison is strict.
 template <class Real>
-ERC_HOST_DEVICE Term<Real> ratio_term(RatioRule rule, const Real (&p)[4], Real logprob, Real old_logprob, Real advantage) {
+ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logprob, Real old_logprob, Real advantage) {
   const Ratio<Real> ratio(logprob, old_logprob);
   const Real r = ratio.value;
   const bool inside = ratio.derivative != 0;
   Term<Real> term;
   switch (rule) {
-    case RatioRule::kPPOClip:
-    case RatioRule::kGPPO:
-    case RatioRule::kCEGPPO: {
+    case RuleId::kPPOClip:
+    case RuleId::kGPPO:
+    case RuleId::kCEGPPO: {
       const bool low = advantage < 0 && r < 1 - p[0], high = advantage > 0 && r > 1 + p[1];
       const Real bound = low ? 1 - p[0] : 1 + p[1];
       term.value = -r * advantage;
       term.d_logprob = -ratio.derivative * advantage;
       if (low || high) {
-        term.flags = low ? kClipLow : kClipHigh;
-        const Real kept = rule == RatioRule::kCEGPPO ? (low ? p[2] : p[3]) : Real(1);
+        term.flags = low ? TokenFlag::kClipLow : TokenFlag::kClipHigh;
+        const Real kept = rule == RuleId::kCEGPPO ? (low ? p[2] : p[3]) : Real(1);
         term.value = -kept * bound * advantage;
-        term.d_logprob = rule == RatioRule::kPPOClip || !inside ? Real(0) : term.value;
-      } else if (rule != RatioRule::kCEGPPO && advantage < 0) {
-        const Real dual = p[2], delta = rule == RatioRule::kPPOClip ? p[3] : Real(INFINITY);
+        term.d_logprob = rule == RuleId::kPPOClip || !inside ? Real(0) : term.value;
+      } else if (rule != RuleId::kCEGPPO && advantage < 0) {
+        const Real dual = p[2], delta = rule == RuleId::kPPOClip ? p[3] : Real(INFINITY);
         const Real cap = dual < delta ? dual : delta;
-        if (r > cap) term = {-cap * advantage, 0, kClipHigh};
+        if (r > cap) term = {-cap * advantage, 0, TokenFlag::kClipHigh};
       }
       break;
     }
-    case RatioRule::kCISPO: {
+    case RuleId::kCISPO: {
       const Real coefficient = -clamp(r, p[0], p[1]) * advantage;
       term = {scaled_logprob(coefficient, logprob), coefficient, 0};
-      if (advantage != 0) term.flags = r < p[0] ? kClipLow : (r > p[1] ? kClipHigh : 0);
+      if (advantage != 0) term.flags = r < p[0] ? TokenFlag::kClipLow : (r > p[1] ? TokenFlag::kClipHigh : 0);
       break;
     }
-    case RatioRule::kSAPO: {
+    case RuleId::kSAPO: {
       const Real tau = advantage > 0 ? p[0] : p[1];
       const Real x = tau * (r - 1), gate = sigmoid(x);
       term = {-advantage * 4 / tau * gate, -advantage * 4 * gate * sigmoid(-x) * ratio.derivative, 0};  // 1 - gate cancels
       break;
     }
-    case RatioRule::kDPPOTV:
-    case RatioRule::kDPPOKL: {
+    case RuleId::kDPPOTV:
+    case RuleId::kDPPOKL: {
       const bool up = advantage > 0, down = advantage < 0;
       bool blocked;
-      if (rule == RatioRule::kDPPOTV) {
+      if (rule == RuleId::kDPPOTV) {
         const Real difference = std::exp(logprob) - std::exp(old_logprob);
         blocked = (up && difference > p[1]) || (down && difference < -p[0]);
       } else {
@@ -135,21 +146,39 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RatioRule rule, const Real (&p)[4], Real l
         blocked = (up && logprob > old_logprob && kl > p[1]) || (down && logprob < old_logprob && kl > p[0]);
       }
       const Real coefficient = blocked ? Real(0) : -(r > p[2] ? p[2] : r) * advantage;
-      term = {scaled_logprob(coefficient, logprob), coefficient, blocked ? (up ? kClipHigh : kClipLow) : 0};
+      term = {scaled_logprob(coefficient, logprob), coefficient, blocked ? (up ? TokenFlag::kClipHigh : TokenFlag::kClipLow) : 0};
       break;
     }
-    case RatioRule::kReinforce:
+    case RuleId::kReinforce:
       term = {scaled_logprob(-advantage, logprob), -advantage, 0};
       break;
-    case RatioRule::kDRO: {
+    case RuleId::kDRO: {
       const Real difference = log_difference(logprob, old_logprob);
       term = {scaled_logprob(-advantage, logprob) + scaled_logprob(p[0] / 2, difference * difference),
               scaled_logprob(p[0], difference) - advantage, 0};
       break;
     }
-    case RatioRule::kNoClip:
+    case RuleId::kNoClip:
       term = {-r * advantage, -ratio.derivative * advantage, 0};
       break;
+    case RuleId::kIPO: {
+      const Real moved = std::exp(logprob) - std::exp(old_logprob);
+      const bool high = advantage != 0 && moved > p[0], low = advantage != 0 && moved < -p[0];
+      if (!high && !low) term = {-r * advantage, -ratio.derivative * advantage, 0};
+      if (p[1] > 0) {
+        const Real difference = log_difference(logprob, old_logprob);
+        term.value += p[1] * difference * difference;
+        term.d_logprob += 2 * p[1] * difference;
+      }
+      term.flags = high ? TokenFlag::kClipHigh : (low ? TokenFlag::kClipLow : 0);
+      break;
+    }
+    case RuleId::kTOPR: {
+      const bool tapered = advantage < 0 && r > 1;
+      const Real coefficient = advantage > 0 || tapered ? -advantage : -r * advantage;
+      term = {scaled_logprob(coefficient, logprob), coefficient, tapered ? TokenFlag::kClipHigh : 0};
+      break;
+    }
   }
   return term;
 }
@@ -183,38 +212,44 @@ ERC_HOST_DEVICE Term<Real> kl_term(KLKind kind, Real clamp_at, Real logprob, Rea
   return term;
 }
 
+// The objective's KL penalty, without its coefficient.
+template <class Real>
+ERC_HOST_DEVICE Term<Real> kl_penalty(const LossParams<Real>& params, Real logprob, Real old_logprob, Real ref_logprob) {
+  Term<Real> penalty = kl_term(KLKind(params.kl & (kImportanceWeightedKL - 1)), params.kl_clamp, logprob, ref_logprob);
+  if (params.kl & kImportanceWeightedKL) {
+    const Ratio<Real> ratio(logprob, old_logprob);
+    penalty.d_logprob = penalty.d_logprob * ratio.value + penalty.value * ratio.derivative;
+    penalty.value *= ratio.value;
+  }
+  return penalty;
+}
+
 // Which side of the entropy-ratio band a token fell out of; 0 keeps it.
 template <class Real>
 ERC_HOST_DEVICE int32_t entropy_ratio_flags(const LossParams<Real>& params, Real entropy, Real old_entropy) {
   const Real rho = (entropy + params.gate_eps) / (old_entropy + params.gate_eps);
   if (rho > 1 - params.beta_low && rho < 1 + params.beta_high) return 0;
   if (entropy == 0 && old_entropy == 0) return 0;
-  return kErcDropped | (rho <= 1 - params.beta_low ? kErcLow : 0) | (rho >= 1 + params.beta_high ? kErcHigh : 0);
+  return TokenFlag::kErcDropped | (rho <= 1 - params.beta_low ? TokenFlag::kErcLow : 0) | (rho >= 1 + params.beta_high ? TokenFlag::kErcHigh : 0);
 }
 
+// `policy` is the ratio rule's term, of a kernel's rule or of one that looked at more than this token.
 template <class Real>
-ERC_HOST_DEVICE TokenLoss<Real> token_loss(RatioRule rule, int kl, Gate gate, const LossParams<Real>& params,
-                                           const TokenInputs<Real>& in, Real logprob, Real entropy) {
+ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const TokenInputs<Real>& in, Term<Real> policy,
+                                           Real logprob, Real entropy) {
   TokenLoss<Real> out;
-  Term<Real> policy = ratio_term(rule, params.rule, logprob, in.old_logprob, in.advantage);
   policy.value = scaled_logprob(in.policy_weight, policy.value);
   policy.d_logprob = scaled_logprob(in.policy_weight, policy.d_logprob);
   out.flags = policy.flags;
-  if (gate != Gate::kNone) {
+  if (params.gate != Gate::kNone) {
     const int32_t dropped = entropy_ratio_flags(params, entropy, in.old_entropy);
     out.flags |= dropped;
     if (dropped) {
       policy.d_logprob = 0;
-      if (gate == Gate::kZeroValue) policy.value = 0;
+      if (params.gate == Gate::kZeroValue) policy.value = 0;
     }
   }
-  const Real clamp_at = params.kl_clamp;
-  Term<Real> penalty = kl_term(KLKind(kl & (kImportanceWeightedKL - 1)), clamp_at, logprob, in.ref_logprob);
-  if (kl & kImportanceWeightedKL) {
-    const Ratio<Real> ratio(logprob, in.old_logprob);
-    penalty.d_logprob = penalty.d_logprob * ratio.value + penalty.value * ratio.derivative;
-    penalty.value *= ratio.value;
-  }
+  const Term<Real> penalty = kl_penalty(params, logprob, in.old_logprob, in.ref_logprob);
   out.value = policy.value + scaled_logprob(params.kl_coef, penalty.value);
   out.d_logprob = in.weight * (policy.d_logprob + scaled_logprob(params.kl_coef, penalty.d_logprob)) + in.logprob_weight;
   out.d_entropy = in.entropy_weight;
@@ -223,11 +258,54 @@ ERC_HOST_DEVICE TokenLoss<Real> token_loss(RatioRule rule, int kl, Gate gate, co
   return out;
 }
 
+template <class Real>
+ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const TokenInputs<Real>& in, Real logprob,
+                                           Real entropy) {
+  const Term<Real> policy = ratio_term(params.rule_id, params.rule, logprob, in.old_logprob, in.advantage);
+  return token_loss(params, in, policy, logprob, entropy);
+}
+
 // The token's share of the scalar loss.
 template <class Real>
 ERC_HOST_DEVICE Real weighted_loss(const TokenInputs<Real>& in, Real token_value, Real logprob, Real entropy) {
   return in.weight * token_value + (in.entropy_weight == 0 ? Real(0) : in.entropy_weight * entropy) +
          scaled_logprob(in.logprob_weight, logprob);
+}
+
+// Loss, derivatives and flags of a token of `call`, in float64 and rounded once. An inactive one gives exactly 0.
+template <class Real>
+ERC_HOST_DEVICE void judge_token(const TokenLosses& call, int64_t token) {
+  const auto at = [&](const void* values) { return double(static_cast<const Real*>(values)[token]); };
+  const auto put = [&](void* values, double x) { static_cast<Real*>(values)[token] = Real(x); };
+  TokenLoss<double> result;
+  double loss = 0, logprob = 0, entropy = 0;
+  if (call.labels[token] != call.ignore_index) {
+    logprob = at(call.logprob);
+    entropy = at(call.entropy);
+    const auto in = TokenInputs<double>::from(TokenInputs<Real>::read(call.table, token, call.params.present, Real(logprob)));
+    Term<double> policy;
+    if (call.policy == nullptr) {
+      policy = ratio_term(call.params.rule_id, call.params.rule, logprob, in.old_logprob, in.advantage);
+    } else {
+      policy.value = at(call.policy);
+      policy.d_logprob = at(call.d_policy);
+    }
+    if (call.clip_low != nullptr && call.clip_low[token]) policy.flags |= TokenFlag::kClipLow;
+    if (call.clip_high != nullptr && call.clip_high[token]) policy.flags |= TokenFlag::kClipHigh;
+    if (call.filtered != nullptr && call.filtered[token]) {
+      policy.value = policy.d_logprob = 0;
+      policy.flags |= TokenFlag::kFiltered;
+    }
+    result = token_loss(call.params, in, policy, logprob, entropy);
+    loss = weighted_loss(in, result.value, logprob, entropy);
+  }
+  put(call.loss, loss);
+  put(call.token_loss, result.value);
+  put(call.logprob_out, logprob);
+  put(call.entropy_out, entropy);
+  put(call.d_logprob, result.d_logprob);
+  put(call.d_entropy, result.d_entropy);
+  call.flags[token] = result.flags;
 }
 
 }  // namespace erc

@@ -12,13 +12,6 @@
 namespace erc {
 namespace cuda {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
 // Sixteen bytes of a row, whatever their type.
 struct __attribute__((aligned(16), may_alias)) Raw {
   uint32_t word[4];
@@ -40,7 +33,7 @@ struct LaunchShape {
 // What the launchers ask about the current device.
 struct DeviceInfo {
   int multiprocessors, l2_bytes, shared_bytes_per_block;
-  bool has_clusters;  // sm_90 and later
+  bool has_clusters;  // sm_90 and later, whatever the code was compiled for
 };
 
 }  // namespace cuda
@@ -185,6 +178,14 @@ ERC_DEVICE char* dynamic_shared() {
   return shared_memory;
 }
 
+// Counts this block among those that are done, and returns how many were before it. What other threads of this block wrote
+// before a barrier ahead of it is seen by whoever counts later.
+ERC_DEVICE int count_block(int32_t* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // ---- bulk asynchronous copies (sm_90 and later) --------------------------------------------------------------------
 
 ERC_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -240,6 +241,19 @@ inline DeviceInfo device_info() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   info.has_clusters = major == 9 || major == 10;
   return info;
+}
+
+// Whether a cluster of blocks can run this kernel. Code for sm_80 alone, compiled by the driver for a later GPU, has the kernel's name
+// and an empty body: what counts is what the kernel was compiled for.
+template <class... Params>
+bool runs_in_clusters(void (*kernel)(Params...), const DeviceInfo& device) {
+  if (!device.has_clusters) return false;
+  cudaFuncAttributes code{};
+  if (cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
+    cudaGetLastError();  // the kernel that is launched instead reports what is wrong
+    return false;
+  }
+  return code.ptxVersion >= 90 && code.binaryVersion >= 90;
 }
 
 template <class... Params, class... Args>

@@ -85,13 +85,14 @@ ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const
     if constexpr (V::softcap) {
       g = mul_pair(g, V::slopes(scale, raw, i));
     }
-    set_pair(T{}, out, i, g);
+    set_pair(typename V::Gradient{}, out, i, g);
   }
   return out;
 }
 
+// The gradients of a vector of logits.
 template <class V>
-ERC_DEVICE void store_vector(typename V::Element* p, const Raw& raw) {
+ERC_DEVICE void store_vector(typename V::Gradient* p, const Raw& raw) {
   if constexpr (V::aligned) {
     store_streaming(p, raw);
   } else {
@@ -101,12 +102,12 @@ ERC_DEVICE void store_vector(typename V::Element* p, const Raw& raw) {
 
 template <bool kGuardedForm, class V, class Source>
 ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
-                                 const Segment<V, Source>& segment, typename V::Element* out) {
+                                 const Segment<V, Source>& segment, typename V::Gradient* out) {
   using T = typename V::Element;
   constexpr int kStep = kLanes * kVector<T>;
   const int lane = threadIdx.x % kLanes, whole = segment.whole(), vectors = whole > lane ? (whole - lane - 1) / kLanes + 1 : 0;
   const T* p = segment.source.begin + lane * kVector<T>;
-  T* q = out + lane * kVector<T>;
+  typename V::Gradient* q = out + lane * kVector<T>;
 #pragma unroll 1
   for (int trips = vectors / kUnroll; trips > 0; --trips, p += kUnroll * kStep, q += kUnroll * kStep) {
     Raw raw[kUnroll];
@@ -127,21 +128,22 @@ ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, con
   }
 }
 
-template <class V, class T>
-ERC_DEVICE void fill_columns(T* out, int columns, typename V::Real value) {
+template <class V>
+ERC_DEVICE void fill_columns(typename V::Gradient* out, int columns, typename V::Real value) {
+  constexpr int kCount = kVector<typename V::Element>;
   Raw raw;
 #pragma unroll
-  for (int i = 0; i < kVector<T> / 2; ++i) set_pair(T{}, raw, i, Pair<typename V::Real>{value, value});
-  const int whole = columns / kVector<T>, lane = threadIdx.x % kLanes;
-  for (int i = lane; i < whole; i += kLanes) store_vector<V>(out + int64_t(i) * kVector<T>, raw);
-  if (lane == 0) store_elements(out + int64_t(whole) * kVector<T>, raw, columns % kVector<T>);
+  for (int i = 0; i < kCount / 2; ++i) set_pair(typename V::Gradient{}, raw, i, Pair<typename V::Real>{value, value});
+  const int whole = columns / kCount, lane = threadIdx.x % kLanes;
+  for (int i = lane; i < whole; i += kLanes) store_vector<V>(out + int64_t(i) * kCount, raw);
+  if (lane == 0) store_elements(out + int64_t(whole) * kCount, raw, columns % kCount);
 }
 
 // The gradient of one segment by a group of kLanes threads. `label` is the labelled column counted from the segment's first, or outside.
 // `out` may be what the segment reads: a thread writes only vectors that it alone has read.
 template <class V, class Source>
 ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
-                                 const Segment<V, Source>& segment, int64_t label, typename V::Element* out) {
+                                 const Segment<V, Source>& segment, int64_t label, typename V::Gradient* out) {
   using T = typename V::Element;
   using Real = typename V::Real;
   if (plan.mode == kFill) {
@@ -157,7 +159,7 @@ ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, con
   } else {
     gradient_columns<true>(plan, scale, segment, out);
   }
-  if (writes_label) out[label] = from_real(T{}, plan.label * label_slope);
+  if (writes_label) out[label] = from_real(typename V::Gradient{}, plan.label * label_slope);
 }
 
 }  // namespace cuda

@@ -6,7 +6,6 @@
 namespace erc {
 namespace cuda {
 
-constexpr double kRatioEps = 1e-8;
 constexpr int kPairedSums = 4;  // KL(new||old), KL(old||new), sum |p - q|, sum p sign(p - q)
 
 // x + expm1(-x) >= 0 for |x| < 1/2, by its series: below 1e-10 of the sum is left out.
@@ -36,10 +35,10 @@ struct Side {
 
 // A column of both rows. Where both tokens are forbidden delta = log p - log q counts as 0; where one is, it is infinite.
 template <class Real>
-struct Column {
+struct PairedColumn {
   Real p, q, difference, delta;
 
-  ERC_DEVICE Column(const Side<Real>& fresh, const Side<Real>& old, Real scale, Real v_new, Real v_old)
+  ERC_DEVICE PairedColumn(const Side<Real>& fresh, const Side<Real>& old, Real scale, Real v_new, Real v_old)
       : p(fresh.probability(v_new, scale)), q(old.probability(v_old, scale)), difference(p - q) {
     const bool both = v_new == -Real(INFINITY) && v_old == -Real(INFINITY);
     delta = both ? Real(0) : fresh.logprob(v_new, scale) - old.logprob(v_old, scale);
@@ -86,11 +85,11 @@ template <class V>
 __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_kernel(PairedForward call, Partition partition) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x, n = call.rows.logits.num_rows;
+  const int64_t row = blockIdx.x, n = call.rows.num_tokens;
   const RowScale<Real> scale(call.rows, row);
   const StatsShared<Real> shared(dynamic_shared(), partition.segments);
-  const T* fresh_row = row_pointer<const T>(call.rows.logits, row);
-  const T* old_row = row_pointer<const T>(call.old_logits, row);
+  const T* fresh_row = call.rows.logits.row<const T>(row);
+  const T* old_row = call.old_logits.row<const T>(row);
   const RowState<Real> fresh = row_state<V>(scale, partition, fresh_row, shared);
   const RowState<Real> old = row_state<V>(scale, partition, old_row, shared);
   const bool valid = fresh.is_valid() && old.is_valid();
@@ -102,8 +101,8 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_ker
 #pragma unroll
       for (int k = 0; k < kVector<T> / 2; ++k) {
         const Pair<Real> v_new = V::values(scale, fresh_raw, k), v_old = V::values(scale, old_raw, k);
-        Column<Real>(p, q, scale.scale, v_new.a, v_old.a).add_to(sums);
-        Column<Real>(p, q, scale.scale, v_new.b, v_old.b).add_to(sums);
+        PairedColumn<Real>(p, q, scale.scale, v_new.a, v_old.a).add_to(sums);
+        PairedColumn<Real>(p, q, scale.scale, v_new.b, v_old.b).add_to(sums);
       }
     });
   }
@@ -127,8 +126,8 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_ker
   const Real stats[] = {ratio, entropy, old_entropy, total[0], total[1], total[2] / 2};
   const Real saved[] = {fresh.row_max, fresh.sum_rest, fresh.weighted_sum, old.row_max,
                         old.sum_rest,  old.weighted_sum, total[0],         total[3]};
-  for (int k = 0; k < 6; ++k) put(call.stats, k * n + row, stats[k]);
-  for (int k = 0; k < 8; ++k) put(call.saved, k * n + row, saved[k]);
+  for (int k = 0; k < kPairedOutputs; ++k) put(call.stats, k * n + row, stats[k]);
+  for (int k = 0; k < kPairedSaved; ++k) put(call.saved, k * n + row, saved[k]);
 }
 
 // d/dx_j = p_j * (g_H * (E[x - m] - (x_j - m)) + g_KL * (log p_j - log q_j - KL) + g_TV / 2 * (sign(p_j - q_j) - E_p[sign]))
@@ -137,12 +136,12 @@ template <class V>
 __global__ void __launch_bounds__(kLanes, 2) paired_backward_kernel(PairedBackward call) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x, n = call.rows.logits.num_rows;
+  const int64_t row = blockIdx.x, n = call.rows.num_tokens;
   const RowScale<Real> scale(call.rows, row);
   const Real* saved = static_cast<const Real*>(call.saved) + row;
   const Real* g = static_cast<const Real*>(call.grads) + row;
   const RowState<Real> fresh{saved[0], saved[n], saved[2 * n]}, old{saved[3 * n], saved[4 * n], saved[5 * n]};
-  T* out = row_pointer<T>(call.grad_logits, row);
+  T* out = call.grad_logits.row<T>(row);
   const bool valid = fresh.is_valid() && old.is_valid();
   const Side<Real> p(fresh), q(old);
   const Real g_kl = g[3 * n], g_reverse = g[4 * n], half_variation = g[5 * n] / 2;
@@ -152,13 +151,13 @@ __global__ void __launch_bounds__(kLanes, 2) paired_backward_kernel(PairedBackwa
   const auto gradient = [&](Real v_new, Real v_old, Real slope) {
     if (!valid) return Real(NAN);
     if (v_new == -Real(INFINITY)) return Real(0);
-    const Column<Real> at(p, q, scale.scale, v_new, v_old);
+    const PairedColumn<Real> at(p, q, scale.scale, v_new, v_old);
     const Real sign = at.difference > 0 ? half_variation : at.difference < 0 ? -half_variation : Real(0);
     const Real kl = g_kl == 0 || at.p == 0 ? Real(0) : g_kl * at.delta;
     const Real own = at.p == 0 ? Real(0) : at.p * (constant - g_entropy * p.shift(v_new, scale.scale) + kl + sign);
     return (own + g_reverse * at.difference) * scale.chain * slope;
   };
-  for_each_vector<V>(row_pointer<const T>(call.rows.logits, row), row_pointer<const T>(call.old_logits, row),
+  for_each_vector<V>(call.rows.logits.row<const T>(row), call.old_logits.row<const T>(row),
                      call.rows.logits.vocab_size, [&](int64_t i, const Raw& fresh_raw, const Raw& old_raw) {
     Raw grads;
 #pragma unroll

@@ -12,56 +12,50 @@ namespace erc {
 namespace cuda {
 
 template <class Real>
-ERC_DEVICE TokenInputs<Real> token_inputs(const PolicyLoss& call, int64_t row, Real logprob) {
-  TokenInputs<Real> in;
-  in.advantage = optional(call.advantages, row, Real(0));
-  in.old_logprob = optional(call.old_logprob, row, logprob);  // on-policy: the ratio is 1 and carries the gradient
-  in.old_entropy = optional(call.old_entropy, row, Real(0));
-  in.ref_logprob = optional(call.ref_logprob, row, Real(0));
-  in.policy_weight = optional(call.policy_weight, row, Real(1));
-  in.weight = optional(call.weight, row, Real(0));
-  in.entropy_weight = optional(call.entropy_weight, row, Real(0));
-  in.logprob_weight = optional(call.logprob_weight, row, Real(0));
-  return in;
-}
-
-template <class Real>
 ERC_DEVICE LossParams<Real> converted(const LossParams<double>& p) {
-  return {{Real(p.rule[0]), Real(p.rule[1]), Real(p.rule[2]), Real(p.rule[3])},
-          Real(p.beta_low), Real(p.beta_high), Real(p.gate_eps), Real(p.kl_coef), Real(p.kl_clamp)};
+  return {p.rule_id,
+          p.kl,
+          p.gate,
+          p.present,
+          {Real(p.rule[0]), Real(p.rule[1]), Real(p.rule[2]), Real(p.rule[3])},
+          Real(p.beta_low),
+          Real(p.beta_high),
+          Real(p.gate_eps),
+          Real(p.kl_coef),
+          Real(p.kl_clamp)};
 }
 
 template <class Real>
-ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t row, Real loss, Real token_loss, Real logprob, Real entropy,
+ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token, Real loss, Real token_loss, Real logprob, Real entropy,
                               int32_t flags) {
-  put(call.loss, row, loss);
-  put(call.token_loss, row, token_loss);
-  put(call.logprob, row, logprob);
-  put(call.entropy, row, entropy);
-  call.flags[row] = flags;
+  put(call.loss, token, loss);
+  put(call.token_loss, token, token_loss);
+  put(call.logprob, token, logprob);
+  put(call.entropy, token, entropy);
+  call.flags[token] = flags;
 }
 
 // What one thread does between the two sweeps. `writes`: of the blocks that share a row one writes its outputs.
 template <class Real>
-ERC_DEVICE GradientPlan<Real> finish_token(const PolicyLoss& call, int64_t row, const RowScale<Real>& scale,
+ERC_DEVICE GradientPlan<Real> finish_token(const PolicyLoss& call, int64_t token, const RowScale<Real>& scale,
                                            const RowResult<Real>& result, Real label_value, bool writes) {
   Real logprob = Real(NAN), entropy = Real(NAN);
   if (result.state.is_valid()) {
     logprob = result.state.logprob(label_value, scale.scale);
     entropy = result.state.entropy();
   }
-  const TokenInputs<Real> in = token_inputs(call, row, logprob);
-  const TokenLoss<Real> token = token_loss(call.rule, call.kl, call.gate, converted<Real>(call.params), in, logprob, entropy);
-  if (writes) write_outputs(call, row, weighted_loss(in, token.value, logprob, entropy), token.value, logprob, entropy, token.flags);
-  const StatGrads<Real> grads{token.d_logprob, token.d_entropy, Real(0)};
+  const auto in = TokenInputs<Real>::read(call.table, token, call.params.present, logprob);
+  const TokenLoss<Real> loss = token_loss(converted<Real>(call.params), in, logprob, entropy);
+  if (writes) write_outputs(call, token, weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags);
+  const StatGrads<Real> grads{loss.d_logprob, loss.d_entropy, Real(0)};
   return GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded);
 }
 
 // A row that is not read: ignored, or without a label in range. Returns its constant gradient.
 template <class Real>
-ERC_DEVICE GradientPlan<Real> finish_unread(const PolicyLoss& call, int64_t row, const Label& label, bool writes) {
+ERC_DEVICE GradientPlan<Real> finish_unread(const PolicyLoss& call, int64_t token, const Label& label, bool writes) {
   const Real value = label.kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  if (writes) write_outputs(call, row, value, value, value, value, 0);
+  if (writes && token >= 0) write_outputs(call, token, value, value, value, value, 0);
   return GradientPlan<Real>(value);
 }
 
@@ -82,7 +76,7 @@ struct ClusterShared {
     const int64_t columns = partition.segments == 1 ? partition.vocab_size : partition.segment_size;
     return (columns * int64_t(sizeof(T)) + 15) / 16 * 16;
   }
-  static ERC_HOST_DEVICE int64_t bytes(const Partition& partition) {
+  static int64_t bytes(const Partition& partition) {
     return tile_bytes(partition) + stats_shared_bytes<Real>(1, 1 + kMaxSegments) + 64;
   }
   ERC_DEVICE ClusterShared(char* memory, const Partition& partition)
@@ -99,18 +93,18 @@ __global__ void __launch_bounds__(kLanes, kResident<V>) loss_cluster_kernel(Poli
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / partition.segments;
+  const int64_t row = blockIdx.x / partition.segments, token = call.rows.token(row);
   const int rank = int(blockIdx.x % partition.segments);
   const int64_t first = rank * partition.segment_size;
-  const Label label = row_label(call.rows, row);
+  const Label label = token_label(call.rows, token);
   const ClusterShared<V> shared(dynamic_shared(), partition);
-  const RowScale<Real> scale(call.rows, row);
-  const T* logits = row_pointer<const T>(call.rows.logits, row);
-  T* out = row_pointer<T>(call.grad_logits, row) + first;
+  const RowScale<Real> scale(call.rows, token);
+  const T* logits = call.rows.logits.row<const T>(row);
+  T* out = call.grad_logits.row<T>(row) + first;
   const Segment<V, SharedSource<T>> segment{{shared.tile}, partition.columns(rank)};
   if (label.kind != LabelKind::kHere) {  // all blocks of the cluster agree
-    const GradientPlan<Real> plan = finish_unread<Real>(call, row, label, rank == 0 && threadIdx.x == 0);
-    gradient_segment(plan, scale, segment, -1, out);
+    const GradientPlan<Real> plan = finish_unread<Real>(call, token, label, rank == 0 && threadIdx.x == 0);
+    gradient_segment(plan, scale, segment, kNoColumn, out);
     return;
   }
   const Real label_value = V::value(scale, logits[label.column]);
@@ -136,7 +130,7 @@ __global__ void __launch_bounds__(kLanes, kResident<V>) loss_cluster_kernel(Poli
   cluster_wait();
   if (threadIdx.x == 0) {
     const RowResult<Real> result(shared.gathered, partition.segments, scale.scale);
-    *shared.plan = finish_token(call, row, scale, result, label_value, rank == 0);
+    *shared.plan = finish_token(call, token, scale, result, label_value, rank == 0);
   }
   __syncthreads();
   gradient_segment(*shared.plan, scale, segment, label.column - first, out);
@@ -158,22 +152,23 @@ __global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
   auto* plan = reinterpret_cast<GradientPlan<Real>*>(shared.states + partition.segments);
   const int group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
   for (int64_t row = blockIdx.x; row < call.rows.logits.num_rows; row += gridDim.x) {
-    const Label label = row_label(call.rows, row);
-    const RowScale<Real> scale(call.rows, row);
-    const T* logits = row_pointer<const T>(call.rows.logits, row);
+    const int64_t token = call.rows.token(row);
+    const Label label = token_label(call.rows, token);
+    const RowScale<Real> scale(call.rows, token);
+    const T* logits = call.rows.logits.row<const T>(row);
     const auto segments = global_segments<V>(partition, logits);
     if (label.kind == LabelKind::kHere) {
       segment_states<V>(scale, 0, partition.segments, segments, shared);
       if (threadIdx.x == 0) {
         const RowResult<Real> result(shared.states, partition.segments, scale.scale);
-        *plan = finish_token(call, row, scale, result, V::value(scale, logits[label.column]), true);
+        *plan = finish_token(call, token, scale, result, V::value(scale, logits[label.column]), true);
       }
     } else if (threadIdx.x == 0) {
-      *plan = finish_unread<Real>(call, row, label, true);
+      *plan = finish_unread<Real>(call, token, label, true);
     }
     __syncthreads();
     if (call.grad_logits.data != nullptr) {
-      T* out = row_pointer<T>(call.grad_logits, row);
+      auto* out = call.grad_logits.row<typename V::Gradient>(row);
       for (int g = group; g < partition.segments; g += groups) {
         const int64_t first = g * partition.segment_size;
         gradient_segment(*plan, scale, segments(g), label.column - first, out + first);
@@ -191,24 +186,24 @@ __global__ void __launch_bounds__(kLanes, 2)
     loss_gradient_kernel(PolicyLoss call, Workspace<typename V::Real> workspace, Partition partition, int blocks_per_row) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / blocks_per_row;
+  const int64_t row = blockIdx.x / blocks_per_row, token = call.rows.token(row);
   const int g = int(blockIdx.x % blocks_per_row);
-  const Label label = row_label(call.rows, row);
-  const RowScale<Real> scale(call.rows, row);
+  const Label label = token_label(call.rows, token);
+  const RowScale<Real> scale(call.rows, token);
   auto* plan = reinterpret_cast<GradientPlan<Real>*>(dynamic_shared());
   if (threadIdx.x == 0) {
     if (label.kind == LabelKind::kHere) {
       const RowResult<Real> result(workspace.states + row * partition.segments, partition.segments, scale.scale);
-      *plan = finish_token(call, row, scale, result, workspace.label_values[row], g == 0);
+      *plan = finish_token(call, token, scale, result, workspace.label_values[row], g == 0);
     } else {
-      *plan = finish_unread<Real>(call, row, label, g == 0);
+      *plan = finish_unread<Real>(call, token, label, g == 0);
     }
   }
   __syncthreads();
   if (call.grad_logits.data == nullptr) return;
   const int64_t first = g * partition.segment_size;
-  const auto segment = global_segments<V>(partition, row_pointer<const T>(call.rows.logits, row))(g);
-  gradient_segment(*plan, scale, segment, label.column - first, row_pointer<T>(call.grad_logits, row) + first);
+  const auto segment = global_segments<V>(partition, call.rows.logits.row<const T>(row))(g);
+  gradient_segment(*plan, scale, segment, label.column - first, call.grad_logits.row<typename V::Gradient>(row) + first);
 }
 
 // ---- launcher ------------------------------------------------------------------------------------------------------
@@ -225,13 +220,13 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const DeviceInfo device = device_info();
   const bool wants_grad = call.grad_logits.data != nullptr;
-  return dispatch({&logits, &call.grad_logits}, call.rows.scaling.softcap != 0, [&](auto variant) {
+  return dispatch_gradient(logits, call.grad_logits, call.rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
     using Real = typename V::Real;
     const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
     if constexpr (V::aligned) {
       const int64_t bytes = ClusterShared<V>::bytes(partition);
-      if (wants_grad && device.has_clusters && bytes <= device.shared_bytes_per_block) {
+      if (wants_grad && bytes <= device.shared_bytes_per_block && runs_in_clusters(loss_cluster_kernel<V>, device)) {
         return launch(loss_cluster_kernel<V>, {n * partition.segments, kLanes, partition.segments, int(bytes), stream}, call,
                       partition);
       }

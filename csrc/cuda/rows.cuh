@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "common/labels.h"
 #include "common/row_state.h"
 #include "cuda/device.cuh"
 
@@ -19,17 +20,6 @@ constexpr int kLanes = 256;         // of a segment; a thread is one lane
 constexpr int kMaxSegments = 8;     // the largest portable cluster
 constexpr int kSegmentBytes = 40 * 1024;  // the shared memory of an SM of sm_90 holds five such blocks of a cluster
 constexpr int kUnroll = 4;          // vectors in flight a lane
-
-template <class T>
-struct StatsOf {
-  using type = float;
-};
-template <>
-struct StatsOf<double> {
-  using type = double;
-};
-template <class T>
-using stats_t = typename StatsOf<T>::type;
 
 template <class T>
 constexpr int kVector = int(16 / sizeof(T));  // elements in a Raw
@@ -57,36 +47,12 @@ inline Partition partition_of(int64_t vocab_size, int element_bytes) {
 
 // ---- addresses -----------------------------------------------------------------------------------------------------
 
-// All index arithmetic is 64-bit: N * V may exceed 2^31.
-template <class T>
-ERC_DEVICE T* row_pointer(const Rows& rows, int64_t i) {
-  const int64_t outer = i / rows.inner;
-  return static_cast<T*>(rows.data) + outer * rows.outer_stride + (i - outer * rows.inner) * rows.inner_stride;
-}
-
 // Whether every row starts at a multiple of 16 bytes.
 template <class T>
 inline bool is_aligned(const Rows& rows) {
   const bool one_outer = rows.num_rows <= rows.inner, one_inner = rows.inner <= 1;
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && (one_outer || rows.outer_stride % kVector<T> == 0) &&
          (one_inner || rows.inner_stride % kVector<T> == 0);
-}
-
-enum class LabelKind { kIgnored, kAbsent, kHere, kOutOfRange };
-
-struct Label {
-  LabelKind kind;
-  int64_t column;  // -1 unless kHere
-};
-
-ERC_DEVICE Label row_label(const RowInputs& in, int64_t row) {
-  if (in.labels == nullptr) return {LabelKind::kAbsent, -1};
-  const int64_t label = in.labels[row];
-  if (label == in.ignore_index) return {LabelKind::kIgnored, -1};
-  if (label == kAbsentLabel) return {LabelKind::kAbsent, -1};
-  const int64_t column = label - in.label_start;
-  if (column >= 0 && column < in.logits.vocab_size) return {LabelKind::kHere, column};
-  return {LabelKind::kOutOfRange, -1};
 }
 
 // ---- elements ------------------------------------------------------------------------------------------------------
@@ -178,9 +144,9 @@ struct RowScale {
   Real softcap;  // 0: none
   Real inner;    // z * inner enters the softcap's tanh
 
-  ERC_DEVICE RowScale(const RowInputs& in, int64_t row) {
-    const double temperature =
-        in.temperature != nullptr ? double(static_cast<const Real*>(in.temperature)[row]) : in.scaling.temperature;
+  ERC_DEVICE RowScale(const RowInputs& in, int64_t token) {
+    const bool has_own = in.temperature != nullptr && token >= 0;
+    const double temperature = has_own ? double(static_cast<const Real*>(in.temperature)[token]) : in.scaling.temperature;
     const bool capped = in.scaling.softcap != 0;
     const double slope = in.scaling.logit_scale / temperature, s = capped ? 1 / temperature : slope;
     scale = Real(s);
@@ -203,10 +169,12 @@ struct RowScale {
   }
 };
 
-// dtype, softcap and alignment: what changes the machine code. The unaligned form serves every softcap.
-template <class T, bool kSoftcap, bool kAligned>
+// dtypes of the logits and of their gradient, softcap and alignment: what changes the machine code. The unaligned form serves
+// every softcap.
+template <class T, bool kSoftcap, bool kAligned, class G = T>
 struct Variant {
   using Element = T;
+  using Gradient = G;
   using Real = stats_t<T>;
   static constexpr bool softcap = kSoftcap;
   static constexpr bool aligned = kAligned;
@@ -236,7 +204,7 @@ struct Variant {
 template <class V>
 constexpr int kResident = !V::aligned ? 1 : V::softcap ? 2 : std::is_same<typename V::Element, bfloat16>::value ? 4 : 3;
 
-// Calls body(Variant) with what fits the rows, which are all of one dtype. float64 has the one general form.
+// Calls body(Variant) with what fits the rows, which are all of one dtype. float64 has one general form.
 template <class Body>
 inline cudaError_t dispatch(std::initializer_list<const Rows*> tensors, bool softcap, Body&& body) {
   const auto with_type = [&](auto tag) {
@@ -260,7 +228,18 @@ inline cudaError_t dispatch(std::initializer_list<const Rows*> tensors, bool sof
       return with_type(float16{});
     case DType::kFloat64:
       return with_type(double{});
+    default:
+      return cudaErrorInvalidValue;
   }
+}
+
+// The same for rows and their gradient, which of float32 rows may be narrower: that has one general form.
+template <class Body>
+inline cudaError_t dispatch_gradient(const Rows& logits, const Rows& gradient, bool softcap, Body&& body) {
+  if (gradient.data == nullptr || gradient.dtype == logits.dtype) return dispatch({&logits, &gradient}, softcap, body);
+  if (logits.dtype != DType::kFloat32) return cudaErrorInvalidValue;
+  if (gradient.dtype == DType::kBFloat16) return body(Variant<float, true, false, bfloat16>{});
+  if (gradient.dtype == DType::kFloat16) return body(Variant<float, true, false, float16>{});
   return cudaErrorInvalidValue;
 }
 

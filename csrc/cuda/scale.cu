@@ -1,36 +1,58 @@
-// Multiplies gradient rows by the upstream gradient, which stays on the device. In place, a row whose factor is 1 costs one read
-// of that factor.
+// Multiplies gradient rows by the upstream gradient, which stays on the device. In place a row whose factor is 1 is not touched:
+// a grid that the GPU holds at once reads the factors, many at a time, and is done.
 #include "cuda/gradient.cuh"
 
 namespace erc {
 namespace cuda {
 
-// Block row * blocks_per_row + part takes every blocks_per_row-th run of vectors.
+constexpr int kScaleBlocks = 8;  // a multiprocessor has place for as many
+
+// Every thread of a block scales its columns of `row`: runs part, part + parts, ... of kLanes vectors.
 template <class V>
-__global__ void __launch_bounds__(kLanes) scale_kernel(ScaleRows call, int blocks_per_row) {
+ERC_DEVICE void scale_row(const ScaleRows& call, int64_t row, int part, int parts, typename V::Real factor) {
   using T = typename V::Element;
-  using Real = typename V::Real;
-  const int64_t row = blockIdx.x / blocks_per_row;
-  const Real factor = static_cast<const Real*>(call.scale)[row];
-  const T* source = row_pointer<const T>(call.source, row);
-  T* destination = row_pointer<T>(call.destination, row);
+  const T* source = call.source.row<const T>(row);
+  T* destination = call.destination.row<T>(row);
   if (factor == 1 && source == destination) return;
-  const int64_t columns = call.source.vocab_size;
-  const int64_t step = int64_t(blocks_per_row) * kLanes * kVector<T>;
-  for (int64_t i = (int64_t(blockIdx.x % blocks_per_row) * kLanes + threadIdx.x) * kVector<T>; i < columns; i += step) {
+  const int64_t columns = call.source.vocab_size, step = int64_t(parts) * kLanes * kVector<T>;
+  for (int64_t i = (int64_t(part) * kLanes + threadIdx.x) * kVector<T>; i < columns; i += step) {
     const bool whole = i + kVector<T> <= columns;
     const int count = whole ? kVector<T> : int(columns - i);
     const Raw raw = whole ? GlobalSource<T, V::aligned>::load(source + i) : load_elements(source + i, count, V::minus_infinity());
     Raw out;
 #pragma unroll
     for (int k = 0; k < kVector<T> / 2; ++k) {
-      set_pair(T{}, out, k, mul_pair(pair_of(T{}, raw, k), Pair<Real>{factor, factor}));
+      set_pair(T{}, out, k, mul_pair(pair_of(T{}, raw, k), Pair<typename V::Real>{factor, factor}));
     }
     if (whole) {
       store_vector<V>(destination + i, out);
     } else {
       store_elements(destination + i, out, count);
     }
+  }
+}
+
+// Block g * parts + part takes its part of the rows g, g + groups, ...
+template <class V>
+__global__ void __launch_bounds__(kLanes) scale_kernel(ScaleRows call, int parts) {
+  using Real = typename V::Real;
+  const Real* scale = static_cast<const Real*>(call.scale);
+  const int part = int(blockIdx.x % parts);
+  const int64_t first = blockIdx.x / parts, groups = gridDim.x / parts, rows = call.source.num_rows;
+  if (call.one_scale) {
+    const Real factor = scale[0];
+    if (factor == 1 && call.source.data == call.destination.data) return;
+    for (int64_t row = first; row < rows; row += groups) scale_row<V>(call, row, part, parts, factor);
+    return;
+  }
+  auto* factors = reinterpret_cast<Real*>(dynamic_shared());  // of the next kLanes rows of this block
+  for (int64_t begin = first; begin < rows; begin += kLanes * groups) {
+    const int64_t own = begin + threadIdx.x * groups;
+    factors[threadIdx.x] = own < rows ? scale[own] : Real(1);
+    __syncthreads();
+    int64_t row = begin;
+    for (int k = 0; k < kLanes && row < rows; ++k, row += groups) scale_row<V>(call, row, part, parts, factors[k]);
+    __syncthreads();  // the next factors overwrite these
   }
 }
 
@@ -41,8 +63,11 @@ cudaError_t scale_rows(const ScaleRows& call, cudaStream_t stream) {
     using V = decltype(variant);
     constexpr int64_t kBlockColumns = int64_t(kLanes) * kUnroll * kVector<typename V::Element>;
     const int64_t blocks = (call.source.vocab_size + kBlockColumns - 1) / kBlockColumns;
-    const int blocks_per_row = int(blocks < kMaxSegments ? (blocks > 0 ? blocks : 1) : kMaxSegments);
-    return launch(scale_kernel<V>, {n * blocks_per_row, kLanes, 1, 0, stream}, call, blocks_per_row);
+    const int64_t parts = blocks < kMaxSegments ? (blocks > 0 ? blocks : 1) : kMaxSegments;
+    const int64_t resident = int64_t(device_info().multiprocessors) * kScaleBlocks / parts;
+    const int64_t groups = n < resident ? n : (resident > 0 ? resident : 1);
+    const int bytes = kLanes * int(sizeof(typename V::Real));
+    return launch(scale_kernel<V>, {groups * parts, kLanes, 1, bytes, stream}, call, int(parts));
   });
 }
 

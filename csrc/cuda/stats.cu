@@ -1,4 +1,6 @@
 // Log-prob, entropy and logsumexp of every row from one read of the logits, and their gradient from one read and one write.
+// Of a vocabulary shard (call.label_value) the states themselves are the result: a row that is not read leaves the empty one, and
+// a label may lie outside. Merging two of them is RowState::merge of common/row_state.h.
 //
 // Many rows: one block a row. Few rows: a block for every segment of every row, and a second kernel that merges the segments;
 // the numbers are the same, bit for bit, because the segments are.
@@ -10,40 +12,41 @@ namespace cuda {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 template <class Real>
-ERC_DEVICE void write_statistics(const StatsForward& call, int64_t row, const RowState<Real>& state, Real logprob, Real entropy,
+ERC_DEVICE void write_statistics(const StatsForward& call, int64_t token, const RowState<Real>& state, Real logprob, Real entropy,
                                  Real logsumexp, Real label_value) {
-  const int64_t n = call.rows.logits.num_rows;
-  put(call.logprob, row, logprob);
-  put(call.entropy, row, entropy);
-  put(call.logsumexp, row, logsumexp);
-  put(call.saved, row, state.row_max);
-  put(call.saved, n + row, state.sum_rest);
-  put(call.saved, 2 * n + row, state.weighted_sum);
-  put(call.label_value, row, label_value);
+  const int64_t n = call.rows.num_tokens;
+  put(call.logprob, token, logprob);
+  put(call.entropy, token, entropy);
+  put(call.logsumexp, token, logsumexp);
+  put(call.saved, token, state.row_max);
+  put(call.saved, n + token, state.sum_rest);
+  put(call.saved, 2 * n + token, state.weighted_sum);
+  put(call.label_value, token, label_value);
 }
 
-// A row that is not read. A shard's state of it is empty; its statistics are 0.
+// A row that is not read.
 template <class Real>
-ERC_DEVICE void write_ignored(const StatsForward& call, int64_t row) {
+ERC_DEVICE void write_ignored(const StatsForward& call, int64_t token) {
+  if (token < 0) return;
   RowState<Real> state;
   if (call.label_value == nullptr) state.row_max = 0;
-  write_statistics(call, row, state, Real(0), Real(0), Real(0), -Real(INFINITY));
+  write_statistics(call, token, state, Real(0), Real(0), Real(0), -Real(INFINITY));
 }
 
 // label_value counts only where the label is in these columns.
 template <class Real>
-ERC_DEVICE void write_row(const StatsForward& call, int64_t row, const Label& label, const RowScale<Real>& scale,
+ERC_DEVICE void write_row(const StatsForward& call, int64_t token, const Label& label, const RowScale<Real>& scale,
                           RowState<Real> state, Real label_value) {
   const Real nan = Real(NAN);
-  const bool shard = call.label_value != nullptr;  // a label may lie outside of it
+  const bool shard = call.label_value != nullptr;
   const bool nowhere = call.rows.labels != nullptr && label.kind != LabelKind::kHere;
   if (nowhere && !shard) state.row_max = state.sum_rest = state.weighted_sum = nan;
   if (label.kind != LabelKind::kHere) label_value = -Real(INFINITY);
   const Real logprob = state.logprob(label_value, scale.scale);
   if (state.is_valid()) {
-    write_statistics(call, row, state, logprob, state.entropy(), state.logsumexp(scale.scale), label_value);
+    write_statistics(call, token, state, logprob, state.entropy(), state.logsumexp(scale.scale), label_value);
   } else {
-    write_statistics(call, row, state, nan, nan, nan, label_value);
+    write_statistics(call, token, state, nan, nan, nan, label_value);
   }
 }
 
@@ -52,20 +55,20 @@ template <class V>
 __global__ void __launch_bounds__(kLanes, kResident<V>)
     stats_row_kernel(StatsForward call, Partition partition) {
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x;
-  const Label label = row_label(call.rows, row);
+  const int64_t row = blockIdx.x, token = call.rows.token(row);
+  const Label label = token_label(call.rows, token);
   if (label.kind == LabelKind::kIgnored) {
-    if (threadIdx.x == 0) write_ignored<Real>(call, row);
+    if (threadIdx.x == 0) write_ignored<Real>(call, token);
     return;
   }
-  const RowScale<Real> scale(call.rows, row);
-  const auto* logits = row_pointer<const typename V::Element>(call.rows.logits, row);
+  const RowScale<Real> scale(call.rows, token);
+  const auto* logits = call.rows.logits.row<const typename V::Element>(row);
   const StatsShared<Real> shared(dynamic_shared(), partition.segments);
   segment_states<V>(scale, 0, partition.segments, global_segments<V>(partition, logits), shared);
   if (threadIdx.x == 0) {
     const RowResult<Real> result(shared.states, partition.segments, scale.scale);
     const Real label_value = label.kind == LabelKind::kHere ? V::value(scale, logits[label.column]) : Real(0);
-    write_row(call, row, label, scale, result.state, label_value);
+    write_row(call, token, label, scale, result.state, label_value);
   }
 }
 
@@ -76,10 +79,11 @@ __global__ void __launch_bounds__(kLanes, kResident<V>)
   using Real = typename V::Real;
   const int64_t row = blockIdx.x / partition.segments;
   const int g = int(blockIdx.x % partition.segments);
-  const Label label = row_label(rows, row);
+  const int64_t token = rows.token(row);
+  const Label label = token_label(rows, token);
   if (label.kind == LabelKind::kIgnored) return;
-  const RowScale<Real> scale(rows, row);
-  const auto* logits = row_pointer<const typename V::Element>(rows.logits, row);
+  const RowScale<Real> scale(rows, token);
+  const auto* logits = rows.logits.row<const typename V::Element>(row);
   const StatsShared<Real> shared(dynamic_shared(), 1);
   segment_states<V>(scale, g, g + 1, global_segments<V>(partition, logits), shared);
   if (threadIdx.x != 0) return;
@@ -93,15 +97,16 @@ __global__ void __launch_bounds__(kWarp) stats_merge_kernel(StatsForward call, P
   using Real = typename V::Real;
   const int64_t row = int64_t(blockIdx.x) * kWarp + threadIdx.x;
   if (row >= call.rows.logits.num_rows) return;
-  const Label label = row_label(call.rows, row);
+  const int64_t token = call.rows.token(row);
+  const Label label = token_label(call.rows, token);
   if (label.kind == LabelKind::kIgnored) {
-    write_ignored<Real>(call, row);
+    write_ignored<Real>(call, token);
     return;
   }
-  const RowScale<Real> scale(call.rows, row);
+  const RowScale<Real> scale(call.rows, token);
   const Workspace<Real> workspace(call.workspace, call.rows.logits.num_rows, partition);
   const RowResult<Real> result(workspace.states + row * partition.segments, partition.segments, scale.scale);
-  write_row(call, row, label, scale, result.state, workspace.label_values[row]);
+  write_row(call, token, label, scale, result.state, workspace.label_values[row]);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -111,29 +116,28 @@ template <class V>
 __global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward call, Partition partition) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / partition.segments, n = call.rows.logits.num_rows;
+  const int64_t row = blockIdx.x / partition.segments, token = call.rows.token(row), n = call.rows.num_tokens;
   const int g = int(blockIdx.x % partition.segments);
-  const Label label = row_label(call.rows, row);
-  const auto segment = global_segments<V>(partition, row_pointer<const T>(call.rows.logits, row))(g);
-  const RowScale<Real> scale(call.rows, row);
+  const int64_t first = g * partition.segment_size;
+  const Label label = token_label(call.rows, token);
+  const auto segment = global_segments<V>(partition, call.rows.logits.row<const T>(row))(g);
+  const RowScale<Real> scale(call.rows, token);
   auto* plan = reinterpret_cast<GradientPlan<Real>*>(dynamic_shared());
   if (threadIdx.x == 0) {
     *plan = GradientPlan<Real>(Real(0));
     if (label.kind != LabelKind::kIgnored) {
       const Real* saved = static_cast<const Real*>(call.saved);
-      const RowState<Real> state{saved[row], saved[n + row], saved[2 * n + row]};
-      const StatGrads<Real> grads{optional(call.grad_logprob, row, Real(0)), optional(call.grad_entropy, row, Real(0)),
-                                  optional(call.grad_logsumexp, row, Real(0))};
-      const int64_t column = label.column - g * partition.segment_size;
+      const RowState<Real> state{saved[token], saved[n + token], saved[2 * n + token]};
+      const StatGrads<Real> grads{optional(call.grad_logprob, token, Real(0)), optional(call.grad_entropy, token, Real(0)),
+                                  optional(call.grad_logsumexp, token, Real(0))};
+      const int64_t column = label.column - first;
       const bool here = label.kind == LabelKind::kHere && column >= 0 && column < segment.columns;
       const Real label_value = here ? V::value(scale, segment.source.begin[column]) : Real(0);
       *plan = GradientPlan<Real>(state, scale, grads, label_value, true);
     }
   }
   __syncthreads();
-  const int64_t column = label.kind == LabelKind::kHere ? label.column - g * partition.segment_size : -1;
-  T* out = row_pointer<T>(call.grad_logits, row) + g * partition.segment_size;
-  gradient_segment(*plan, scale, segment, column, out);
+  gradient_segment(*plan, scale, segment, label.column - first, call.grad_logits.row<typename V::Gradient>(row) + first);
 }
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ cudaError_t stats_forward(const StatsForward& call, cudaStream_t stream) {
 cudaError_t stats_backward(const StatsBackward& call, cudaStream_t stream) {
   const Rows& logits = call.rows.logits;
   if (logits.num_rows == 0) return cudaSuccess;
-  return dispatch({&logits, &call.grad_logits}, call.rows.scaling.softcap != 0, [&](auto variant) {
+  return dispatch_gradient(logits, call.grad_logits, call.rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
     const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
     const int bytes = sizeof(GradientPlan<typename V::Real>);

@@ -238,7 +238,7 @@ struct StatsShared {
 };
 
 template <class Real>
-constexpr int stats_shared_bytes(int segments, int states) {
+ERC_HOST_DEVICE constexpr int stats_shared_bytes(int segments, int states) {
   return segments * 3 * kLanes * int(sizeof(Real)) + states * int(sizeof(SegmentState<Real>));
 }
 

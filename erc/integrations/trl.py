@@ -8,6 +8,7 @@ Supported: TRL 1.16 and later 1.x.
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from erc.inputs import TokenArguments, token_batch
+from erc.call import TokenArguments
+from erc.constants import TokenFlag
 from erc.integrations.transformers import HeadInputs, head_inputs
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
-from erc.ops import TokenFlag
-from erc.results import PolicyLoss, TokenStats
+from erc.reference import OPERATORS
+from erc.results import PolicyLoss, TokenStats, tokens_of
+from erc.rlvr.in_context import InContextRollouts
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective
-from erc.surrogate.token_loss import token_losses
 
 require("trl", (1, 16), (2, 0))
 
@@ -39,33 +41,41 @@ LOSS_TYPES = {
 """TRL's name of the loss whose normaliser a reduction takes."""
 
 _BELONGS_TO_THE_OBJECTIVE = {
-    "epsilon": (0.2,),
-    "epsilon_high": (None, 0.2),
-    "delta": (None,),
-    "importance_sampling_level": ("token",),
-    "top_entropy_quantile": (1.0,),
-    "off_policy_mask_threshold": (None,),
-    "use_adaptive_entropy": (False,),
-    "sapo_temperature_neg": (1.05,),
-    "sapo_temperature_pos": (1.0,),
-    "vespo_k_pos": (2.0,),
-    "vespo_lambda_pos": (3.0,),
-    "vespo_k_neg": (3.0,),
-    "vespo_lambda_neg": (2.0,),
+    "epsilon": ((0.2,), ("ratio", "eps_low")),
+    "epsilon_high": ((None, 0.2), ("ratio", "eps_high")),
+    "delta": ((None,), ("ratio", "delta")),
+    "importance_sampling_level": (("token",), "an objective of sequences, as gspo"),
+    "top_entropy_quantile": ((1.0,), "high_entropy=erc.HighEntropyMask({value})"),
+    "off_policy_mask_threshold": ((None,), "off_policy_mask=erc.OffPolicySequenceMask({value})"),
+    "use_adaptive_entropy": ((False,), "entropy_coef in the config, steered by erc.AdaptiveEntropyCoef"),
+    "sapo_temperature_neg": ((1.05,), ("ratio", "tau_neg")),
+    "sapo_temperature_pos": ((1.0,), ("ratio", "tau_pos")),
+    "vespo_k_pos": ((2.0,), ("ratio", "k_pos")),
+    "vespo_lambda_pos": ((3.0,), ("ratio", "lambda_pos")),
+    "vespo_k_neg": ((3.0,), ("ratio", "k_neg")),
+    "vespo_lambda_neg": ((2.0,), ("ratio", "lambda_neg")),
 }
-"""Fields of TRL's config with the values that leave the matter to the objective: TRL's defaults."""
+"""Fields of TRL's config: the values that leave the matter to the objective, TRL's defaults, and where it is set."""
 
 _LOGGED = {
     "entropy": "entropy",
-    "kl": "kl",
     "clip_fraction_low": "clip_ratio/low_mean",
     "clip_fraction_high": "clip_ratio/high_mean",
     "clip_fraction": "clip_ratio/region_mean",
+}
+_LOGGED_WITH_KL = {"kl": "kl"}
+_LOGGED_WITH_GATE = {
     "erc_fraction": "erc/fraction",
     "erc_fraction_low": "erc/fraction_low",
     "erc_fraction_high": "erc/fraction_high",
     "entropy_ratio": "erc/entropy_ratio",
 }
+
+_GATE_IS_OFF = (
+    "the entropy-ratio gate of the objective can do nothing: every update on a generation falls into one optimizer "
+    "step, so the policy is still the rollout policy and the entropy ratio is 1. Set num_iterations=2, or "
+    "steps_per_generation above gradient_accumulation_steps"
+)
 
 
 @dataclass
@@ -77,24 +87,57 @@ class ERCConfig(GRPOConfig):
         objective: a name of `erc.objectives()`; `ERCTrainer(objective=...)` takes any other `erc.Objective`.
         padding_free: pack the rows of a forward pass, prompts and completions without their padding, into one that
             position ids part. TRL pads. The model's attention must take packed rows, as transformers' own does.
+        keep_groups: the share of each generation's groups that is trained on, those with unequal rewards first; what is
+            kept beyond them is masked. Every process filters its own rows, which must be whole groups. DAPO's dynamic
+            sampling in one round: 0.5 makes 128 prompts of 256. TRL trains on all.
+        nll_reward: the NLL term of an objective that has one covers the rollouts whose reward is at least this.
 
     Raises:
-        ValueError: for a name that erc does not know, or a field whose meaning the objective has taken over.
+        ValueError: for a name that erc does not know, an objective that `ERCTrainer` does not take, or a field whose
+            meaning the objective has taken over, with where to set it.
+        TypeError: for an `erc.Objective`: a config is written to JSON, so `ERCTrainer` takes it.
     """
 
     objective: str = "erc-dapo"
     padding_free: bool = False
+    keep_groups: float = 1.0
+    nll_reward: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, neutral in _BELONGS_TO_THE_OBJECTIVE.items():
+        if not isinstance(self.objective, str):
+            raise TypeError(
+                f"objective must be a name of erc.objectives() in a config; pass an Objective to "
+                f"ERCTrainer(objective=...), got {self.objective!r}"
+            )
+        named = objective(self.objective)
+        _check_objective(named)
+        for name, (neutral, place) in _BELONGS_TO_THE_OBJECTIVE.items():
             value = getattr(self, name, neutral[0])
             if value not in neutral:
-                raise ValueError(f"{name} belongs to the objective: leave it at {neutral[0]!r}, got {value!r}")
-        loss_type = _loss_type(objective(self.objective))
+                raise ValueError(
+                    f"{name} belongs to the objective: leave it at {neutral[0]!r} and set it by "
+                    f"{_place(named, self.objective, place, value)}, got {value!r}"
+                )
+        if not 0 < self.keep_groups <= 1:
+            raise ValueError(f"keep_groups must be in (0, 1], got {self.keep_groups!r}")
+        loss_type = _loss_type(named)
         if self.loss_type not in ("dapo", loss_type):
             raise ValueError(f"loss_type follows the objective: leave it out, got {self.loss_type!r}")
         self.loss_type = loss_type
+
+
+def _place(named: Objective, name: str, place: str | tuple[str, str], value: Any) -> str:
+    """Where `value` is set in an objective."""
+    if isinstance(place, tuple):
+        part, field = place
+        rule = getattr(named, part)
+        if not hasattr(rule, field):
+            return f"another objective than {name!r}, whose {type(rule).__name__} has no {field}"
+        place = f"{part}=erc.{replace(rule, **{field: value})!r}"
+    if "=erc." not in place:
+        return place
+    return f"ERCTrainer(objective=erc.objective({name!r}, {place.format(value=value)}))"
 
 
 def _loss_type(objective: Objective) -> str:
@@ -103,16 +146,28 @@ def _loss_type(objective: Objective) -> str:
     return LOSS_TYPES[objective.reduction]
 
 
+def _check_objective(objective: Objective) -> None:
+    for name in ("kl", "rollout_correction", "entropy_coef"):
+        if getattr(objective, name):
+            raise ValueError(f"objective must leave {name} to the trainer's config, got {objective}")
+    if objective.ratio.needs_divergence:
+        raise ValueError(f"objective must not need old_divergence, got {objective}")
+    _loss_type(objective)
+
+
 class ERCTrainer(GRPOTrainer):
     """`GRPOTrainer` whose update is one `erc.linear_policy_loss`: no logits, and the entropies of the rollout policy
     recorded in the pass that records its log-probs, by the same kernels.
 
     TRL's own normalisers, gradient accumulation, `num_iterations`, tool masks, reference KL and vLLM correction hold.
-    Where every update of a generation belongs to one optimizer step TRL records nothing, because the policy is the
-    rollout policy: the entropy ratio is then 1 and the gate is left out.
+    Where every update of a generation belongs to one optimizer step, as with TRL's defaults, the policy is the rollout
+    policy: the entropy ratio is then 1, and the gate is left out with a warning. It is left out in evaluation too.
 
     Args:
         objective: an `erc.Objective` in place of the one that `args.objective` names.
+        in_context: `erc.rlvr.InContextRollouts`: which rollouts of a group see which demonstrations, in training.
+            Old, reference and new log-probs are conditioned on the prompt that the rollout saw. Prompts must be
+            messages, and reward functions get them as the rollout saw them.
         The others: as `GRPOTrainer`.
 
     Raises:
@@ -120,32 +175,104 @@ class ERCTrainer(GRPOTrainer):
             `entropy_coef`, `rollout_correction`), or that needs more of a batch than TRL keeps.
     """
 
-    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        in_context: InContextRollouts | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = _named(self.args) if objective is None else objective
-        for name in ("kl", "rollout_correction", "entropy_coef"):
-            if getattr(self.objective, name):
-                raise ValueError(f"objective must leave {name} to the trainer's config, got {self.objective}")
-        if self.objective.ratio.needs_divergence or self.objective.nll_coef:
-            raise ValueError(f"objective must not need old_divergence or nll_mask, got {self.objective}")
+        _check_objective(self.objective)
+        self.in_context = in_context
         if self.aux_loss_enabled:
             raise ValueError("model must not have a router loss: set router_aux_loss_coef to 0")
+        if self.objective.entropy_ratio is not None and not self._leaves_the_rollout_policy():
+            warnings.warn(_GATE_IS_OFF, stacklevel=2)
         self.loss_type = self.args.loss_type = _loss_type(self.objective)
         self._old_entropies: Tensor | None = None
+        self._rewards: Tensor | None = None
         self._records_old = False
         for model in (self.model, self.ref_model):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)
                 _add_head_call(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
+    def _leaves_the_rollout_policy(self) -> bool:
+        """Whether an update starts from another policy than the one that made its rollouts."""
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        self._records_old = self.args.gradient_accumulation_steps % generate_every != 0 or corrected
+        gated = self.objective.entropy_ratio is not None and self._leaves_the_rollout_policy()
+        self._records_old = gated and self.model.training
+        if self.in_context is not None and self.model.training:
+            inputs = self._demonstrated(inputs)
         output = super()._generate_and_score_completions(inputs)
         if self._old_entropies is not None:
             output["old_entropies"], self._old_entropies = self._old_entropies, None
+        if self.model.training:
+            if self.objective.nll_coef:
+                output["nll_mask"] = self._loss_mask(output) * self._rewarded(len(inputs))[:, None]
+            if getattr(self.args, "keep_groups", 1.0) < 1:
+                output = self._informative(output)
+            if self.objective.nll_coef:
+                output["num_nll_in_batch"] = self.accelerator.gather(output["nll_mask"].sum()).sum()
         return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's method; the rewards of all ranks are kept for the NLL term."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        return rewards
+
+    def _rewarded(self, count: int) -> Tensor:
+        first = self.accelerator.process_index * count
+        return self._rewards[first : first + count] >= self.args.nll_reward
+
+    @staticmethod
+    def _loss_mask(batch: dict[str, Any]) -> Tensor:
+        mask = batch["completion_mask"]
+        return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+    def _informative(self, output: dict[str, Any]) -> dict[str, Any]:
+        """`keep_groups` of the groups, those first in which an advantage is not 0."""
+        size, rows = self.num_generations, len(output["advantages"])
+        kept = round(self.args.keep_groups * rows / size)
+        if rows % size or kept == 0 or kept * size % self.args.steps_per_generation:
+            raise ValueError(
+                f"keep_groups={self.args.keep_groups} must leave whole groups of {size} in each process, in "
+                f"steps_per_generation={self.args.steps_per_generation} equal parts, got {rows} rows"
+            )
+        informative = (output["advantages"].view(-1, size) != 0).any(-1)
+        groups = (~informative).int().argsort(stable=True)[:kept]
+        index = (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+        output = {
+            name: value[index] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+            for name, value in output.items()
+        }
+        trained = informative[groups].repeat_interleave(size)[:, None]
+        for name in ("completion_mask", "nll_mask"):
+            if name in output:
+                output[name] = output[name] * trained
+        output["num_items_in_batch"] = self.accelerator.gather(self._loss_mask(output).sum()).sum()
+        share = self.accelerator.gather(informative.float().mean()).mean().item()
+        self._metrics["train"]["informative_groups"].append(share)
+        return output
+
+    def _demonstrated(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with the prompt of each rollout: TRL repeats a prompt `num_generations` times, over all ranks."""
+        accumulation = self.args.gradient_accumulation_steps  # generations within one step are told apart by _step
+        batch = self.state.global_step * accumulation + self._step % accumulation
+        first = self.accelerator.process_index * len(inputs)
+        demonstrated = []
+        for row, given in enumerate(inputs):
+            if isinstance(given["prompt"], str):
+                raise ValueError("in_context needs prompts that are messages, got a string in train_dataset['prompt']")
+            rollout = (first + row) % self.num_generations
+            prompt = self.in_context.prompt(given["prompt"], rollout, self.num_generations, batch)
+            demonstrated.append({**given, "prompt": prompt})
+        return demonstrated
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -191,9 +318,7 @@ class ERCTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         _refuse_images({name: inputs.get(name) for name in ("pixel_values", "token_type_ids", "mm_token_type_ids")})
-        completion, mask = inputs["completion_ids"], inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        completion, mask = inputs["completion_ids"], self._loss_mask(inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         objective = self._objective_of(inputs)
@@ -205,9 +330,12 @@ class ERCTrainer(GRPOTrainer):
             "mask": mask,
             "ref_logprob": inputs.get("ref_per_token_logps"),
             "rollout_logprob": None if weight is None else rollout_logprob(old_logprob, weight),
+            "nll_mask": inputs.get("nll_mask"),
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
-            "entropy_normalizer": mask.sum().clamp(min=1.0) * accumulation,
+            "entropy_normalizer": mask.sum().float() * accumulation if self.entropy_coef else None,
         }
+        if "nll_mask" in inputs:
+            arguments["nll_normalizer"] = self._per_rank(inputs["num_nll_in_batch"], accumulation)
         out = self._call_head(
             model,
             torch.cat([inputs["prompt_ids"], completion], 1),
@@ -215,7 +343,7 @@ class ERCTrainer(GRPOTrainer):
             completion.shape[1],
             lambda head: head.policy_loss(completion, objective=objective, temperature=self.temperature, **arguments),
         )
-        self._record(out, mode)
+        self._record(out, mode, objective)
         self._record_extremes(out, mode, objective, TokenArguments(**arguments))
         self._record_bonus(out, mode, accumulation)
         return out.loss
@@ -229,6 +357,7 @@ class ERCTrainer(GRPOTrainer):
             self.objective,
             entropy_ratio=self.objective.entropy_ratio if gated else None,
             kl=kl,
+            nll_coef=self.objective.nll_coef if "nll_mask" in inputs else 0.0,
             entropy_coef=self.entropy_coef,
             max_length=self.max_completion_length,
             rollout_correction=GIVEN_WEIGHTS if corrected else None,
@@ -238,27 +367,31 @@ class ERCTrainer(GRPOTrainer):
         """What TRL divides the sum over tokens, or over sequences, by."""
         if self.objective.reduction != "token-mean":
             return sequences * accumulation
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return tokens * accumulation / self.args.steps_per_generation if mode == "train" else tokens
+        tokens = inputs["num_items_in_batch"]
+        return self._per_rank(tokens, accumulation if mode == "train" else self.args.steps_per_generation)
 
-    def _record(self, out: PolicyLoss, mode: str) -> None:
+    def _per_rank(self, tokens: Tensor, accumulation: float) -> Tensor:
+        """What TRL makes of a count over a whole generation and all ranks."""
+        tokens = tokens.clamp(min=1.0) / self.accelerator.num_processes
+        return tokens * accumulation / self.args.steps_per_generation
+
+    def _record(self, out: PolicyLoss, mode: str, objective: Objective) -> None:
         """Means in TRL's log, weighted by tokens over all ranks."""
         tokens = out.metrics["tokens"]
-        logged = {ours: theirs for ours, theirs in _LOGGED.items() if ours != "kl" or self.beta}
+        logged = (
+            _LOGGED | (_LOGGED_WITH_KL if objective.kl else {}) | (_LOGGED_WITH_GATE if objective.entropy_ratio else {})
+        )
         sums = torch.stack([out.metrics[name].float() * tokens for name in logged] + [tokens.float()])
         *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         for name, total in zip(logged.values(), sums, strict=True):
-            if total == total:  # NaN where the batch has no old entropies
-                self._metrics[mode][name].append(total / max(count, 1.0))
+            self._metrics[mode][name].append(total / max(count, 1.0))
 
     def _record_extremes(self, out: PolicyLoss, mode: str, objective: Objective, arguments: TokenArguments) -> None:
         """The least and the largest share of clipped tokens in a sequence of any rank, which TRL logs."""
         bare = Objective(objective.ratio, reduction="none")
-        given = replace(arguments, normalizer=None, entropy_normalizer=None, ref_logprob=None, rollout_logprob=None)
-        shape = tuple(out.logprob.shape)
-        batch = token_batch(bare, given, shape, out.logprob.device, out.logprob.dtype)
-        flags = token_losses(bare, batch, out.logprob.flatten(), out.entropy.flatten()).flags.view(shape)
-        lengths = batch.mask.view(shape).sum(-1)
+        given = replace(arguments, normalizer=None, ref_logprob=None, rollout_logprob=None)
+        batch, losses = tokens_of(OPERATORS, out.logprob, out.entropy, bare, given).judged()
+        flags, lengths = losses.flags.view(out.logprob.shape), batch.mask.view(out.logprob.shape).sum(-1)
         for name, flag, extreme in (("low_min", TokenFlag.CLIP_LOW, min), ("high_max", TokenFlag.CLIP_HIGH, max)):
             shares = self.accelerator.gather(((flags & int(flag)) != 0).sum(-1) / lengths).tolist()
             shares = [share for share in shares if share == share]  # NaN where all of a sequence is masked

@@ -1,31 +1,41 @@
-"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one call in each process that trains:
+"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one of verl's own settings:
 
-    erc.integrations.verl.install()
+    actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin
 
-or, as verl's own setting, `actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin`. Then
-`actor.policy_loss.loss_mode=erc_dapo actor.calculate_entropy=True` trains with the entropy-ratio gate.
+which every process of verl's trainers reads. A loop of one's own calls `erc.integrations.verl.install()` in each
+process that trains. Then `actor.policy_loss.loss_mode=erc_dapo actor.calculate_entropy=True` trains with the
+entropy-ratio gate.
 
-verl hands a registered loss neither entropies nor old ones, so `install` also puts a loss function around verl's
-`ppo_loss` that takes both from the batch. Supported: verl 0.9.
+verl hands a registered loss neither entropies nor old ones, nor scores, so `install` also puts a loss function around
+verl's `ppo_loss` that takes them from the batch (`erc.integrations.verl_batch`). Supported: verl 0.9.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from erc.integrations.verl_batch import (
+    NOT_INSTALLED,
+    OLD_ENTROPIES,
+    carried_entropies,
+    carried_nll,
+    counting_nll,
+    entropies,
+    nll_rows,
+    with_batch,
+)
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
 from erc.linear.stats import linear_token_stats
-from erc.reference import objective_loss
+from erc.loss import objective_loss
 from erc.stats import token_stats
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective, objectives
@@ -35,33 +45,26 @@ require("verl", (0, 9), (0, 10))
 import verl.utils.experimental.torch_functional as verl_linear  # noqa: E402
 import verl.utils.torch_functional as verl_functional  # noqa: E402
 from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402
+from verl.workers.config import ActorConfig  # noqa: E402
 
-OLD_ENTROPIES = "old_entropys"
-"""The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
+__all__ = ["entropies", "install", "nll_rows", "policy_loss_function", "register", "use_fused_statistics"]
 
-_KEYS = (OLD_ENTROPIES, "entropy")
-"""Where they are found: verl's trainer of today keeps what its old-log-prob pass found under the second name."""
-
-_entropies: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("erc_entropies", default=None)
-
-
-@contextmanager
-def entropies(entropy: Tensor, old_entropy: Tensor) -> Iterator[None]:
-    """Inside, a registered loss compares these, `[B, T]` each, in nats."""
-    token = _entropies.set((entropy, old_entropy))
-    try:
-        yield
-    finally:
-        _entropies.reset(token)
+_CLIPS = {
+    "clip_ratio": "eps_low",
+    "clip_ratio_low": "eps_low",
+    "clip_ratio_high": "eps_high",
+    "clip_ratio_c": "dual_clip",
+}
+"""verl's settings that an objective takes over, with their names there."""
 
 
 def register() -> list[str]:
-    """Register every `erc-` preset with verl, `erc-dapo` as `erc_dapo`; returns the names.
+    """Register every `erc-` preset and the papers' recipes with verl, `erc-dapo` as `erc_dapo`; returns the names.
 
     The preset gives the rule and the gate (verl's `clip_ratio*` are not read), `loss_agg_mode` the reduction, and
     `config.global_batch_info` the normaliser, as in verl's `agg_loss`. Rollout weights multiply the policy term.
     """
-    names = [name for name in objectives() if name.startswith("erc-")]
+    names = [name for name in objectives() if name.startswith("erc-") or name.endswith("-paper")]
     for name in names:
         register_policy_loss(name.replace("-", "_"))(policy_loss_function(objective(name)))
     return [name.replace("-", "_") for name in names]
@@ -71,8 +74,10 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
     """`objective` as a function with the signature of verl's policy losses, for `register_policy_loss`.
 
     The function takes `[B, T]` tensors and returns a scalar loss, differentiable in `log_prob`, and verl's metrics. It
-    raises RuntimeError if the objective has a gate and no `entropies` are set.
+    raises RuntimeError if the objective has a gate and no `entropies` are set, and warns once of clip widths in verl's
+    config that are neither verl's defaults nor the objective's: they are not read.
     """
+    warned: set[str] = set()
 
     def policy_loss(
         old_log_prob: Tensor,
@@ -83,14 +88,14 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        carried = _entropies.get()
-        if carried is None and objective.entropy_ratio is not None:
-            raise RuntimeError(
-                f"the entropy-ratio gate needs entropies and old entropies: call erc.integrations.verl.install() and "
-                f"set actor.calculate_entropy=True; a batch carries data[{OLD_ENTROPIES!r}], a loop of your "
-                f"own sets erc.integrations.verl.entropies"
-            )
-        entropy, old_entropy = carried or (torch.zeros_like(log_prob), None)
+        carried = carried_entropies()
+        if isinstance(carried, str) and objective.entropy_ratio is not None:
+            raise RuntimeError(f"the entropy-ratio gate needs entropies and old entropies: {carried}")
+        ignored = _ignored_clips(config, objective)
+        if ignored and ignored not in warned:
+            warned.add(ignored)
+            warnings.warn(ignored, stacklevel=2)
+        entropy, old_entropy = (torch.zeros_like(log_prob), None) if isinstance(carried, str) else carried
         weights = rollout_is_weights
         batch_info = dict(getattr(config, "global_batch_info", None) or {})
         out = objective_loss(
@@ -110,6 +115,7 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
             if rollout_is_weights is None
             else rollout_logprob(old_log_prob.detach(), rollout_is_weights),
             normalizer=_normalizer(loss_agg_mode, **batch_info),
+            **_nll(objective, response_mask, **batch_info),
         )
         metrics = {"actor/pg_clipfrac": "clip_fraction_high", "actor/pg_clipfrac_lower": "clip_fraction_low"}
         metrics |= {"actor/ppo_kl": "approx_kl", "actor/erc_fraction": "erc_fraction"}
@@ -117,6 +123,36 @@ def policy_loss_function(objective: Objective) -> Callable[..., tuple[Tensor, di
         return out.loss, {name: out.metrics[ours].item() for name, ours in metrics.items()}
 
     return policy_loss
+
+
+def _nll(objective: Objective, response_mask: Tensor, dp_size: int = 1, **_: Any) -> dict[str, Any]:
+    """The rows of the NLL term and its own denominator, as the loss's is one rank's part of a global count."""
+    if not objective.nll_coef:
+        return {}
+    carried = carried_nll()
+    if carried is None:
+        raise RuntimeError("the NLL term needs the rows with reward 1, which the batch's scores tell: " + NOT_INSTALLED)
+    rows, tokens = carried
+    mask = rows[:, None].expand(response_mask.shape).float()
+    return {"nll_mask": mask, "nll_normalizer": torch.as_tensor(tokens, device=rows.device).clamp(min=1) / dp_size}
+
+
+def _ignored_clips(config: Any, objective: Objective) -> str:
+    """What to say of clip widths in verl's config that somebody set, and that the objective does not have."""
+    defaults = {field.name: field.default for field in fields(ActorConfig)}
+    given = {name: getattr(config, name, defaults[name]) for name in _CLIPS}
+    ignored = [
+        f"{name}={value}"
+        for name, value in given.items()
+        if value not in (defaults[name], getattr(objective.ratio, _CLIPS[name], None))
+    ]
+    if not ignored:
+        return ""
+    return (
+        f"verl's {', '.join(ignored)} are not read: the objective has {objective.ratio}. For other widths register one "
+        f"of your own, in a module that external_lib names: register_policy_loss('mine')(erc.integrations.verl."
+        f"policy_loss_function(erc.objective('erc-dapo', ratio=erc.PPOClip(0.2, 0.28, dual_clip=10.0))))"
+    )
 
 
 def _normalizer(
@@ -135,27 +171,6 @@ def _normalizer(
     return None if count is None else count / dp_size
 
 
-def with_old_entropies(ppo_loss: Callable[..., tuple[Tensor, dict]]) -> Callable[..., tuple[Tensor, dict]]:
-    """verl's `ppo_loss`, or one of its signature, for batches that carry old entropies under `OLD_ENTROPIES` or, as
-    verl's trainer of today does, under `entropy`. Others pass through: a gated loss raises there."""
-
-    @wraps(ppo_loss)
-    def loss(config: Any, model_output: dict, data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
-        from verl.workers.utils.padding import no_padding_2_padding
-
-        entropy = model_output.get("entropy")
-        key = next((key for key in _KEYS if key in data.keys()), None)  # noqa: SIM118
-        if entropy is None or key is None:
-            return ppo_loss(config, model_output, data, dp_group)
-        if not config.entropy_coeff:  # else a zero gradient would go through the vocabulary once more
-            model_output = {**model_output, "entropy": entropy.detach()}
-        old_entropy = data.select(key).to_padded_tensor()[key]
-        with entropies(no_padding_2_padding(entropy, data), old_entropy):
-            return ppo_loss(config, model_output, data, dp_group)
-
-    return loss
-
-
 def _keeping_entropies(compute_old_log_prob: Callable[..., tuple]) -> Callable[..., tuple]:
     """`RayPPOTrainer._compute_old_log_prob`, which the trainer rids of its entropies once they are logged."""
 
@@ -171,17 +186,20 @@ def _keeping_entropies(compute_old_log_prob: Callable[..., tuple]) -> Callable[.
 @cache
 def install() -> None:
     """All of it: `register()`, `use_fused_statistics()`, and old entropies carried by the batch and handed to the loss.
-    Every process that trains calls it, before workers are built; a second call does nothing.
+    Every process calls it, before workers are built, as verl does where `external_lib` names
+    `erc.integrations.verl_plugin`; a second call does nothing.
 
     Raises:
         ImportError: if what verl needs for training is not installed.
     """
     import verl.workers.utils.losses as losses
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.workers.engine.base import BaseEngine
 
     register()
     use_fused_statistics()
-    _replace(losses.ppo_loss, with_old_entropies(losses.ppo_loss))
+    _replace(losses.ppo_loss, with_batch(losses.ppo_loss))
+    BaseEngine.train_batch = counting_nll(BaseEngine.train_batch)
     RayPPOTrainer._compute_old_log_prob = _keeping_entropies(RayPPOTrainer._compute_old_log_prob)
 
 

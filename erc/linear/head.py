@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erc.inputs import LOGITS_DTYPES, check_plain, values_are_readable
+from erc.inputs import LOGITS_DTYPES, check_plain
 from erc.ops import stats_dtype
 from erc.parallel import Facts, VocabShard
+from erc.surrogate.validation import values_are_readable
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of logits that exist at a time."""
@@ -82,11 +83,18 @@ class HeadGradients:
         for grad, target in zip((self.hidden, self.weight, self.bias), like, strict=True):
             if grad is not None:
                 rows = grad.view(1, -1, grad.shape[-1])
-                scale = factor.to(stats_dtype(grad.dtype)).expand(rows.shape[1]).contiguous()
-                backend_operators.scale_rows_(rows, scale)
-                grad = grad.to(target.dtype)
+                backend_operators.scale_rows_(rows, factor.to(stats_dtype(grad.dtype)))
+                grad = grad.to(target.dtype).view(target.shape)
             results.append(grad)
         return results
+
+
+class Chunk(NamedTuple):
+    """Some rows of a call: as an index into tokens, and as the two arguments by which operators know them."""
+
+    index: Tensor | slice
+    row_index: Tensor | None
+    first_token: int
 
 
 class ActiveRows(NamedTuple):
@@ -99,18 +107,21 @@ class ActiveRows(NamedTuple):
     index: Tensor | None = None
     ignored: Tensor | None = None
 
-    def chunks(self, size: int) -> Iterator[Tensor | slice]:
+    def chunks(self, size: int) -> Iterator[Chunk]:
         """At most `size` rows each, and alike: products of a small remainder run slowly."""
         total = self.count if self.index is None else len(self.index)
         size = -(-total // max(1, -(-total // size)))
         for start in range(0, total, max(1, size)):
             stop = min(start + size, total)
-            yield slice(start, stop) if self.index is None else self.index[start:stop]
+            if self.index is None:
+                yield Chunk(slice(start, stop), None, start)
+            else:
+                yield Chunk(self.index[start:stop], self.index[start:stop], 0)
 
-    def of(self, hidden: Tensor, chunk: Tensor | slice) -> Tensor:
+    def of(self, hidden: Tensor, chunk: Chunk) -> Tensor:
         """The chunk's rows of `hidden`; what an ignored one holds, NaN too, reaches no product."""
-        rows = hidden[chunk]
-        return rows if self.ignored is None else rows.masked_fill(self.ignored[chunk, None], 0)
+        rows = hidden[chunk.index]
+        return rows if self.ignored is None else rows.masked_fill(self.ignored[chunk.index, None], 0)
 
 
 def active_rows(labels: Tensor | None, count: int, ignore_index: int, num_active: int | None) -> ActiveRows:

@@ -12,19 +12,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erc.backend import operators, select
-from erc.derivatives import refuse_double_backward, refuse_forward_mode
-from erc.inputs import TokenArguments, labelled_batch, resolve_objective, row_scaling
+from erc.call import LossCall, TokenArguments, choose_route, loss_call
+from erc.inputs import resolve_objective
 from erc.linear.head import ActiveRows, HeadGradients, active_rows, cast_head, check_head, chunk_rows, needs_grad
 from erc.linear.stats import linear_row_stats
-from erc.loss import FusedArguments, choose_path, fused_arguments
-from erc.ops import stats_dtype
+from erc.ops import refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
-from erc.results import PolicyLoss, collect, policy_loss_result
+from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, two_phase_result
+from erc.rows import row_scaling
 from erc.surrogate.objective import Objective
-from erc.surrogate.token_loss import TokenLosses
 
 
 def linear_policy_loss(
@@ -44,11 +44,12 @@ def linear_policy_loss(
     old_divergence: Tensor | None = None,
     ref_kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     nll_normalizer: float | Tensor | None = None,
     generator: torch.Generator | None = None,
-    grad_scale: float | None = None,
+    grad_scale: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -96,55 +97,43 @@ def linear_policy_loss(
         objective = resolve_objective(objective)
         name, _ = select(like, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward=False)
-        leading, dtype = tuple(like.shape[:-1]), like.dtype
+            check_shardable(name, False, facts)
         arguments = TokenArguments(
-            old_logprob,
-            advantages,
-            mask,
-            old_entropy,
-            ref_logprob,
-            rollout_logprob,
-            nll_mask,
-            old_divergence,
-            ref_kl,
-            cu_seqlens,
-            normalizer,
-            entropy_normalizer,
-            nll_normalizer,
-            generator,
-        )
-        scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
-        labels, batch = labelled_batch(objective, arguments, like, labels, ignore_index)
-        active = active_rows(labels, len(labels), ignore_index, num_active)
-        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
-        facts.add(objective=objective, memory_budget=memory_budget, num_active=num_active)
-    needs = needs_grad(hidden, weight, bias)
-    path = choose_path(name, objective, dtype, any(needs), grad_scale)
-    fused = path.name == "fused" and vocab_shard is None and not (objective.reduction == "none" and any(needs))
+            old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy,
+            ref_logprob=ref_logprob, rollout_logprob=rollout_logprob, nll_mask=nll_mask,
+            old_divergence=old_divergence, ref_kl=ref_kl, cu_seqlens=cu_seqlens, normalizer=normalizer,
+            entropy_normalizer=entropy_normalizer, nll_normalizer=nll_normalizer, grad_scale=grad_scale,
+            generator=generator, sequence_group=sequence_group,
+        )  # fmt: skip
+        scaling = row_scaling(temperature, softcap, logit_scale, like.shape[:-1], like)
+        needs = needs_grad(hidden, weight, bias)
+        route = choose_route(
+            name, objective, like.dtype,
+            needs_grad=any(needs), grad_scale=grad_scale, sharded=vocab_shard is not None, linear=True,
+        )  # fmt: skip
+        fused = route.name == "fused"
+        call = loss_call(objective, arguments, labels, ignore_index, like, scaling, like.shape[-1], fused=fused)
+        table = call.token_table(operators(name))
+        active = active_rows(table[1], call.count, ignore_index, num_active)
+        call.add_facts(facts)
+        facts.add(memory_budget=memory_budget, num_active=num_active)
     if not fused:
         logprob, entropy, _ = linear_row_stats(
-            hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
+            hidden, weight, bias, table[1], scaling, ignore_index, name, vocab_shard, memory_budget, active
         )
-        return policy_loss_result(objective, batch, logprob, entropy, leading)
+        return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy))
     refuse_forward_mode(hidden, weight, bias)
-    call = _FusedCall(
-        operators(name),
-        fused_arguments(objective, batch, labels, scaling, ignore_index, grad_scale),
-        active,
-        chunk_rows(len(weight), dtype, memory_budget),
-        dtype,
-        needs,
+    rows = _Rows(
+        operators(name), call, table, active, chunk_rows(len(weight), like.dtype, memory_budget), like.dtype, needs
     )
-    loss, token_loss, logprob, entropy, flags = _FusedLinearLoss.apply(hidden, weight, bias, call)
-    if grad_scale is not None:
-        loss = loss / grad_scale
-    return collect(objective, batch, TokenLosses(loss, token_loss, flags), logprob, entropy, leading)
+    loss, per_token, metrics, count = _FusedLinearLoss.apply(hidden, weight, bias, rows)
+    return add_exact_kl(call, loss_result(call, loss, per_token, metrics, count), operators(name))
 
 
-class _FusedCall(NamedTuple):
+class _Rows(NamedTuple):
     operators: Any
-    arguments: FusedArguments
+    call: LossCall
+    table: tuple[Tensor, Tensor, Tensor]
     active: ActiveRows
     chunk_rows: int
     dtype: torch.dtype
@@ -152,42 +141,46 @@ class _FusedCall(NamedTuple):
 
 
 class _FusedLinearLoss(torch.autograd.Function):
-    """Loss and gradients of all chunks in the forward. The loss of a differentiable call is summed: it has one
-    upstream gradient."""
+    """Loss and gradients of all chunks in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        backend_operators, call, (table, labels, counter) = rows.operators, rows.call, rows.table
+        tokens, temperature = call.tokens, call.scaling.temperature
         with torch.autocast(hidden.device.type, enabled=False):
-            head = cast_head(hidden, weight, bias, call.dtype)
-            gradients = HeadGradients(head, call.needs)
-            count, rows_dtype = len(head.hidden), stats_dtype(call.dtype)
-            outputs = [torch.zeros(count, dtype=rows_dtype, device=hidden.device) for _ in range(4)]
-            outputs.append(torch.zeros(count, dtype=torch.int32, device=hidden.device))
-            size = max(1, min(call.chunk_rows, count))
-            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
-            for index in call.active.chunks(size):
-                rows = call.active.of(head.hidden, index)
-                logits = head.logits(rows, buffer)
-                arguments = call.arguments.rows(index)
-                if any(call.needs):
-                    results = call.operators.policy_loss_(logits, *arguments)
-                    gradients.add(head, index, rows, logits[0])
-                else:
-                    results = call.operators.policy_loss(logits, *arguments, False)
-                for output, result in zip(outputs, results, strict=False):
-                    output[index] = result
+            head = cast_head(hidden, weight, bias, rows.dtype)
+            gradients = HeadGradients(head, rows.needs)
+            per_token = torch.zeros(4, call.count, dtype=stats_dtype(rows.dtype), device=hidden.device)
+            flags = torch.zeros(call.count, dtype=torch.int32, device=hidden.device)
+            size = max(1, min(rows.chunk_rows, call.count))
+            buffer = torch.empty(size, len(head.weight), dtype=rows.dtype, device=hidden.device)
+            for chunk in rows.active.chunks(size):
+                chunk_hidden = rows.active.of(head.hidden, chunk)
+                logits = head.logits(chunk_hidden, buffer)
+                backend_operators.loss_rows_(
+                    logits, labels, temperature, tokens.params, tokens.ignore_index, chunk.row_index,
+                    chunk.first_token, table, per_token, flags, logits if any(rows.needs) else None,
+                )  # fmt: skip
+                if any(rows.needs):
+                    gradients.add(head, chunk.index, chunk_hidden, logits[0])
             gradients.finish(head)
-        if any(call.needs):
-            outputs[0] = outputs[0].sum()
-        ctx.gradients, ctx.operators = gradients, call.operators
+        loss, metrics, count = backend_operators.token_summary(
+            per_token, flags, table, labels, counter, tokens.params, tokens.ignore_index
+        )
+        if call.objective.reduction == "none":
+            loss = per_token[0].clone()
+        ctx.gradients, ctx.operators = gradients, backend_operators
         ctx.like = (hidden, weight, bias)
-        ctx.mark_non_differentiable(*outputs[1:])
+        others = (per_token[1:], metrics, count)
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return loss, *others
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_double_backward("linear_policy_loss")
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward through the same linear_policy_loss: "
@@ -196,7 +189,4 @@ class _FusedLinearLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
-        hidden, weight, bias = gradients.scaled(grad_loss, ctx.like, ctx.operators)
-        if hidden is not None:
-            hidden = hidden.view(ctx.like[0].shape)
-        return hidden, weight, bias, None
+        return (*gradients.scaled(grad_loss, ctx.like, ctx.operators), None)

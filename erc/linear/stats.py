@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erc import reference
 from erc.backend import operators, select
-from erc.derivatives import refuse_double_backward, refuse_forward_mode
-from erc.inputs import RowScaling, check_labels, row_scaling
+from erc.call import labels_explained
+from erc.inputs import check_label_values, label_rows
 from erc.linear.head import (
     ActiveRows,
     HeadGradients,
@@ -24,7 +23,7 @@ from erc.linear.head import (
     gemm_dtype,
     needs_grad,
 )
-from erc.ops import stats_dtype
+from erc.ops import contiguous, refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import (
     LOCAL_IGNORE_INDEX,
     VocabShard,
@@ -35,7 +34,7 @@ from erc.parallel import (
     state_statistics,
 )
 from erc.results import TokenStats
-from erc.rows import params_tensor
+from erc.rows import RowScaling, row_scaling, scaling_params
 
 
 def linear_token_stats(
@@ -73,17 +72,20 @@ def linear_token_stats(
         like = check_head(hidden, weight, bias, vocab_shard, facts)
         name, _ = select(like, backend)
         if vocab_shard is not None:
-            check_shardable(name, inplace_backward=False)
-        leading = tuple(like.shape[:-1])
+            check_shardable(name, False, facts)
+        leading = like.shape[:-1]
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         if labels is not None:
-            labels = check_labels(labels, leading, hidden.device, like.shape[-1], ignore_index)
-        active = active_rows(labels, like.shape[:-1].numel(), ignore_index, num_active)
+            labels = label_rows(labels, leading, hidden.device, ignore_index).reshape(-1).to(torch.int64)
+            if vocab_shard is not None:
+                check_label_values(labels.view(leading), like.shape[-1], ignore_index)
+        active = active_rows(labels, leading.numel(), ignore_index, num_active)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
         facts.add(memory_budget=memory_budget, num_active=num_active)
-    stats = linear_row_stats(
-        hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
-    )
+    with labels_explained(labels, leading, like.shape[-1], ignore_index):
+        stats = linear_row_stats(
+            hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
+        )
     return TokenStats(*(None if stat is None else stat.view(leading) for stat in stats))
 
 
@@ -100,35 +102,36 @@ def linear_row_stats(
     active: ActiveRows,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Log-prob, entropy and logsumexp of checked arguments, `[N]` each."""
+    params = scaling_params(scaling)
     if backend == "torch":
         rows = hidden.reshape(-1, hidden.shape[-1])
         if labels is not None:
             rows = rows.masked_fill((labels == ignore_index)[:, None], 0)
-        logits = torch.nn.functional.linear(rows, weight, bias)
-        return reference.row_stats(logits, labels, scaling, ignore_index)
+        logits = torch.nn.functional.linear(rows, weight, bias)[None]
+        stats = operators(backend).stats_forward(logits, labels, scaling.temperature, params, ignore_index)
+        return (None if labels is None else stats[0]), *stats[1:3]
     refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         weight, bias = vocab_shard.local_rows(weight), None if bias is None else vocab_shard.local_rows(bias)
     dtype = gemm_dtype(hidden)
     columns = len(weight) if vocab_shard is None else vocab_shard.even_share()
-    call = _StatsCall(
+    rows = _Rows(
         operators(backend),
         labels,
         scaling.temperature,
-        params_tensor(scaling),
+        params,
         ignore_index,
         active,
         chunk_rows(columns, dtype, memory_budget),
         dtype,
         needs_grad(hidden, weight, bias),
         vocab_shard,
-        len(weight),
     )
-    logprob, entropy, logsumexp = _LinearStats.apply(hidden, weight, bias, call)
+    logprob, entropy, logsumexp = _LinearStats.apply(hidden, weight, bias, rows)
     return (None if labels is None else logprob), entropy, logsumexp
 
 
-class _StatsCall(NamedTuple):
+class _Rows(NamedTuple):
     operators: Any
     labels: Tensor | None
     temperature: Tensor | None
@@ -140,88 +143,78 @@ class _StatsCall(NamedTuple):
     needs: tuple[bool, bool, bool]
     vocab_shard: VocabShard | None
 
-    columns: int  # of the local weight
-
-    @property
-    def start(self) -> int:
-        return 0 if self.vocab_shard is None else self.vocab_shard.start
-
-    @property
-    def vocab_size(self) -> int:
-        return self.columns if self.vocab_shard is None else self.vocab_shard.vocab_size
-
-    def arguments(self, index: Tensor | slice, labels: Tensor | None, ignore_index: int) -> tuple:
-        """What the statistics operators take after the logits, for the rows of `index`."""
-        temperature = None if self.temperature is None else self.temperature[index]
-        return None if labels is None else labels[index], temperature, self.params, ignore_index
-
 
 class _LinearStats(torch.autograd.Function):
     """Statistics chunk by chunk; the backward computes each chunk of logits again and reduces it right away."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _StatsCall) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> tuple[Tensor, ...]:
+        shard, real = rows.vocab_shard, stats_dtype(rows.dtype)
+        arguments = (rows.labels, rows.temperature, rows.params, rows.ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = cast_head(hidden, weight, bias, call.dtype)
+            head = cast_head(hidden, weight, bias, rows.dtype)
             count = len(head.hidden)
-            # Rows that are not read keep the state of a single certain token: every statistic 0.
-            state = torch.zeros(4, count, dtype=stats_dtype(call.dtype), device=hidden.device)
-            size = max(1, min(call.chunk_rows, count))
-            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            size = max(1, min(rows.chunk_rows, count))
+            buffer = torch.empty(size, len(head.weight), dtype=rows.dtype, device=hidden.device)
+            # Of rows that are not read every statistic is 0, and the state that of a single certain token.
+            stats = torch.zeros(6 if shard is None else 4, count, dtype=real, device=hidden.device)
             gathered = []
-            for index in call.active.chunks(size):
-                logits = head.logits(call.active.of(head.hidden, index), buffer)
-                arguments = call.arguments(index, call.labels, call.ignore_index)
-                part = call.operators.partial_stats(logits, *arguments, call.start)
-                if call.vocab_shard is None:
-                    state[:, index] = part
+            for chunk in rows.active.chunks(size):
+                logits, some = head.logits(rows.active.of(head.hidden, chunk), buffer), chunk[1:]
+                if shard is None:
+                    rows.operators.stats_forward_(logits, *arguments, *some, stats)
                 else:
-                    gathered.append((index, call.vocab_shard.gather(part)))
+                    rows.operators.partial_stats_(logits, *arguments, *some, shard.start, stats)
+                    gathered.append((chunk.index, shard.gather(stats[:, chunk.index])))
             for index, parts in gathered:
-                temperature = None if call.temperature is None else call.temperature[index]
-                state[:, index] = merge_states(parts.wait(), call.params, temperature)
-            state = poisoned(state, call.labels, call.ignore_index, call.vocab_size)
-            ignored = None if call.labels is None else call.labels == call.ignore_index
-            logprob, entropy, logsumexp = state_statistics(state, call.params, call.temperature, ignored)
-        ctx.save_for_backward(hidden, weight, bias, state)
-        ctx.call = call
+                temperature = None if rows.temperature is None else rows.temperature[index]
+                stats[:, index] = merge_states(parts.wait(), rows.params, temperature)
+        if shard is not None:
+            stats = poisoned(stats, rows.labels, rows.ignore_index, shard.vocab_size)
+        saved = stats[3:] if shard is None else stats[:3]
+        ctx.save_for_backward(hidden, weight, bias, saved)
+        ctx.rows = rows
         ctx.set_materialize_grads(False)
-        return logprob, entropy, logsumexp
+        if shard is None:
+            return stats[0].clone(), stats[1].clone(), stats[2].clone()
+        ignored = None if rows.labels is None else rows.labels == rows.ignore_index
+        return state_statistics(stats, rows.params, rows.temperature, ignored)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_double_backward("linear_token_stats, or a two-phase linear_policy_loss,")
         if all(grad is None for grad in grads):
             return None, None, None, None
-        call = ctx.call
-        hidden, weight, bias, state = ctx.saved_tensors
-        labels, ignore_index = call.labels, call.ignore_index
+        rows = ctx.rows
+        hidden, weight, bias, saved = ctx.saved_tensors
+        labels, ignore_index = rows.labels, rows.ignore_index
         if labels is None:
             grads = (None, *grads[1:])
-        elif call.vocab_shard is not None:
-            labels, ignore_index = call.vocab_shard.local_labels(labels, ignore_index, len(weight)), LOCAL_IGNORE_INDEX
+        elif rows.vocab_shard is not None:
+            labels, ignore_index = rows.vocab_shard.local_labels(labels, ignore_index, len(weight)), LOCAL_IGNORE_INDEX
+        grads = tuple(map(contiguous, grads))
         with torch.autocast(hidden.device.type, enabled=False):
-            head = cast_head(hidden, weight, bias, call.dtype)
-            needs_hidden, needs_weight, needs_bias = call.needs
-            shard = call.vocab_shard if needs_hidden else None
+            head = cast_head(hidden, weight, bias, rows.dtype)
+            needs_hidden, needs_weight, needs_bias = rows.needs
+            shard = rows.vocab_shard if needs_hidden else None
             gradients = HeadGradients(head, (needs_hidden and shard is None, needs_weight, needs_bias))
             count = len(head.hidden)
-            size = max(1, min(call.chunk_rows, count))
-            buffer = torch.empty(size, len(head.weight), dtype=call.dtype, device=hidden.device)
+            size = max(1, min(rows.chunk_rows, count))
+            buffer = torch.empty(size, len(head.weight), dtype=rows.dtype, device=hidden.device)
             reduced = []
-            for index in call.active.chunks(size):
-                rows = call.active.of(head.hidden, index)
-                logits = head.logits(rows, buffer)
-                chunk_grads = [None if grad is None else grad[index].contiguous() for grad in grads]
-                saved = state[:3, index].contiguous()
-                arguments = call.arguments(index, labels, ignore_index)
-                call.operators.stats_backward_(logits, *arguments, saved, *chunk_grads)
+            for chunk in rows.active.chunks(size):
+                chunk_hidden = rows.active.of(head.hidden, chunk)
+                logits = head.logits(chunk_hidden, buffer)
+                rows.operators.stats_backward_(
+                    logits, labels, rows.temperature, rows.params, ignore_index, chunk.row_index, chunk.first_token,
+                    saved, *grads, logits,
+                )  # fmt: skip
                 if shard is not None:
-                    reduced.append((index, shard.reduce(logits[0] @ head.weight)))
-                gradients.add(head, index, rows, logits[0])
+                    reduced.append((chunk.index, shard.reduce(logits[0] @ head.weight)))
+                gradients.add(head, chunk.index, chunk_hidden, logits[0])
             gradients.finish(head)
             if shard is not None:
-                gradients.hidden = torch.zeros_like(head.hidden, dtype=torch.promote_types(call.dtype, torch.float32))
+                gradients.hidden = torch.zeros_like(head.hidden, dtype=torch.promote_types(rows.dtype, torch.float32))
             for index, total in reduced:
                 gradients.hidden[index] = total.wait()
         results = [

@@ -1,6 +1,7 @@
 """Layer 4: what a trainer with verifiable rewards needs around the loss."""
 
 from erc.rlvr.advantages import group_advantages, informative_groups, overlong_penalty
+from erc.rlvr.answers import answer_logprobs
 from erc.rlvr.demonstrations import (
     Demonstration,
     DemonstrationPool,
@@ -9,12 +10,16 @@ from erc.rlvr.demonstrations import (
     group_prompts,
     with_demonstrations,
 )
-from erc.rlvr.evidence import answer_logprobs, evidence_gain
+from erc.rlvr.evidence import EvidenceEstimate, EvidenceGain, evidence_gain
+from erc.rlvr.in_context import InContextRollouts
 
 __all__ = [
     "Demonstration",
     "DemonstrationPool",
+    "EvidenceEstimate",
+    "EvidenceGain",
     "GroupPrompts",
+    "InContextRollouts",
     "InContextWording",
     "answer_logprobs",
     "evidence_gain",

@@ -9,26 +9,48 @@ KINDS = ("grpo", "dr-grpo", "rloo")
 STD_EPS = 1e-6
 
 
-def _check_rewards(rewards: Tensor) -> Tensor:
-    if not isinstance(rewards, Tensor) or rewards.dim() != 1:
-        raise ValueError(f"rewards must be a 1-D tensor [B], got {getattr(rewards, 'shape', type(rewards).__name__)}")
-    return rewards if rewards.dtype.is_floating_point else rewards.float()
+class _Groups:
+    """Rewards in float64, sorted into groups. A NaN reward is unknown: no statistic of its group counts it."""
+
+    def __init__(self, rewards: Tensor, group_ids: Tensor | None, group_size: int | None) -> None:
+        if not isinstance(rewards, Tensor) or rewards.dim() != 1 or rewards.is_complex():
+            raise ValueError(f"rewards must be a 1-D real tensor [B], got {_describe(rewards)}")
+        if (group_ids is None) == (group_size is None):
+            raise ValueError("exactly one of group_ids and group_size must be given")
+        self.dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+        self.rewards = rewards.double()
+        self.known = ~self.rewards.isnan()
+        if group_size is not None:
+            if group_size < 1 or len(rewards) % group_size:
+                raise ValueError(f"group_size must divide the number of rewards {len(rewards)}, got {group_size}")
+            self.groups = len(rewards) // group_size
+            self.index = torch.arange(self.groups, device=rewards.device).repeat_interleave(group_size)
+        else:
+            if not isinstance(group_ids, Tensor) or group_ids.shape != rewards.shape:
+                raise ValueError(
+                    f"group_ids must be a tensor of the shape of rewards, {tuple(rewards.shape)}, "
+                    f"got {_describe(group_ids)}"
+                )
+            ids, index = torch.unique(group_ids, return_inverse=True)
+            self.groups, self.index = len(ids), index.to(rewards.device)
+        self.count = self.sum(torch.ones_like(self.rewards))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` `[B]` over the known rollouts of each group; `[groups]`."""
+        known = torch.where(self.known, values, 0.0)
+        return known.new_zeros(self.groups).index_add(0, self.index, known)
+
+    def centred(self) -> Tensor:
+        """`[B]` rewards minus their group's mean. They are counted from the group's lowest, so that the mean of equal
+        ones has no rounding error and they give exactly 0, whatever their number and size."""
+        candidates = torch.where(self.known, self.rewards, torch.inf)
+        lowest = candidates.new_full((self.groups,), torch.inf).scatter_reduce(0, self.index, candidates, "amin")
+        above = self.rewards - lowest[self.index]
+        return above - (self.sum(above) / self.count)[self.index]
 
 
-def _group_index(rewards: Tensor, group_ids: Tensor | None, group_size: int | None) -> tuple[Tensor, int]:
-    if (group_ids is None) == (group_size is None):
-        raise ValueError("exactly one of group_ids and group_size must be given")
-    if group_size is not None:
-        if group_size < 1 or len(rewards) % group_size:
-            raise ValueError(f"group_size must divide the number of rewards {len(rewards)}, got {group_size}")
-        count = len(rewards) // group_size
-        return torch.arange(count, device=rewards.device).repeat_interleave(group_size), count
-    if group_ids.shape != rewards.shape:
-        raise ValueError(
-            f"group_ids must have the shape of rewards, {tuple(rewards.shape)}, got {tuple(group_ids.shape)}"
-        )
-    groups, index = torch.unique(group_ids, return_inverse=True)
-    return index.to(rewards.device), len(groups)
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def group_advantages(
@@ -39,6 +61,9 @@ def group_advantages(
     kind: str = "grpo",
 ) -> Tensor:
     """The advantage of each rollout over the others of its prompt; `[B]`, in the dtype of `rewards`, float32 for ints.
+
+    Equal rewards give exactly 0. Statistics are float64, whatever the dtype. A NaN reward (a verifier that failed) is
+    unknown: its rollout's advantage is NaN, and the others of its group are compared among themselves.
 
     Args:
         rewards: `[B]`.
@@ -55,18 +80,15 @@ def group_advantages(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    rewards = _check_rewards(rewards)
-    index, groups = _group_index(rewards, group_ids, group_size)
-    zeros = rewards.new_zeros(groups)
-    count = zeros.index_add(0, index, torch.ones_like(rewards))
-    centred = rewards - (zeros.index_add(0, index, rewards) / count)[index]
-    others = (count - 1).clamp(min=1)
-    if kind == "dr-grpo":
-        return centred
+    groups = _Groups(rewards, group_ids, group_size)
+    advantages = groups.centred()
+    others = (groups.count - 1).clamp(min=1)
     if kind == "rloo":
-        return centred * (count / others)[index] * (count > 1)[index]
-    variance = zeros.index_add(0, index, centred.square()) / others
-    return centred / (variance.sqrt() + STD_EPS)[index]
+        advantages = advantages * (groups.count / others)[groups.index]
+    elif kind == "grpo":
+        variance = groups.sum(advantages.square()) / others
+        advantages = advantages / (variance.sqrt() + STD_EPS)[groups.index]
+    return advantages.to(groups.dtype)
 
 
 def informative_groups(
@@ -78,17 +100,16 @@ def informative_groups(
 ) -> Tensor:
     """Bool `[B]`: the rollouts of groups in which some, but not all, are correct (`reward > threshold`).
 
-    DAPO's dynamic sampling (arXiv 2503.14476) trains on these only: the others have no advantage.
+    DAPO's dynamic sampling (arXiv 2503.14476) trains on these only: the others have no advantage. A rollout with a NaN
+    reward is neither right nor wrong: False itself, and not counted in its group.
 
     >>> import torch
     >>> informative_groups(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
     tensor([ True,  True, False, False])
     """
-    rewards = _check_rewards(rewards)
-    index, groups = _group_index(rewards, group_ids, group_size)
-    correct = rewards.new_zeros(groups).index_add(0, index, (rewards > threshold).to(rewards.dtype))
-    count = rewards.new_zeros(groups).index_add(0, index, torch.ones_like(rewards))
-    return ((correct > 0) & (correct < count))[index]
+    groups = _Groups(rewards, group_ids, group_size)
+    correct = groups.sum((groups.rewards > threshold).double())
+    return ((correct > 0) & (correct < groups.count))[groups.index] & groups.known
 
 
 def overlong_penalty(lengths: Tensor, max_length: int = 20_480, cache_length: int = 4_096) -> Tensor:

@@ -1,20 +1,23 @@
 """In-Context RLVR (arXiv 2603.09803): demonstrations before a rollout, a change of the prompt and not of the loss.
 
 Of the G rollouts of a prompt, K see demonstrations and the others none; all G form one advantage group. By Bayes' rule
-this weighs rewards by exponentiated Evidence Gain (`erc.rlvr.evidence_gain`) without ever computing it.
+this weighs rewards approximately by exponentiated Evidence Gain (`erc.rlvr.evidence_gain`, which says what is left out)
+without ever computing it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-Message = dict[str, str]
+from erc.rlvr.chat import Message, check_parts, encode, render
+
 FIELDS = ("query", "answer", "ground_truth")
 
 
@@ -48,20 +51,12 @@ class DemonstrationPool:
         Raises:
             ValueError: naming every bad line and what is wrong with it; nothing is dropped silently.
         """
-        records, problems = [], []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            problem, record = _parse(line)
-            if problem:
-                problems.append(f"line {number}: {problem}")
-            else:
-                records.append(record)
-        if problems:
-            raise ValueError(f"{path} has {len(problems)} bad record(s): " + "; ".join(problems))
-        if not records:
-            raise ValueError(f"{path} has no records")
-        return cls(tuple(records))
+        return cls(tuple(read_records(path, _demonstration)))
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write what `from_jsonl` reads."""
+        lines = [json.dumps(asdict(demo), ensure_ascii=False) for demo in self.demonstrations]
+        Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def sample(self, k: int, generator: torch.Generator) -> list[Demonstration]:
         """`k` different demonstrations, in random order.
@@ -75,27 +70,66 @@ class DemonstrationPool:
         return [self.demonstrations[i] for i in chosen.tolist()]
 
 
-def _parse(line: str) -> tuple[str | None, Demonstration | None]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg})", None
-    if not isinstance(record, dict):
-        return "not a JSON object", None
+def _demonstration(record: dict[str, Any]) -> Demonstration:
     for name in FIELDS:
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            return f"{name!r} must be a non-empty string", None
-    return None, Demonstration(*(record[name] for name in FIELDS))
+            raise ValueError(f"{name!r} must be a non-empty string")
+    return Demonstration(*(record[name] for name in FIELDS))
+
+
+Record = TypeVar("Record")
+
+
+def read_records(path: str | Path, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    """What `parse` makes of the JSON object in each line; empty lines are skipped.
+
+    Raises:
+        ValueError: naming every line that is no object or that `parse` refuses; or if there is no record.
+    """
+    records, problems = [], []
+    # A line ends at \n alone: splitlines would cut at the other line separators, which JSON leaves inside strings.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            records.append(parse(record))
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number}: not JSON ({error.msg})")
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise ValueError(f"{path} has {len(problems)} bad record(s): " + "; ".join(problems))
+    if not records:
+        raise ValueError(f"{path} has no records")
+    return records
 
 
 @dataclass(frozen=True)
 class InContextWording:
-    """The words of the "in-context" template; `{number}`, `{query}` and `{answer}` are filled in."""
+    """The words of the "in-context" template; `{number}`, `{query}` and `{answer}` are filled in, other braces stay.
+
+    Raises:
+        ValueError: if `example` has no place for query and answer, or `closing` none for the query.
+    """
 
     opening: str = "Below you find problems that other solvers have worked out."
     example: str = "Problem {number}:\n{query}\n\nTheir solution:\n{answer}"
     closing: str = "Use what helps, reason more carefully than they did, and solve this problem yourself:\n{query}"
+
+    def __post_init__(self) -> None:
+        for name, needed in (("example", ("{query}", "{answer}")), ("closing", ("{query}",))):
+            for place in needed:
+                if place not in getattr(self, name):
+                    raise ValueError(f"{name} must contain {place}, got {getattr(self, name)!r}")
+
+
+def _fill(words: str, **values: str) -> str:
+    """`words` with each `{name}` replaced, in one pass: the values may hold braces and names themselves."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], words)
 
 
 def with_demonstrations(
@@ -116,15 +150,28 @@ def with_demonstrations(
             them in the one user message as other solvers' work.
         wording: the words of "in-context".
         tokenizer, max_tokens: a budget for the whole prompt under the tokenizer's chat template. Whole demonstrations
-            are left out from the end until it fits; the question itself is never cut.
+            are left out from the end until it fits (`group_prompts` counts them); the question itself is never cut.
 
     Raises:
-        ValueError: for a bad template or message list, or a question that does not fit by itself.
+        ValueError: for a bad template or message list, a question that does not fit by itself, or (with a tokenizer) a
+            chat template that cuts the demonstrations, as those of reasoning models cut what stands before `</think>`.
 
     >>> demo = Demonstration("1+1?", "2", "2")
     >>> [m["role"] for m in with_demonstrations([{"role": "user", "content": "2+2?"}], [demo], "multi-round")]
     ['user', 'assistant', 'user']
     """
+    return _fitted(messages, demonstrations, template, wording, tokenizer, max_tokens)[0]
+
+
+def _fitted(
+    messages: Sequence[Message],
+    demonstrations: Sequence[Demonstration],
+    template: str,
+    wording: InContextWording | None = None,
+    tokenizer: Any = None,
+    max_tokens: int | None = None,
+) -> tuple[list[Message], int]:
+    """The prompt of `with_demonstrations`, and how many demonstrations did not fit."""
     if template not in ("in-context", "multi-round"):
         raise ValueError(f'template must be "in-context" or "multi-round", got {template!r}')
     if not messages or messages[-1].get("role") != "user":
@@ -133,8 +180,13 @@ def with_demonstrations(
         raise ValueError("tokenizer and max_tokens must be given together")
     for count in range(len(demonstrations), -1, -1):
         prompt = _compose(messages, demonstrations[:count], template, wording or InContextWording())
-        if tokenizer is None or _length(tokenizer, prompt) <= max_tokens:
-            return prompt
+        if tokenizer is not None:
+            text = render(tokenizer, prompt)
+            if len(encode(tokenizer, text)) > max_tokens:
+                continue
+            answers = [("demonstrations", demo.answer) for demo in demonstrations[:count]]
+            check_parts(text, answers, "cut the reasoning from the demonstrations, or use another template")
+        return prompt, len(demonstrations) - count
     raise ValueError(f"max_tokens={max_tokens} is too small for the question without any demonstration")
 
 
@@ -153,14 +205,9 @@ def _compose(
         return [*earlier, *turns, question]
     parts = [wording.opening]
     for number, demo in enumerate(demonstrations, 1):
-        parts.append(wording.example.format(number=number, query=demo.query, answer=demo.answer))
-    parts.append(wording.closing.format(query=question["content"]))
+        parts.append(_fill(wording.example, number=str(number), query=demo.query, answer=demo.answer))
+    parts.append(_fill(wording.closing, query=question["content"]))
     return [*earlier, {**question, "content": "\n\n".join(parts)}]
-
-
-def _length(tokenizer: Any, messages: list[Message]) -> int:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 CONDITIONING = ("demonstrated", "original")
@@ -171,12 +218,13 @@ class GroupPrompts:
     """The prompts of one advantage group of G rollouts, each list of G conversations.
 
     `rollout` is what the policy samples from, `train` and `old` what the current and the old log-probs are conditioned
-    on.
+    on. `left_out` counts, per rollout, the demonstrations that did not fit into `max_tokens`.
     """
 
     rollout: list[list[Message]]
     train: list[list[Message]]
     old: list[list[Message]]
+    left_out: list[int]
 
 
 def group_prompts(
@@ -218,9 +266,10 @@ def group_prompts(
         if mode not in CONDITIONING:
             raise ValueError(f"{name} must be one of {CONDITIONING}, got {mode!r}")
     plain = [dict(message) for message in messages]
-    rollout = [
-        with_demonstrations(messages, demonstrations[i * per_rollout : (i + 1) * per_rollout], template, **options)
+    fitted = [
+        _fitted(messages, demonstrations[i * per_rollout : (i + 1) * per_rollout], template, **options)
         for i in range(demonstrated)
-    ] + [plain] * (group_size - demonstrated)
+    ] + [(plain, 0)] * (group_size - demonstrated)
+    rollout, left_out = [prompt for prompt, _ in fitted], [count for _, count in fitted]
     conditioned = {"demonstrated": rollout, "original": [plain] * group_size}
-    return GroupPrompts(rollout, conditioned[train], conditioned[old])
+    return GroupPrompts(rollout, conditioned[train], conditioned[old], left_out)

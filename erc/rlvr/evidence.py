@@ -3,117 +3,185 @@ alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from erc.linear.stats import linear_token_stats
+from erc.rlvr.answers import answer_logprobs
+from erc.rlvr.chat import check_parts, encode, render
 from erc.rlvr.demonstrations import Demonstration
 
-Message = dict[str, str]
+REDUCTIONS = ("mean", "none", "logmeanexp")
+OPEN_THINKING = re.compile(r"[<\[◁][\w:|]*think\w*\|?[>\]▷]\s*$", re.IGNORECASE)
+TRACE_MARK = "erc-trace-goes-here"
 
 
-@torch.no_grad()
-def answer_logprobs(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 8,
-    shared_prefix: Sequence[int] = (),
-) -> Tensor:
-    """`log pi(answer | shared_prefix, prompt)` in nats, summed over the answer's tokens; float32 `[len(prompts)]`.
+class EvidenceEstimate(NamedTuple):
+    """`gain` and `standard_error` `[traces]`, over the choice of experts; `per_expert` `[traces, experts]`; in nats."""
+
+    gain: Tensor
+    standard_error: Tensor
+    per_expert: Tensor
+
+
+class EvidenceGain:
+    """Evidence Gain over one set of demonstrations, keeping what does not depend on the trace.
+
+    The gain of a trace o of the question q at the expert (q_e, a_e) is `log pi(a_e | q, o, q_e) - log pi(a_e | q_e)`:
+    how much more likely the expert's answer becomes when question and trace are shown as an earlier turn.
 
     Args:
-        model: a transformers causal LM: `model.model` is its backbone and `get_output_embeddings()` its head, whose
-            log-probs come from the fused linear kernel, so that no logits are stored.
-        prompts, answers: token ids; an answer has at least one token, and `shared_prefix` plus prompt at least one.
-        batch_size: sequences a forward pass. Padding stands on the right, where a causal model does not see it.
-        shared_prefix: token ids in front of every prompt, computed once where the model can cache them.
+        model: a transformers causal LM that `erc.integrations.transformers` can read, in eval mode.
+        tokenizer: with or without a chat template; without one the messages stand as plain text, an empty line between.
+        demonstrations: the experts' `query` q_e and `answer` a_e; the paper takes 100.
+        per_token: divide each gain by the number of tokens of `a_e`; False gives the sum, which Bayes' rule is about.
+        batch_size: sequences a forward pass; changes nothing but speed and memory.
+        template_arguments: passed to the chat template, such as `{"enable_thinking": False}`.
+        answer_prefix: text between the generation prompt and the expert's answer. Where the generation prompt opens
+            the model's thinking (`<think>`) it must be given: "" if the answers start with their reasoning, or what
+            closes the thinking, such as "\\n</think>\\n\\n".
+        verbatim: place each trace unchanged into the turn that the template makes of a placeholder. Templates of
+            reasoning models cut an earlier turn's reasoning; without `verbatim` that is an error.
+        progress: draw a bar, by the package rich.
+
+    The log-probs without a trace are computed once, and again after the weights have changed.
 
     Raises:
-        ValueError: for an empty answer or context.
+        ValueError: naming the argument; where the template loses a part of the context.
     """
-    if len(prompts) != len(answers):
-        raise ValueError(f"answers must be one per prompt, {len(prompts)}, got {len(answers)}")
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if len(answer) == 0:
-            raise ValueError(f"answers[{index}] has no tokens")
-        if len(prompt) + len(shared_prefix) == 0:
-            raise ValueError(f"prompts[{index}] is empty, and there is no shared_prefix")
-    device = model.get_input_embeddings().weight.device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))  # little padding
-    totals = torch.zeros(len(prompts), device=device)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = [(list(prompts[i]), list(answers[i])) for i in chosen]
-        totals[chosen] = _batch_logprobs(model, rows, list(shared_prefix), device)
-    return totals
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        demonstrations: Sequence[Demonstration],
+        *,
+        per_token: bool = True,
+        batch_size: int = 8,
+        template_arguments: Mapping[str, Any] | None = None,
+        answer_prefix: str | None = None,
+        verbatim: bool = False,
+        progress: bool = False,
+    ) -> None:
+        if not demonstrations:
+            raise ValueError("demonstrations must not be empty")
+        self.model, self.tokenizer, self.demonstrations = model, tokenizer, tuple(demonstrations)
+        self.batch_size, self.verbatim, self.progress = batch_size, verbatim, progress
+        self.template_arguments, self.answer_prefix = dict(template_arguments or {}), answer_prefix
+        self._answers = [
+            list(tokenizer(demo.answer, add_special_tokens=False)["input_ids"]) for demo in self.demonstrations
+        ]
+        self._bare = [encode(tokenizer, self._context(demo, [], [demo.query])) for demo in self.demonstrations]
+        self._lengths = torch.tensor([len(answer) if per_token else 1 for answer in self._answers])
+        self._plain: Tensor | None = None
+        self._versions: list[int] = []
+
+    def gains(self, query: str, traces: Sequence[str], reduce: str = "mean") -> Tensor:
+        """The gain of each trace of `query`, in nats, float32.
+
+        Args:
+            reduce: over the experts: "mean", "logmeanexp" (`log mean_e exp(EG_e)`, the logarithm of the weight that
+                In-Context RLVR approximates; of sums, so with `per_token=False`), or "none" for `[traces, experts]`.
+        """
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce must be one of {REDUCTIONS}, got {reduce!r}")
+        if reduce == "none":
+            return self.estimate(query, traces).per_expert
+        return self.estimate(query, traces, reduce).gain
+
+    @torch.no_grad()
+    def estimate(self, query: str, traces: Sequence[str], reduce: str = "mean") -> EvidenceEstimate:
+        """The gains with the standard error that stems from the choice of experts (NaN for a single one).
+
+        That of "logmeanexp" is by the delta method, and too small where a few experts carry the sum.
+        """
+        if reduce not in ("mean", "logmeanexp"):
+            raise ValueError(f'reduce must be "mean" or "logmeanexp", got {reduce!r}')
+        if isinstance(traces, str) or not traces:
+            raise ValueError("traces must be a sequence of at least one text")
+        contexts = [[self._shown(query, trace, demo) for demo in self.demonstrations] for trace in traces]
+        with self._advancing(len(traces) + 1) as advance:
+            plain = self._plain_logprobs(advance)
+            conditioned = torch.stack([self._conditioned_logprobs(texts, advance) for texts in contexts])
+        gains = (conditioned - plain) / self._lengths.to(plain.device)
+        if reduce == "mean":
+            return EvidenceEstimate(gains.mean(1), _standard_error(gains), gains)
+        reduced = gains.logsumexp(1) - math.log(gains.shape[1])
+        return EvidenceEstimate(reduced, _standard_error((gains - reduced[:, None]).exp()), gains)
+
+    def _shown(self, query: str, trace: str, demo: Demonstration) -> str:
+        said = TRACE_MARK if self.verbatim else trace
+        turns = [{"role": "user", "content": query}, {"role": "assistant", "content": said}]
+        text = self._context(demo, turns, [query, said, demo.query])
+        return text.replace(TRACE_MARK, trace, 1) if self.verbatim else text
+
+    def _context(self, demo: Demonstration, turns: list[dict[str, str]], parts: list[str]) -> str:
+        """The text before the expert's answer; checked to hold `parts`, in this order."""
+        text = render(self.tokenizer, [*turns, {"role": "user", "content": demo.query}], self.template_arguments)
+        names = ("query", "traces", "demonstrations")[-len(parts) :]
+        check_parts(text, zip(names, parts, strict=True), "pass verbatim=True, or template_arguments that keep it")
+        if self.answer_prefix is None and OPEN_THINKING.search(text):
+            raise ValueError(
+                "answer_prefix must be given, since the generation prompt opens the model's thinking with "
+                f"{text[-20:]!r}: '' if the experts' answers start with their reasoning, else what closes the thinking"
+            )
+        return text + (self.answer_prefix or "")
+
+    def _plain_logprobs(self, advance: Callable[[int], None]) -> Tensor:
+        versions = [parameter._version for parameter in self.model.parameters() if not parameter.is_inference()]
+        if self._plain is None or versions != self._versions:
+            self._plain = answer_logprobs(
+                self.model, self._bare, self._answers, batch_size=self.batch_size, advance=advance
+            )
+            self._versions = versions
+        else:
+            advance(len(self._answers))
+        return self._plain
+
+    def _conditioned_logprobs(self, texts: list[str], advance: Callable[[int], None]) -> Tensor:
+        contexts = [encode(self.tokenizer, text) for text in texts]
+        shared = _common_prefix(contexts)
+        return answer_logprobs(
+            self.model,
+            [context[shared:] for context in contexts],
+            self._answers,
+            batch_size=self.batch_size,
+            shared_prefix=contexts[0][:shared],
+            advance=advance,
+        )
+
+    @contextmanager
+    def _advancing(self, passes: int) -> Iterator[Callable[[int], None]]:
+        if not self.progress:
+            yield lambda count: None
+            return
+        try:
+            from rich.progress import Progress
+        except ImportError as error:
+            raise ImportError("progress=True draws a bar with rich: pip install rich") from error
+        with Progress() as bars:
+            task = bars.add_task("Evidence Gain", total=passes * len(self.demonstrations))
+            yield lambda count: bars.advance(task, count)
 
 
-def _batch_logprobs(model: Any, rows: list[tuple[list[int], list[int]]], prefix: list[int], device: Any) -> Tensor:
-    cache, cached = _cached_prefix(model, prefix, len(rows), device)
-    if cached == 0:
-        rows = [(prefix + prompt, answer) for prompt, answer in rows]
-    elif any(not prompt for prompt, _ in rows):
-        # The first answer token is predicted from the last prefix token: keep that one out of the cache.
-        cache, cached = _cached_prefix(model, prefix[:-1], len(rows), device)
-        rows = [(prefix[cached:] + prompt, answer) for prompt, answer in rows]
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    labels = torch.full((len(rows), length), -100)
-    attention = torch.zeros(len(rows), length, dtype=torch.long)
-    for row, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        attention[row, :end] = 1
-        labels[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
-    attention = torch.cat([torch.ones(len(rows), cached, dtype=torch.long), attention], 1)
-    hidden = model.model(
-        input_ids=tokens.to(device),
-        attention_mask=attention.to(device),
-        position_ids=torch.arange(cached, cached + length, device=device)[None].expand(len(rows), -1),
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
-    head = model.get_output_embeddings()
-    settings = {
-        "softcap": getattr(model.config, "final_logit_softcapping", None),
-        "logit_scale": getattr(model.config, "logit_scale", None) or 1.0,
-    }
-    stats = linear_token_stats(hidden, head.weight, labels.to(device), bias=getattr(head, "bias", None), **settings)
-    return stats.logprob.sum(-1)
+def _standard_error(values: Tensor) -> Tensor:
+    """Of the mean over the last dimension; NaN for a single value."""
+    count = values.shape[-1]
+    return values.std(-1) / count**0.5 if count > 1 else torch.full_like(values[..., 0], torch.nan)
 
 
-def _cached_prefix(model: Any, prefix: list[int], copies: int, device: Any) -> tuple[Any, int]:
-    """The prefix's key-value cache, repeated for each row, and its length; (None, 0) where the model keeps no such
-    cache."""
-    if not prefix:
-        return None, 0
-    tokens = torch.tensor([prefix], device=device)
-    cache = getattr(model.model(input_ids=tokens, use_cache=True), "past_key_values", None)
-    if cache is None or not hasattr(cache, "batch_repeat_interleave"):
-        return None, 0
-    cache.batch_repeat_interleave(copies)
-    return cache, len(prefix)
+def _common_prefix(sequences: list[list[int]]) -> int:
+    """How many leading tokens all sequences share."""
+    shortest, longest = min(sequences), max(sequences)
+    pairs = enumerate(zip(shortest, longest, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(shortest), len(longest)))
 
 
-def _encode(tokenizer: Any, messages: list[Message]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _common_prefix(first: list[int], *others: list[int]) -> int:
-    length = min(len(ids) for ids in (first, *others))
-    for index in range(length):
-        if any(ids[index] != first[index] for ids in others):
-            return index
-    return length
-
-
-@torch.no_grad()
 def evidence_gain(
     model: Any,
     tokenizer: Any,
@@ -121,43 +189,19 @@ def evidence_gain(
     traces: Sequence[str],
     demonstrations: Sequence[Demonstration],
     *,
-    per_token: bool = True,
-    batch_size: int = 8,
+    reduce: str = "mean",
+    **options: Any,
 ) -> Tensor:
     """`mean_e [log pi(a_e | q, o, q_e) - log pi(a_e | q_e)]` for each trace o: float32 `[len(traces)]`, in nats.
 
-    How much more likely the expert's answer `a_e` becomes when the question and the trace are shown as an earlier turn.
-    In-Context RLVR weighs rewards by `mean_e exp(EG_e)`, up to a factor that does not depend on o, without computing
-    it.
+    In-Context RLVR weighs rewards approximately by `mean_e exp(EG_e)` without computing it. Approximately, since the
+    factor `pi(a_e | q_e) / pi(a_e | q, q_e)` that Bayes' rule leaves depends on the expert and so stays inside the
+    mean, and since the experts' questions are taken to be independent of the trace.
 
     Args:
-        model: a transformers causal LM with a chat template in `tokenizer`.
-        query: the question q. traces: the reasoning traces o to be judged.
-        demonstrations: the experts' `query` q_e and `answer` a_e; the paper takes 100.
-        per_token: divide each gain by the number of tokens of `a_e`; False gives the sum, which the Bayes identity is
-            about.
-        batch_size: sequences a forward pass; changes nothing but speed and memory.
+        reduce, options: as `EvidenceGain`, which saves work where several questions share their demonstrations.
 
     Raises:
-        ValueError: without traces or demonstrations.
+        ValueError: as `EvidenceGain`.
     """
-    if not traces or not demonstrations:
-        raise ValueError("traces and demonstrations must not be empty")
-    answers = [list(tokenizer(demo.answer, add_special_tokens=False)["input_ids"]) for demo in demonstrations]
-    divisor = torch.tensor([len(answer) if per_token else 1 for answer in answers], dtype=torch.float32)
-    questions = [{"role": "user", "content": demo.query} for demo in demonstrations]
-    plain = answer_logprobs(model, [_encode(tokenizer, [q]) for q in questions], answers, batch_size=batch_size)
-    gains = []
-    for trace in traces:
-        shown = [{"role": "user", "content": query}, {"role": "assistant", "content": trace}]
-        contexts = [_encode(tokenizer, [*shown, question]) for question in questions]
-        shared = _common_prefix(*contexts) if len(contexts) > 1 else 0
-        conditioned = answer_logprobs(
-            model,
-            [context[shared:] for context in contexts],
-            answers,
-            batch_size=batch_size,
-            shared_prefix=contexts[0][:shared],
-        )
-        gains.append(((conditioned - plain) / divisor.to(plain.device)).mean())
-    return torch.stack(gains)
+    return EvidenceGain(model, tokenizer, demonstrations, **options).gains(query, traces, reduce)

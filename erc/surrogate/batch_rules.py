@@ -19,11 +19,11 @@ from erc.surrogate.ratio_rules import (
     RatioTerms,
     check_value,
     check_widths,
-    importance_ratio,
     log_difference,
-    nowhere,
+    ratio_and_slope,
     widened,
 )
+from erc.surrogate.validation import check_band
 
 
 def _covariance(inputs: RatioInputs) -> Tensor:
@@ -54,6 +54,7 @@ def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float)
 class BatchRule(RatioRule):
     """Base of the rules that read statistics of the batch."""
 
+    needs_batch: ClassVar[bool] = True
     two_phase_reason: ClassVar[str | None] = "needs statistics of the whole batch before any gradient"
 
 
@@ -73,20 +74,22 @@ class ClipCov(BatchRule):
     high: float = 5.0
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_value("fraction", self.fraction, 0 < self.fraction <= 1, "in (0, 1]")
         check_value("low", self.low, self.low < self.high, "below high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        loss, clip_low, clip_high = PPOClip(self.eps_low, self.eps_high).terms(inputs)
+        loss, clip_low, clip_high, _ = PPOClip(self.eps_low, self.eps_high).terms(inputs.constant())
         covariance, active = _covariance(inputs), inputs.mask != 0
         candidates = active & ~clip_low & ~clip_high & (covariance > self.low) & (covariance < self.high)
         # float32 whatever the dtype of the statistics: a seed then draws the same tokens.
         draw = torch.rand(covariance.shape, generator=inputs.generator, device=covariance.device, dtype=torch.float32)
         drawn = _largest(draw, candidates, active, self.fraction)
-        loss = torch.where(drawn, 0.0, loss)
         positive = inputs.advantage > 0
-        return RatioTerms(loss, clip_low | (drawn & ~positive), clip_high | (drawn & positive))
+        low, high = clip_low | (drawn & ~positive), clip_high | (drawn & positive)
+        _, slope = ratio_and_slope(inputs)
+        derivative = (-slope * inputs.advantage).masked_fill(low | high, 0.0)
+        return RatioTerms(loss.masked_fill(drawn, 0.0), low, high, derivative)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,12 @@ class KLCov(BatchRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         active = inputs.mask != 0
         penalised = _largest(_covariance(inputs), active, active, self.fraction)
-        loss = -importance_ratio(inputs.logprob, inputs.old_logprob) * inputs.advantage
-        distance = log_difference(inputs.logprob, inputs.old_logprob).abs()
-        loss = torch.where(penalised, loss + self.coef * distance, loss)
-        return RatioTerms(loss, nowhere(loss), nowhere(loss))
+        ratio, slope = ratio_and_slope(inputs)
+        difference = log_difference(inputs.logprob.detach(), inputs.old_logprob)
+        loss, derivative = -ratio * inputs.advantage, -slope * inputs.advantage
+        return RatioTerms(
+            torch.where(penalised, loss + self.coef * difference.abs(), loss),
+            None,
+            None,
+            torch.where(penalised, derivative + self.coef * difference.sign(), derivative),
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from erc.surrogate.validation import is_number, require
+from erc.surrogate.validation import check_band, is_number, require
 
 
 def entropy_ratio_of(entropy: Tensor, old_entropy: Tensor, eps: float) -> Tensor:
@@ -30,8 +30,7 @@ class EntropyRatioClip:
     value: str = "kept"
 
     def __post_init__(self) -> None:
-        require(is_number(self.beta_low) and 0 <= self.beta_low <= 1, "beta_low", "a number in [0, 1]", self.beta_low)
-        require(is_number(self.beta_high) and self.beta_high >= 0, "beta_high", "a number >= 0", self.beta_high)
+        check_band(self, "beta_low", "beta_high")
         require(is_number(self.eps) and self.eps > 0, "eps", "a number > 0", self.eps)
         require(self.value in ("kept", "zero"), "value", '"kept" or "zero"', self.value)
 

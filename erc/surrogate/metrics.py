@@ -1,4 +1,8 @@
-"""Layer 3: what a training log wants to know about a loss, as 0-d tensors that nothing here synchronises."""
+"""The summary of a batch in plain PyTorch: the scalar loss and what a training log wants to know about it.
+
+The readable definition of the operator `token_summary` (csrc/common/token_summary.h, erc/triton_kernels/tokens.py), and
+what the `torch` backend runs. Nothing here is synchronised: the metrics stay on the device.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +11,90 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from erc.ops import TokenFlag
-from erc.surrogate.entropy_ratio import EntropyRatioClip, entropy_ratio_of
-from erc.surrogate.kl import k3
-from erc.surrogate.objective import Objective
-from erc.surrogate.ratio_rules import MAX_LOG_RATIO, log_difference
-from erc.surrogate.token_loss import TokenBatch
+from erc.constants import MAX_LOG_RATIO, Column, Metric, Param, Present, TokenFlag
+from erc.surrogate.entropy_ratio import entropy_ratio_of
+from erc.surrogate.kl import KLPenalty, k3
+from erc.surrogate.ratio_rules import log_difference
+
+METRICS = tuple(metric.name.lower() for metric in Metric if metric != Metric.LOSS)
+"""The public names of what `token_summary` returns after the loss."""
 
 _FLAGGED = {
-    TokenFlag.CLIP_LOW: "clip_fraction_low",
-    TokenFlag.CLIP_HIGH: "clip_fraction_high",
-    TokenFlag.ERC_DROPPED: "erc_fraction",
-    TokenFlag.ERC_LOW: "erc_fraction_low",
-    TokenFlag.ERC_HIGH: "erc_fraction_high",
-    TokenFlag.FILTERED: "filtered_fraction",
+    Metric.CLIP_FRACTION: TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH,
+    Metric.CLIP_FRACTION_LOW: TokenFlag.CLIP_LOW,
+    Metric.CLIP_FRACTION_HIGH: TokenFlag.CLIP_HIGH,
+    Metric.ERC_FRACTION: TokenFlag.ERC_DROPPED,
+    Metric.ERC_FRACTION_LOW: TokenFlag.ERC_LOW,
+    Metric.ERC_FRACTION_HIGH: TokenFlag.ERC_HIGH,
+    Metric.FILTERED_FRACTION: TokenFlag.FILTERED,
 }
 
 
-@torch.no_grad()
-def policy_metrics(
-    objective: Objective, batch: TokenBatch, logprob: Tensor, entropy: Tensor, flags: Tensor
-) -> dict[str, Tensor]:
-    """Fractions, means and extremes over the active tokens (`mask != 0`) of this rank; NaN where an input is missing.
-    Without an active token, fractions and means are 0 and extremes NaN.
+def metrics_by_name(metrics: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """The metrics of a summary as 0-d tensors, float64 but for the int64 `tokens`; views, nothing is computed.
 
-    `approx_kl` is the k3 estimate of KL(old || new), `kl` the objective's own estimate to the reference.
+    Fractions and means are over the active tokens (`mask != 0`) of this rank, 0 where there are none; means and
+    extremes are NaN where an input is missing, extremes also without active tokens. `approx_kl` is the k3 estimate of
+    KL(old || new), `kl` the objective's own estimate to the reference, `nan_inputs` the number of tokens with a NaN
+    among their rollout statistics, which on a GPU nothing else reports.
     """
-    active = batch.mask != 0
+    named = dict(zip(METRICS, metrics.unbind()[1:], strict=True))
+    named["tokens"] = tokens
+    return named
+
+
+@torch.no_grad()
+def token_summary(
+    per_token: Tensor,
+    flags: Tensor,
+    table: Tensor,
+    labels: Tensor,
+    counter: Tensor,
+    params: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its metrics (float64, at the positions of `Metric`) and the number of active tokens."""
+    numbers = params.tolist()
+    active = labels != ignore_index
+    loss, _, logprob, entropy = per_token.double().unbind()
+    table = table.double()
     tokens = active.sum()
-    count = tokens.clamp(min=1)
-    missing = torch.full((), nan, dtype=logprob.dtype, device=logprob.device)
+    present = int(numbers[Param.PRESENT])
+    old_logprob = table[:, Column.OLD_LOGPROB] if present & Present.OLD_LOGPROB else logprob
+    old_entropy = table[:, Column.OLD_ENTROPY]
+    missing = torch.full((), nan, dtype=torch.float64, device=loss.device)
+    nothing = missing if not len(active) else torch.where(tokens == 0, missing, 0.0)
 
-    def largest(values: Tensor) -> Tensor:
-        found = torch.where(active, values, -inf).max() if len(values) else missing
-        return torch.where(tokens == 0, missing, found)
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(active, values.double(), 0.0).sum() / tokens.clamp(min=1)
 
-    # All flags, and below all means, at once: on a GPU a launch costs more than the work of one of them.
-    bits = torch.arange(len(TokenFlag), device=flags.device)
-    fractions = ((flags.unsqueeze(-1) >> bits) & 1).sum(0) / count
-    clipped = (flags & int(TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH)) != 0
-    metrics = {"clip_fraction": clipped.sum() / count}
-    metrics |= {_FLAGGED[flag]: fraction for flag, fraction in zip(TokenFlag, fractions.unbind(), strict=True)}
-    means = {"entropy": entropy}
-    for name in ("old_entropy", "entropy_ratio", "entropy_ratio_min", "entropy_ratio_max", "kl"):
-        metrics[name] = missing
-    if batch.old_entropy is not None:
-        eps = (objective.entropy_ratio or EntropyRatioClip()).eps
-        ratio = entropy_ratio_of(entropy, batch.old_entropy, eps)
-        means |= {"old_entropy": batch.old_entropy, "entropy_ratio": ratio}
-        metrics["entropy_ratio_min"] = -largest(-ratio)
-        metrics["entropy_ratio_max"] = largest(ratio)
-    old_logprob = logprob if batch.old_logprob is None else batch.old_logprob
+    metrics = {metric: mean((flags & int(bits)) != 0) for metric, bits in _FLAGGED.items()}
+    metrics[Metric.ENTROPY] = mean(entropy)
+    for metric in (
+        Metric.OLD_ENTROPY,
+        Metric.ENTROPY_RATIO,
+        Metric.ENTROPY_RATIO_MIN,
+        Metric.ENTROPY_RATIO_MAX,
+        Metric.KL,
+    ):
+        metrics[metric] = missing
+    if present & Present.OLD_ENTROPY:
+        ratio = entropy_ratio_of(entropy, old_entropy, numbers[Param.GATE_EPS])
+        metrics[Metric.OLD_ENTROPY], metrics[Metric.ENTROPY_RATIO] = mean(old_entropy), mean(ratio)
+        metrics[Metric.ENTROPY_RATIO_MIN] = _extreme(torch.where(active, ratio, inf), torch.min) + nothing
+        metrics[Metric.ENTROPY_RATIO_MAX] = _extreme(torch.where(active, ratio, -inf), torch.max) + nothing
     difference = log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    metrics["ratio_max"] = largest(difference).exp()
-    means["approx_kl"] = k3(difference)
-    if objective.kl is not None:
-        exact = objective.kl.kind == "full"
-        means["kl"] = batch.ref_kl.detach() if exact else objective.kl.estimate(logprob, old_logprob, batch.ref_logprob)
-    averaged = torch.where(active, torch.stack(tuple(means.values())), 0.0).sum(-1) / count
-    metrics |= dict(zip(means, averaged.unbind(), strict=True))
-    metrics["tokens"] = tokens
-    return metrics
+    metrics[Metric.APPROX_KL] = mean(k3(difference))
+    metrics[Metric.RATIO_MAX] = _extreme(torch.where(active, difference, -inf), torch.max).exp() + nothing
+    penalty = KLPenalty.of_kernel(int(numbers[Param.KL_ID]), numbers[Param.KL_CLAMP])
+    if penalty is not None:
+        metrics[Metric.KL] = mean(penalty.estimate(logprob, old_logprob, table[:, Column.REF_LOGPROB]))
+    broken = table[:, Column.WEIGHT].isnan() | old_entropy.isnan()
+    metrics[Metric.NAN_INPUTS] = (active & broken).sum().double()
+    metrics[Metric.LOSS] = torch.where(active, loss, 0.0).sum()
+    summary = torch.stack([metrics[metric] for metric in Metric])
+    return summary[Metric.LOSS].to(per_token.dtype), summary, tokens
+
+
+def _extreme(values: Tensor, of: object) -> Tensor:
+    return of(values) if len(values) else torch.zeros((), dtype=values.dtype, device=values.device)

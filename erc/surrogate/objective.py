@@ -13,12 +13,13 @@ entropy-ratio gate -> plus KL and entropy terms (never gated) -> reduction.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 
 from erc.surrogate.entropy_ratio import EntropyRatioClip
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.ratio_rules import PPOClip, RatioRule
-from erc.surrogate.reductions import REDUCTIONS, needs_sequences
+from erc.surrogate.reductions import REDUCTIONS
 from erc.surrogate.rollout import RolloutCorrection
 from erc.surrogate.token_filters import HighEntropyMask, OffPolicySequenceMask
 from erc.surrogate.validation import is_number, require
@@ -35,13 +36,14 @@ class Objective:
         entropy_coef: the loss gains `-entropy_coef * H`.
         entropy_reduction: "active-mean" takes the bonus's mean over active tokens (TRL), "loss" the loss's own
             reduction (verl).
-        reduction: how tokens become one number; see `erc.surrogate.reductions.token_weights`.
+        reduction: how tokens become one number; see `erc.surrogate.reductions`.
         max_length: the constant of "seq-mean-token-sum-norm"; None takes T of `[B, T]` rows.
         rollout_correction: weights for rollouts that another engine sampled, or None.
         high_entropy: restricts the policy term to high-entropy tokens, or None.
         off_policy_mask: drops sequences that the policy has left, or None.
-        nll_coef: the loss gains `-nll_coef` times the mean log-prob of the tokens of `nll_mask` (ERC's public recipe
-            adds 0.1 on rows with reward 1).
+        nll_coef: the loss gains `nll_coef` times the mean of `-logprob` over the tokens of `nll_mask` (the recipes of
+            both papers add 0.1 for rollouts with reward 1).
+        nll_over: whether that log-prob is over the "full" vocabulary or the "support", where the loss has one.
     """
 
     ratio: RatioRule = field(default_factory=PPOClip)
@@ -55,6 +57,7 @@ class Objective:
     high_entropy: HighEntropyMask | None = None
     off_policy_mask: OffPolicySequenceMask | None = None
     nll_coef: float = 0.0
+    nll_over: str = "full"
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -72,6 +75,7 @@ class Objective:
                 )
         require(is_number(self.entropy_coef), "entropy_coef", "a finite number", self.entropy_coef)
         require(is_number(self.nll_coef), "nll_coef", "a finite number", self.nll_coef)
+        require(self.nll_over in ("full", "support"), "nll_over", '"full" or "support"', self.nll_over)
         require(
             self.entropy_reduction in ("active-mean", "loss"),
             "entropy_reduction",
@@ -98,32 +102,41 @@ class Objective:
         return None
 
     @property
+    def filters(self) -> bool:
+        """Whether tokens are taken out of the policy term by more than what is known of each."""
+        return self.high_entropy is not None or self.off_policy_mask is not None
+
+    @cached_property
     def fused(self) -> bool:
         """Whether one pass over the logits suffices."""
         return self.two_phase_reason is None
 
-    @property
+    @cached_property
     def needs_sequences(self) -> bool:
         """Whether the rows must be `[B, T]` or packed with `cu_seqlens`."""
         correction = self.rollout_correction
         return (
-            needs_sequences(self.reduction)
+            self.reduction.startswith("seq-")
             or self.ratio.needs_sequences
             or self.off_policy_mask is not None
-            or (correction is not None and correction.level == "sequence")
+            or (correction is not None and correction.needs_sequences)
         )
 
     @property
-    def own_normalizers(self) -> tuple[str, ...]:
-        """The arguments that replace the count of a term which does not share the loss's reduction. With reduction
-        "none" no term has any: each is of its token alone."""
-        bonus = self.entropy_coef and self.entropy_reduction == "active-mean"
-        terms = {"entropy_normalizer": bonus, "nll_normalizer": self.nll_coef}
-        return tuple(name for name, present in terms.items() if present and self.reduction != "none")
+    def needs_batch(self) -> bool:
+        """Whether a token's loss depends on statistics of all tokens of the call."""
+        quantile = self.high_entropy is not None and self.high_entropy.threshold is None
+        return self.ratio.needs_batch or quantile
 
-    def kernel_params(self) -> tuple[float, ...]:
-        """The objective's numbers in the order of `erc.ops.ParamIndex`, after the scaling."""
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """The objective's numbers in the order of `erc.constants.Param`, after the scaling."""
         rule = (self.ratio.kernel_params() + (0.0,) * 4)[:4]
         gate = self.entropy_ratio or EntropyRatioClip()
         kl = self.kl or KLPenalty(coef=0.0)
-        return (*rule, gate.beta_low, gate.beta_high, gate.eps, kl.coef, kl.clamp or inf)
+        kinds = (
+            self.ratio.kernel_id or 0,
+            self.kl.kernel_id if self.kl else 0,
+            gate.gate_id if self.entropy_ratio else 0,
+        )
+        return (*rule, gate.beta_low, gate.beta_high, gate.eps, kl.coef, kl.clamp or inf, *kinds)

@@ -20,16 +20,22 @@ import torch
 from torch import Tensor
 
 from erc.surrogate.sequences import Sequences
+from erc.surrogate.validation import check_band
 
 MAX_LOG_RATIO = 20.0
 
 
 class RatioTerms(NamedTuple):
-    """Per-token policy loss, and which tokens the rule clipped below and above; all `[N]`."""
+    """Per-token policy loss, and which tokens the rule clipped below and above (None: none); all `[N]`.
+
+    The loss carries its graph, or is a constant whose `derivative` by the token's own log-prob stands beside it: then
+    the rest of the loss is one operator, and nothing is differentiated step by step.
+    """
 
     loss: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
+    clip_low: Tensor | None
+    clip_high: Tensor | None
+    derivative: Tensor | None = None
 
 
 class RatioInputs(NamedTuple):
@@ -48,15 +54,39 @@ class RatioInputs(NamedTuple):
     old_divergence: Tensor | None = None
     generator: torch.Generator | None = None
 
+    def constant(self) -> RatioInputs:
+        """Without any graph."""
+        return self._replace(logprob=self.logprob.detach(), entropy=self.entropy.detach())
+
 
 def log_difference(a: Tensor, b: Tensor) -> Tensor:
     """`a - b`, where -inf minus -inf counts as no difference."""
     return torch.where(torch.isneginf(a) & torch.isneginf(b), 0.0, a - b)
 
 
+def constant_log_ratio(inputs: RatioInputs) -> Tensor:
+    """The clamped log-ratio without its graph, in as few steps as possible. Of a NaN it is 0: who composes the rules
+    makes such a token NaN in the end."""
+    difference = (inputs.logprob.detach() - inputs.old_logprob).nan_to_num(0.0, torch.inf, -torch.inf)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def ratio_and_slope(inputs: RatioInputs) -> tuple[Tensor, Tensor]:
+    """The importance ratio and its derivative by the log-prob, both constants."""
+    difference = log_difference(inputs.logprob.detach(), inputs.old_logprob)
+    ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ratio, ratio.masked_fill(difference.abs() > MAX_LOG_RATIO, 0.0)
+
+
 def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
     """`exp(clamp(logprob - old_logprob, -20, 20))`; differentiable inside the clamp."""
     return log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def squared_distance(difference: Tensor) -> Tensor:
+    """Of two log-probs; an infinite one has no gradient, so that a weight of 0 silences it: 0 * inf is NaN."""
+    infinite = difference.isinf()
+    return difference.masked_fill(infinite, 0.0).square().masked_fill(infinite, torch.inf)
 
 
 def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
@@ -111,6 +141,7 @@ class RatioRule:
     """Why a rule without `kernel_id` runs two-phase, as the end of a sentence."""
 
     needs_sequences: ClassVar[bool] = False
+    needs_batch: ClassVar[bool] = False
     needs_divergence: ClassVar[bool] = False
     """Whether the caller must pass `old_divergence`."""
 
@@ -142,7 +173,7 @@ class PPOClip(RatioRule):
     kernel_id: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip", "delta")
         check_value("delta", self.delta, self.delta is None or self.delta > 1 + self.eps_high, "above 1 + eps_high")
 
@@ -173,7 +204,7 @@ class GPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
         check_optional_bound(self, "dual_clip")
 
     def kernel_params(self) -> tuple[float, ...]:
@@ -195,7 +226,8 @@ class CEGPPO(RatioRule):
     kernel_id: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high", "beta1", "beta2")
+        check_band(self, "eps_low", "eps_high")
+        check_widths(self, "beta1", "beta2")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.eps_low, self.eps_high, self.beta1, self.beta2
@@ -230,8 +262,12 @@ class CISPO(RatioRule):
 
     def __post_init__(self) -> None:
         check_widths(self, "ratio_max")
-        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= self.ratio_max
-        check_value("ratio_min", self.ratio_min, low_is_sane, "None or in [0, ratio_max]")
+        if self.ratio_max < 1:
+            low = 0.0 if self.ratio_min is None else self.ratio_min
+            advice = f"for widths {low:g} and {self.ratio_max:g} write CISPO({1 - low:g}, {1 + self.ratio_max:g})"
+            raise ValueError(f"ratio_max must be a bound on the ratio >= 1, got {self.ratio_max!r}; {advice}")
+        low_is_sane = self.ratio_min is None or 0 <= self.ratio_min <= 1
+        check_value("ratio_min", self.ratio_min, low_is_sane, "None or a bound on the ratio in [0, 1]")
 
     def kernel_params(self) -> tuple[float, ...]:
         return self.ratio_min or 0.0, self.ratio_max
@@ -322,6 +358,8 @@ class DPPO(RatioRule):
             above, below = up & (distance > self.high), down & (distance > self.low)
         high, low = (advantage > 0) & above, (advantage < 0) & below
         coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
+        if self.needs_divergence:
+            return RatioTerms(scaled_logprob(coefficient, logprob), low, high, coefficient)
         return RatioTerms(scaled_logprob(coefficient, inputs.logprob), low, high)
 
 
@@ -346,7 +384,10 @@ class Reinforce(RatioRule):
 
 @dataclass(frozen=True)
 class DRO(RatioRule):
-    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl)."""
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl).
+
+    With beta = 0.1 it is Kimi k1.5's policy mirror descent token by token, beta its tau (arXiv 2501.12599 eq. 3, ROLL).
+    """
 
     beta: float = 1.0
     kernel_id: ClassVar[int | None] = 8
@@ -360,9 +401,8 @@ class DRO(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         difference = log_difference(inputs.logprob, inputs.old_logprob)
         loss = scaled_logprob(-inputs.advantage, inputs.logprob)
-        if self.beta:  # an infinite distance has no gradient, so that a weight of 0 silences it: 0 * inf is NaN
-            distance = torch.where(difference.isinf(), 0.0, difference).square()
-            loss = loss + self.beta / 2 * torch.where(difference.isinf(), torch.inf, distance)
+        if self.beta:
+            loss = loss + self.beta / 2 * squared_distance(difference)
         return RatioTerms(loss, nowhere(loss), nowhere(loss))
 
 
@@ -375,3 +415,51 @@ class NoClip(RatioRule):
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         r = importance_ratio(inputs.logprob, inputs.old_logprob)
         return RatioTerms(-r * inputs.advantage, nowhere(r), nowhere(r))
+
+
+@dataclass(frozen=True)
+class IPO(RatioRule):
+    """`-r A` while `|p - p_old| <= eps`, for either sign of A, plus `tau (logprob - old_logprob)^2` on every token:
+    prime-rl's loss (its pull requests 2798 and 3418; since 3586 the defaults there are 0.3 and 0).
+
+    `old_logprob` is the log-prob that the rollout engine reports, as there. A blocked token keeps the quadratic term;
+    the entropy-ratio gate drops both.
+    """
+
+    eps: float = 0.1
+    tau: float = 1e-3
+    kernel_id: ClassVar[int | None] = 10
+
+    def __post_init__(self) -> None:
+        check_widths(self, "eps", "tau")
+
+    def kernel_params(self) -> tuple[float, ...]:
+        return self.eps, self.tau
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage, logprob, old_logprob = inputs.advantage, inputs.logprob, inputs.old_logprob
+        moved = logprob.detach().exp() - old_logprob.exp()
+        high, low = (advantage != 0) & (moved > self.eps), (advantage != 0) & (moved < -self.eps)
+        loss = torch.where(high | low, 0.0, -importance_ratio(logprob, old_logprob) * advantage)
+        if self.tau > 0:
+            loss = loss + self.tau * squared_distance(log_difference(logprob, old_logprob))
+        return RatioTerms(loss, low, high)
+
+
+@dataclass(frozen=True)
+class TOPR(RatioRule):
+    """`-A logprob` where A > 0, `-sg(min(r, 1)) A logprob` else: good samples are imitated however far the policy is,
+    bad ones push only as long as the policy would sample them (tapered off-policy REINFORCE, arXiv 2503.14286 eq. 8).
+
+    The paper and ROLL part by the sign of the reward; here the advantage's sign decides, which is the same where the
+    advantage is the reward or its difference to a baseline between the two.
+    """
+
+    kernel_id: ClassVar[int | None] = 11
+
+    def terms(self, inputs: RatioInputs) -> RatioTerms:
+        advantage = inputs.advantage
+        r = importance_ratio(inputs.logprob, inputs.old_logprob).detach()
+        weight = torch.where(advantage > 0, 1.0, r.clamp(max=1.0))
+        loss = scaled_logprob(-weight * advantage, inputs.logprob)
+        return RatioTerms(loss, nowhere(r), (advantage < 0) & (r > 1))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from erc.surrogate.ratio_rules import (
     MAX_LOG_RATIO,
@@ -21,14 +20,10 @@ from erc.surrogate.ratio_rules import (
     check_value,
     check_widths,
     clip_sides,
-    log_difference,
-    nowhere,
+    constant_log_ratio,
     scaled_logprob,
 )
-
-
-def _log_ratio(inputs: RatioInputs) -> Tensor:
-    return log_difference(inputs.logprob, inputs.old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+from erc.surrogate.validation import check_band
 
 
 @dataclass(frozen=True)
@@ -52,16 +47,15 @@ class GSPO(SequenceRule):
     eps_high: float = 4e-4
 
     def __post_init__(self) -> None:
-        check_widths(self, "eps_low", "eps_high")
+        check_band(self, "eps_low", "eps_high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        mean = inputs.sequences.mean(_log_ratio(inputs).detach(), inputs.mask)
-        own = log_difference(inputs.logprob, inputs.logprob.detach())
-        s = (own + inputs.sequences.expand(mean)).clamp(max=10.0).exp()
-        advantage = inputs.advantage
+        mean = inputs.sequences.mean(constant_log_ratio(inputs), inputs.mask)
+        s, advantage = inputs.sequences.expand(mean.clamp(max=10.0).exp()), inputs.advantage
         low, high = clip_sides(s, advantage, self.eps_low, self.eps_high)
-        loss = torch.where(low, -(1 - self.eps_low) * advantage, -s * advantage)
-        return RatioTerms(torch.where(high, -(1 + self.eps_high) * advantage, loss), low, high)
+        unclipped = -advantage * s
+        loss = torch.maximum(unclipped, -advantage * s.clamp(1 - self.eps_low, 1 + self.eps_high))
+        return RatioTerms(loss, low, high, unclipped.masked_fill(low | high, 0.0))
 
 
 @dataclass(frozen=True)
@@ -80,11 +74,12 @@ class GMPO(SequenceRule):
         check_widths(self, "eps_low", "eps_high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        advantage, d = inputs.advantage, _log_ratio(inputs)
+        advantage, d = inputs.advantage, constant_log_ratio(inputs)
         low, high = (advantage < 0) & (d < -self.eps_low), (advantage > 0) & (d > self.eps_high)
-        u = torch.where(low, -self.eps_low, torch.where(high, self.eps_high, d))
-        mean = inputs.sequences.expand(inputs.sequences.mean(u.detach(), inputs.mask))
-        return RatioTerms(-advantage * (mean + (u - u.detach())).exp(), low, high)
+        u = d.masked_fill(low, -self.eps_low).masked_fill(high, self.eps_high)
+        mean = inputs.sequences.expand(inputs.sequences.mean(u, inputs.mask).exp())
+        loss = -advantage * mean
+        return RatioTerms(loss, low, high, loss.masked_fill(low | high, 0.0))
 
 
 @dataclass(frozen=True)
@@ -106,10 +101,11 @@ class VESPO(SequenceRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         advantage, sequences = inputs.advantage, inputs.sequences
-        d = torch.where(inputs.mask == 0, 0.0, _log_ratio(inputs).detach())
-        log_weight = sequences.expand(sequences.sum(d)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        k = torch.where(advantage >= 0, torch.full_like(advantage, self.k_pos), self.k_neg)
-        rate = torch.where(advantage >= 0, torch.full_like(advantage, self.lambda_pos), self.lambda_neg)
+        d = constant_log_ratio(inputs).masked_fill(inputs.mask == 0, 0.0)
+        log_weight = sequences.expand(sequences.sum(d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+        positive = advantage >= 0
+        k = torch.full_like(advantage, self.k_neg).masked_fill(positive, self.k_pos)
+        rate = torch.full_like(advantage, self.lambda_neg).masked_fill(positive, self.lambda_pos)
         phi = (rate + k * log_weight - rate * log_weight.exp()).exp()
-        loss = scaled_logprob(-phi * advantage, inputs.logprob)
-        return RatioTerms(loss, nowhere(loss), nowhere(loss))
+        coefficient = -phi * advantage
+        return RatioTerms(scaled_logprob(coefficient, inputs.logprob.detach()), None, None, coefficient)

@@ -10,25 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .params import kernel, layout_of, read_scaling, rows_of, segment_columns, stats_dtype
-from .row_algebra import (
-    carrier,
-    carrier_and_chain,
-    load_lane,
-    load_tile,
-    log1p,
-    row_entropy,
-    row_mask,
-    row_pointer,
-    row_scale,
-    row_state,
-    tile_offsets,
-)
+from erc import constants
 
-RATIO_EPS = tl.constexpr(1e-8)
-STATS = 6
-SAVED = 8
+from .elementary import log1p
+from .launch import launch
+from .params import columns_per_segment, kernel, read_scaling, row_inputs, rows_of
+from .rows import carrier, carrier_and_chain, load_lane, load_tile, row_mask, row_pointer, row_scaling, tile_offsets
+from .sweep import RowState, row_entropy, row_state
+
+RATIO_EPS = tl.constexpr(constants.RATIO_EPS)
 
 
 @triton.jit
@@ -73,30 +63,27 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 @kernel
 def paired_forward_kernel(
-    logits, old_logits, temperature, stats, saved,
+    logits_ptr, old_logits_ptr, temperature_ptr, stats_ptr, saved_ptr,
     N: tl.int64, V: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
-    old_stride_outer: tl.int64,
-    old_stride_inner: tl.int64, scale: tl.float64, cap: tl.float64, cap_scale: tl.float64, L: tl.constexpr,
+    old_stride_outer: tl.int64, old_stride_inner: tl.int64,
+    scale: tl.float64, cap: tl.float64, cap_scale: tl.float64, L: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; `stats` [6, N], `saved` [8, N]."""
+    """One program a row; `stats_ptr` [6, N], `saved_ptr` [8, N]."""
     row = tl.program_id(0).to(tl.int64)
-    new = row_pointer(logits, row, inner, stride_outer, stride_inner, L)
-    old = row_pointer(old_logits, row, inner, old_stride_outer, old_stride_inner, L)
-    p_max, p_rest, p_weighted, s = row_state(
-        None, new, row, V, row < 0, temperature, scale, cap, cap_scale, False, "evict_last", L
-    )
-    q_max, q_rest, q_weighted, _ = row_state(
-        None, old, row, V, row < 0, temperature, scale, cap, cap_scale, False, "evict_last", L
-    )
-    p_log, q_log = log1p(p_rest), log1p(q_rest)
+    new = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
+    old = row_pointer(old_logits_ptr, row, inner, old_stride_outer, old_stride_inner, L)
+    scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, row, L)
+    p_state = row_state(None, new, row, V, row < 0, scaling, False, "evict_last", L)
+    q_state = row_state(None, old, row, V, row < 0, scaling, False, "evict_last", L)
+    p_log, q_log = log1p(p_state.sum_rest), log1p(q_state.sum_rest)
     new_old, old_new = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
     variation, balance = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
     for first in range(0, V, L.LANES * L.VEC):
-        new_v = load_lane(new, first, V, cap, cap_scale, True, "evict_first", L)
-        old_v = load_lane(old, first, V, cap, cap_scale, True, "evict_first", L)
+        new_v = load_lane(new, first, V, scaling, True, "evict_first", L)
+        old_v = load_lane(old, first, V, scaling, True, "evict_first", L)
         for i in tl.static_range(len(new_v)):
-            log_p = log_probability(new_v[i], p_max, p_log, s)
-            log_q = log_probability(old_v[i], q_max, q_log, s)
+            log_p = log_probability(new_v[i], p_state.row_max, p_log, scaling.scale)
+            log_q = log_probability(old_v[i], q_state.row_max, q_log, scaling.scale)
             p, q = tl.exp(log_p), tl.exp(log_q)
             term_p, term_q = divergence_terms(p, q, difference_of(log_p, log_q))
             new_old += term_p
@@ -104,30 +91,27 @@ def paired_forward_kernel(
             variation += tl.abs(p - q)
             balance += p * sign(p - q)
     new_old, old_new, variation, balance = tl.reduce((new_old, old_new, variation, balance), 0, _add4)
-    entropy, old_entropy = row_entropy(p_rest, p_weighted), row_entropy(q_rest, q_weighted)
-    tl.store(stats + row, (entropy + RATIO_EPS) / (old_entropy + RATIO_EPS))
-    tl.store(stats + N + row, entropy)
-    tl.store(stats + 2 * N + row, old_entropy)
-    tl.store(stats + 3 * N + row, new_old)
-    tl.store(stats + 4 * N + row, old_new)
-    tl.store(stats + 5 * N + row, variation / 2.0)
-    tl.store(saved + row, p_max)
-    tl.store(saved + N + row, p_rest)
-    tl.store(saved + 2 * N + row, p_weighted)
-    tl.store(saved + 3 * N + row, q_max)
-    tl.store(saved + 4 * N + row, q_rest)
-    tl.store(saved + 5 * N + row, q_weighted)
-    tl.store(saved + 6 * N + row, new_old)
-    tl.store(saved + 7 * N + row, balance)
+    entropy, old_entropy = row_entropy(p_state), row_entropy(q_state)
+    tl.store(stats_ptr + row, (entropy + RATIO_EPS) / (old_entropy + RATIO_EPS))
+    tl.store(stats_ptr + N + row, entropy)
+    tl.store(stats_ptr + 2 * N + row, old_entropy)
+    tl.store(stats_ptr + 3 * N + row, new_old)
+    tl.store(stats_ptr + 4 * N + row, old_new)
+    tl.store(stats_ptr + 5 * N + row, variation / 2.0)
+    for i in tl.static_range(3):
+        tl.store(saved_ptr + i * N + row, p_state[i])
+        tl.store(saved_ptr + (3 + i) * N + row, q_state[i])
+    tl.store(saved_ptr + 6 * N + row, new_old)
+    tl.store(saved_ptr + 7 * N + row, balance)
 
 
 @kernel
 def paired_backward_kernel(
-    logits, old_logits, out, temperature, saved, grads,
-    N: tl.int64, V: tl.int32, segments: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
-    old_stride_outer: tl.int64,
-    old_stride_inner: tl.int64, out_stride_outer: tl.int64, out_stride_inner: tl.int64,
-    scale: tl.float64, cap: tl.float64, cap_scale: tl.float64, SEGMENT: tl.constexpr, L: tl.constexpr,
+    logits_ptr, old_logits_ptr, out_ptr, temperature_ptr, saved_ptr, grads_ptr,
+    N: tl.int64, V: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
+    old_stride_outer: tl.int64, old_stride_inner: tl.int64, out_stride_outer: tl.int64, out_stride_inner: tl.int64,
+    segments: tl.int32, scale: tl.float64, cap: tl.float64, cap_scale: tl.float64, SEGMENT: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """One program a segment of a row. The old row is a constant: its entropy has no gradient.
 
@@ -138,49 +122,48 @@ def paired_backward_kernel(
     row = program // segments
     begin = (program % segments).to(tl.int32) * SEGMENT
     end = tl.minimum(begin + SEGMENT, V)
-    new = row_pointer(logits, row, inner, stride_outer, stride_inner, L)
-    old = row_pointer(old_logits, row, inner, old_stride_outer, old_stride_inner, L)
-    target = row_pointer(out, row, inner, out_stride_outer, out_stride_inner, L)
-    s, _ = row_scale(scale, temperature, row, L)
-    p_max, p_rest = tl.load(saved + row), tl.load(saved + N + row)
-    mean = tl.load(saved + 2 * N + row) / (1.0 + p_rest)
-    q_max, q_rest = tl.load(saved + 3 * N + row), tl.load(saved + 4 * N + row)
-    old_entropy = row_entropy(q_rest, tl.load(saved + 5 * N + row))
-    divergence, balance = tl.load(saved + 6 * N + row), tl.load(saved + 7 * N + row)
-    g_entropy = tl.load(grads + N + row) + tl.load(grads + row) / (old_entropy + RATIO_EPS)
-    g_new_old, g_old_new = tl.load(grads + 3 * N + row), tl.load(grads + 4 * N + row)
-    g_variation = tl.load(grads + 5 * N + row) / 2.0
-    p_log, q_log = log1p(p_rest), log1p(q_rest)
+    new = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
+    old = row_pointer(old_logits_ptr, row, inner, old_stride_outer, old_stride_inner, L)
+    target = row_pointer(out_ptr, row, inner, out_stride_outer, out_stride_inner, L)
+    scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, row, L)
+    saved, grads = saved_ptr + row, grads_ptr + row
+    p_state = RowState(tl.load(saved), tl.load(saved + N), tl.load(saved + 2 * N))
+    q_state = RowState(tl.load(saved + 3 * N), tl.load(saved + 4 * N), tl.load(saved + 5 * N))
+    divergence, balance = tl.load(saved + 6 * N), tl.load(saved + 7 * N)
+    mean = p_state.weighted_sum / (1.0 + p_state.sum_rest)
+    g_entropy = tl.load(grads + N) + tl.load(grads) / (row_entropy(q_state) + RATIO_EPS)
+    g_new_old, g_old_new = tl.load(grads + 3 * N), tl.load(grads + 4 * N)
+    g_variation = tl.load(grads + 5 * N) / 2.0
+    p_log, q_log = log1p(p_state.sum_rest), log1p(q_state.sum_rest)
     for first in range(begin, end, L.LANES * L.VEC):
         offsets = tile_offsets(first, L)
         z = load_tile(new, first, V, True, "evict_first", L)
-        v, chain = carrier_and_chain(z, cap, cap_scale, L)
-        old_v = carrier(load_tile(old, first, V, True, "evict_first", L), cap, cap_scale, L)
-        log_p = log_probability(v, p_max, p_log, s)
-        log_q = log_probability(old_v, q_max, q_log, s)
+        v, chain = carrier_and_chain(z, scaling, L)
+        old_v = carrier(load_tile(old, first, V, True, "evict_first", L), scaling, L)
+        log_p = log_probability(v, p_state.row_max, p_log, scaling.scale)
+        log_q = log_probability(old_v, q_state.row_max, q_log, scaling.scale)
         p, q = tl.exp(log_p), tl.exp(log_q)
         kl_term = tl.where(g_new_old == 0.0, 0.0, g_new_old * (difference_of(log_p, log_q) - divergence))
         # (x - m) - t / S stands for log p + H: the difference of the two is exact there.
-        slope = -g_entropy * ((v - p_max) * s - mean) + kl_term + g_variation * (sign(p - q) - balance)
+        slope = -g_entropy * ((v - p_state.row_max) * scaling.scale - mean) + kl_term
+        slope += g_variation * (sign(p - q) - balance)
         gradient = tl.where(p == 0.0, 0.0, p * slope) + g_old_new * (p - q)
         # A forbidden token has gradient 0, unless its row has no distribution: then 0 * NaN.
-        gradient = tl.where(v == float("-inf"), 0.0 * (p_max + q_max), gradient * s * chain)
+        broken = 0.0 * (p_state.row_max + q_state.row_max)
+        gradient = tl.where(v == float("-inf"), broken, gradient * scaling.scale * chain)
         tl.store(target + offsets, gradient.to(target.dtype.element_ty), mask=row_mask(offsets, end, L))
 
 
 def paired_forward(
     logits: Tensor, old_logits: Tensor, temperature: Tensor | None, params: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`stats` [6, N] (ratio, entropy, old_entropy, kl_new_old, kl_old_new, total_variation) and what the backward
-    needs.
-    """
-    new, old = rows_of(logits), rows_of(old_logits)
-    dtype = stats_dtype(logits.dtype)
-    stats, saved = (logits.new_empty((n, new.count), dtype=dtype) for n in (STATS, SAVED))
+    """`stats` [6, N] (`erc.constants.PAIRED_OUTPUTS`) and what the backward needs."""
+    call, old = row_inputs(logits, None, temperature, params, 0), rows_of(old_logits)
+    new = call.rows
+    stats, saved = new.per_token(len(constants.PAIRED_OUTPUTS)), new.per_token(constants.PAIRED_SAVED)
     launch(
         paired_forward_kernel, new.count, logits, logits, old_logits, temperature, stats, saved, new.count, new.V,
-        *new.address(), old.stride_outer, old.stride_inner, *read_scaling(params),
-        L=layout_of(params, temperature, new, old),
+        *new.address(), *old.strides(), *read_scaling(params), L=call.layout(old),
     )  # fmt: skip
     return stats, saved
 
@@ -190,13 +173,13 @@ def paired_backward(
 ) -> Tensor:
     """The gradient of `paired_forward`'s stats by `logits`, contiguous."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    new, old, target = rows_of(logits), rows_of(old_logits), rows_of(out)
-    layout = layout_of(params, temperature, new, old, target)
-    columns = segment_columns(layout)
+    call, old, target = row_inputs(logits, None, temperature, params, 0), rows_of(old_logits), rows_of(out)
+    new, layout = call.rows, call.layout(old, target)
+    columns = columns_per_segment(layout)
     segments = triton.cdiv(new.V, columns)
     launch(
         paired_backward_kernel, new.count * segments, logits, logits, old_logits, out, temperature, saved, grads,
-        new.count, new.V, segments, *new.address(), old.stride_outer, old.stride_inner,
-        target.stride_outer, target.stride_inner, *read_scaling(params), SEGMENT=columns, L=layout,
+        new.count, new.V, *new.address(), *old.strides(), *target.strides(), segments, *read_scaling(params),
+        SEGMENT=columns, L=layout,
     )  # fmt: skip
     return out

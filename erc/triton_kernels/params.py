@@ -1,4 +1,4 @@
-"""The host side of a launch: the `params` tensor as run-time floats, and the addressing of rows.
+"""The host side of a launch: the `params` tensor as run-time numbers, and the addressing of rows.
 
 Nothing here depends on a value in a way that compiles a kernel anew: numbers travel as float64 arguments, sizes and
 strides as integers that Triton is told not to specialise, and `Layout` holds what does change the machine code.
@@ -6,6 +6,8 @@ strides as integers that Triton is told not to specialise, and `Layout` holds wh
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,39 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from erc.constants import Param
+from erc.ops import stats_dtype
+
 from . import tuning
-from .row_algebra import Layout, Scaling
-
-# Position of each number in `params`; the counterpart of erc.ops.ParamIndex and csrc/common/params.h.
-TEMPERATURE, SOFTCAP, LOGIT_SCALE = 0, 1, 2
-LOSS = slice(3, 12)  # p0..p3, beta_low, beta_high, gate_eps, kl_coef, kl_clamp
-
-_RUN_TIME_INTEGERS = (
-    "N", "V", "inner", "stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner",
-    "old_stride_outer", "old_stride_inner", "ignore_index", "start", "segments", "programs",
-)  # fmt: skip
-_POINTERS = (
-    "logits", "old_logits", "out", "labels", "temperature", "lanes", "saved", "logprob", "entropy", "logsumexp",
-    "grad_logprob", "grad_entropy", "grad_logsumexp", "weight", "advantages", "old_logprob", "old_entropy",
-    "ref_logprob",
-    "policy_weight", "entropy_weight", "logprob_weight", "loss", "token_value", "flags", "state", "stats", "grads",
-    "row_factor",
-)  # fmt: skip
+from .rows import Layout, Scaling
 
 
 def kernel(function):
-    """`triton.jit` for kernels whose integers and addresses never cause a new compilation."""
-    return triton.jit(function, do_not_specialize=_RUN_TIME_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics computed from logits of `dtype`; as `erc.ops.stats_dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """`triton.jit` for kernels whose integers and addresses never cause a new compilation: they are the arguments that
+    are declared as integers, and those whose names end in `_ptr`."""
+    parameters = inspect.signature(function).parameters
+    integers = [name for name, parameter in parameters.items() if parameter.annotation in (tl.int32, tl.int64)]
+    pointers = [name for name in parameters if name.endswith("_ptr")]
+    return triton.jit(function, do_not_specialize=integers, do_not_specialize_on_alignment=pointers)
 
 
 def read_scaling(params: Tensor) -> Scaling:
     """x = v * scale, where a per-row temperature still divides; v = cap * tanh(z * cap_scale) under a softcap."""
-    temperature, softcap, logit_scale = params[:3].tolist()
+    temperature, softcap, logit_scale = params[: Param.RULE].tolist()
     if softcap:
         return Scaling(1.0 / temperature, softcap, logit_scale / softcap)
     return Scaling(logit_scale / temperature, 1.0, 1.0)
@@ -64,6 +52,9 @@ class Rows(NamedTuple):
     def address(self) -> tuple[int, int, int]:
         return self.inner, self.stride_outer, self.stride_inner
 
+    def strides(self) -> tuple[int, int]:
+        return self.stride_outer, self.stride_inner
+
     def row_bytes(self) -> int:
         return self.V * self.data.element_size()
 
@@ -77,6 +68,10 @@ class Rows(NamedTuple):
         )
         return self.data.data_ptr() % 16 == 0 and all(size % unit == 0 for size in sizes)
 
+    def per_token(self, *leading: int) -> Tensor:
+        """An uninitialised `[*leading, rows]` in the statistics dtype."""
+        return self.data.new_empty((*leading, self.count), dtype=stats_dtype(self.data.dtype))
+
 
 def rows_of(tensor: Tensor) -> Rows:
     """Raises ValueError unless `tensor` is `[outer, inner, V]` with a last stride of 1."""
@@ -88,14 +83,52 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, outer * inner, V, max(inner, 1), tensor.stride(0), tensor.stride(1))
 
 
-def layout_of(params: Tensor, temperature: Tensor | None, *tensors: Rows) -> Layout:
-    """The constexpr layout of a launch that reads or writes `tensors` together."""
-    return make_layout(
-        tensors[0].data.dtype,
-        aligned=all(rows.aligned() for rows in tensors),
-        softcap=float(params[SOFTCAP]) != 0,
-        per_row=temperature is not None,
-    )
+class Selection(NamedTuple):
+    """Which token each row belongs to: `row_index[row]`, or without it `first_token + row`."""
+
+    row_index: Tensor | None = None
+    first_token: int = 0
+
+
+class RowInputs(NamedTuple):
+    """What identifies the rows of a call and how they are read."""
+
+    rows: Rows
+    labels: Tensor | None
+    temperature: Tensor | None
+    params: Tensor
+    ignore_index: int
+    selection: Selection = Selection()
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """logits, labels, temperature and row index, as every row kernel takes them first."""
+        return self.rows.data, self.labels, self.temperature, self.selection.row_index
+
+    def numbers(self) -> tuple[int, ...]:
+        """V, the strides, the first token and `ignore_index`."""
+        return self.rows.V, *self.rows.address(), self.selection.first_token, self.ignore_index
+
+    def layout(self, *others: Rows) -> Layout:
+        """The constexpr layout of a launch that reads these rows, and reads or writes `others` with them."""
+        return make_layout(
+            self.rows.data.dtype,
+            aligned=all(rows.aligned() for rows in (self.rows, *others)),
+            softcap=float(self.params[Param.SOFTCAP]) != 0,
+            per_row=self.temperature is not None,
+        )
+
+
+def row_inputs(
+    logits: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    row_index: Tensor | None = None,
+    first_token: int = 0,
+) -> RowInputs:
+    """The first arguments of the row operators."""
+    return RowInputs(rows_of(logits), labels, temperature, params, ignore_index, Selection(row_index, first_token))
 
 
 def make_layout(dtype: torch.dtype, *, aligned: bool = True, softcap: bool = False, per_row: bool = False) -> Layout:
@@ -113,6 +146,25 @@ def make_layout(dtype: torch.dtype, *, aligned: bool = True, softcap: bool = Fal
     )
 
 
-def segment_columns(layout: Layout) -> int:
+class CompiledLayout:
+    """A `Layout` whose fields are constexprs. Compared and hashed by identity, at every launch, so made once each."""
+
+    def __init__(self, layout: Layout) -> None:
+        for name, value in layout._asdict().items():
+            setattr(self, name, tl.constexpr(value))
+
+    def __repr__(self) -> str:
+        """Part of the key under which Triton keeps compiled kernels on disk."""
+        return f"CompiledLayout({vars(self)})"
+
+
+@cache
+def compiled_layout(layout: Layout) -> CompiledLayout:
+    """The layout for a kernel that is compiled: before Triton 3.8 the compiler takes an attribute of a constexpr for a
+    plain number. The interpreter wants the plain numbers of `layout` itself."""
+    return CompiledLayout(layout)
+
+
+def columns_per_segment(layout: Layout) -> int:
     """Columns of a segment, the unit in which programs may share a row."""
     return layout.LANES * layout.VEC * layout.LOADS * layout.TILES

@@ -1,163 +1,179 @@
-"""The fused token loss: statistics sweep, per-token loss and gradient sweep of a row in one program.
+"""The fused policy loss: log-prob, entropy, ratio rule, gate, KL and entropy terms, and the gradient of all of it.
 
-The second sweep finds the row in the L2 cache (the first one marks it evict_last, the second evict_first), so forward
-and backward together cost one DRAM read and one DRAM write. With fewer rows than programs the segments of a row are
-swept and differentiated by programs of their own (`launch.shared_lanes`, `stats_backward_kernel`); the bits are the
-same.
+A program sweeps a row, knows the token's loss, and writes the gradient while the row is still in cache: one DRAM read
+and one DRAM write for forward and backward together, as long as the rows in flight fit into the L2 cache, which
+`tuning.programs_for_loss` sees to. Rows that several programs share are swept, finished and differentiated by three
+launches instead.
 """
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from erc.constants import Column, Param, Present
+
 from . import tuning
+from .elementary import real
+from .gradient import StatGrads, write_gradient, write_zeros
 from .launch import launch, shared_lanes
-from .params import LOSS, Rows, kernel, layout_of, read_scaling, rows_of, stats_dtype
-from .row_algebra import (
-    label_column,
-    load_label,
-    real,
-    row_entropy,
-    row_logprob,
-    row_pointer,
-    row_state,
-    write_gradient,
-    write_zeros,
-)
+from .params import RowInputs, Rows, kernel, read_scaling, row_inputs, rows_of
+from .rows import label_of, load_label, row_pointer, row_scaling, token_of
 from .stats import launch_backward
-from .token_loss import scaled_logprob, token_loss
+from .sweep import row_entropy, row_logprob, row_state
+from .token_loss import GATE_NONE, KL_NONE, LossParams, TokenInputs, scaled_logprob, token_loss
+from .tokens import summary, token_table
+
+COLUMNS = tl.constexpr(len(Column))
+OLD_LOGPROB = tl.constexpr(int(Column.OLD_LOGPROB))
+OLD_ENTROPY = tl.constexpr(int(Column.OLD_ENTROPY))
+REF_LOGPROB = tl.constexpr(int(Column.REF_LOGPROB))
+POLICY_WEIGHT = tl.constexpr(int(Column.POLICY_WEIGHT))
+ENTROPY_WEIGHT = tl.constexpr(int(Column.ENTROPY_WEIGHT))
+LOGPROB_WEIGHT = tl.constexpr(int(Column.LOGPROB_WEIGHT))
 
 
 @kernel
 def policy_loss_kernel(
-    logits, out, labels, temperature, lanes,
-    weight, advantages, old_logprob, old_entropy, ref_logprob, policy_weight, entropy_weight, logprob_weight,
-    loss, token_value, logprob, entropy, flags, saved, grad_logprob, grad_entropy,
-    N: tl.int64, programs: tl.int64, V: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
-    out_stride_outer: tl.int64, out_stride_inner: tl.int64, ignore_index: tl.int64, scale: tl.float64, cap: tl.float64,
-    cap_scale: tl.float64,
+    logits_ptr, labels_ptr, temperature_ptr, row_index_ptr, lanes_ptr, table_ptr, out_ptr,
+    loss_ptr, token_loss_ptr, logprob_ptr, entropy_ptr, flags_ptr, saved_ptr, grad_logprob_ptr, grad_entropy_ptr,
+    V: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, first_token: tl.int64,
+    ignore_index: tl.int64, out_stride_outer: tl.int64, out_stride_inner: tl.int64, N: tl.int64, num_rows: tl.int64,
+    programs: tl.int64, scale: tl.float64, cap: tl.float64, cap_scale: tl.float64,
     p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, beta_low: tl.float64, beta_high: tl.float64,
-    gate_eps: tl.float64,
-    kl_coef: tl.float64, kl_clamp: tl.float64, RULE: tl.constexpr, KL: tl.constexpr, GATE: tl.constexpr,
+    gate_eps: tl.float64, kl_coef: tl.float64, kl_clamp: tl.float64, RULE: tl.constexpr, KL: tl.constexpr,
+    GATE: tl.constexpr, OFF_POLICY: tl.constexpr, CORRECTED: tl.constexpr, ENTROPY: tl.constexpr, NLL: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """A program works through every `programs`-th row. `out` None: no gradient here; `saved` given: what a later
-    `stats_backward_kernel` needs of a shared row. A per-token input that is absent is no argument."""
+    """A program works through every `programs`-th row. `out_ptr` None: no gradient here; `saved_ptr` given: what a
+    later `stats_backward_kernel` needs of a shared row. Of the token table only the columns that count are read."""
     first_row = tl.program_id(0).to(tl.int64)
-    for turn in range(tl.cdiv(N - first_row, programs)):
+    for turn in range(tl.cdiv(num_rows - first_row, programs)):
         row = first_row + turn * programs
-        label = tl.load(labels + row)
-        column, inside = label_column(label, V)
+        token = token_of(row, row_index_ptr, first_token)
+        label = label_of(labels_ptr, token, ignore_index, V)
         zero = real(0.0, L)
-        if label == ignore_index:
-            tl.store(loss + row, zero)
-            tl.store(token_value + row, zero)
-            tl.store(logprob + row, zero)
-            tl.store(entropy + row, zero)
-            tl.store(flags + row, 0)
-            if out is not None:
-                write_zeros(row_pointer(out, row, inner, out_stride_outer, out_stride_inner, L), 0, V, L)
+        if label.ignored:
+            if token >= 0:
+                tl.store(loss_ptr + token, zero)
+                tl.store(token_loss_ptr + token, zero)
+                tl.store(logprob_ptr + token, zero)
+                tl.store(entropy_ptr + token, zero)
+                tl.store(flags_ptr + token, 0)
+            if out_ptr is not None:
+                write_zeros(row_pointer(out_ptr, row, inner, out_stride_outer, out_stride_inner, L), 0, V, L)
         else:
-            start = row_pointer(logits, row, inner, stride_outer, stride_inner, L)
-            POLICY: tl.constexpr = "evict_first" if out is None else "evict_last"
-            row_max, rest, weighted, s = row_state(
-                lanes, start, row, V, inside == 0, temperature, scale, cap, cap_scale, False, POLICY, L
-            )
-            label_value, _ = load_label(start, column, inside, cap, cap_scale, L)
-            lp = row_logprob(row_max, rest, label_value, s)
-            h = row_entropy(rest, weighted)
+            start = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
+            scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, token, L)
+            POLICY: tl.constexpr = "evict_first" if out_ptr is None else "evict_last"
+            state = row_state(lanes_ptr, start, row, V, label.error, scaling, False, POLICY, L)
+            label_value, _ = load_label(start, label.column, label.inside, scaling, L)
+            lp = row_logprob(state, label_value, scaling.scale)
+            h = row_entropy(state)
 
+            known = table_ptr + token * COLUMNS
             lp_old, h_old, lp_ref, w_policy, w_entropy, w_logprob = lp, h, lp, zero + 1.0, zero, zero
-            if old_logprob is not None:
-                lp_old = tl.load(old_logprob + row)
-            if old_entropy is not None:
-                h_old = tl.load(old_entropy + row)
-            if ref_logprob is not None:
-                lp_ref = tl.load(ref_logprob + row)
-            if policy_weight is not None:
-                w_policy = tl.load(policy_weight + row)
-            if entropy_weight is not None:
-                w_entropy = tl.load(entropy_weight + row)
-            if logprob_weight is not None:
-                w_logprob = tl.load(logprob_weight + row)
-            w = tl.load(weight + row)
-            value, g_logprob, flag = token_loss(
-                RULE, KL, GATE, real(p0, L), real(p1, L), real(p2, L), real(p3, L), real(beta_low, L), real(beta_high,
-                L),
+            if OFF_POLICY:
+                lp_old = tl.load(known + OLD_LOGPROB)
+            if GATE != GATE_NONE:
+                h_old = tl.load(known + OLD_ENTROPY)
+            if KL != KL_NONE:
+                lp_ref = tl.load(known + REF_LOGPROB)
+            if CORRECTED:
+                w_policy = tl.load(known + POLICY_WEIGHT)
+            if ENTROPY:
+                w_entropy = tl.load(known + ENTROPY_WEIGHT)
+            if NLL:
+                w_logprob = tl.load(known + LOGPROB_WEIGHT)
+            weight, advantage = tl.load(known), tl.load(known + 1)
+            inputs = TokenInputs(weight, advantage, lp_old, h_old, lp_ref, w_policy, w_entropy, w_logprob)
+            params = LossParams(
+                real(p0, L), real(p1, L), real(p2, L), real(p3, L), real(beta_low, L), real(beta_high, L),
                 real(gate_eps, L), real(kl_coef, L), real(kl_clamp, L),
-                lp, h, w, tl.load(advantages + row), lp_old, h_old, lp_ref, w_policy, w_logprob,
             )  # fmt: skip
-            share = w * value + scaled_logprob(w_logprob, lp)
-            if entropy_weight is not None:
+            value, g_logprob, flag = token_loss(RULE, KL, GATE, params, inputs, lp, h)
+            share = weight * value + scaled_logprob(w_logprob, lp)
+            if ENTROPY:
                 share += tl.where(w_entropy == 0.0, 0.0, w_entropy * h)
-            tl.store(loss + row, share)
-            tl.store(token_value + row, value)
-            tl.store(logprob + row, lp)
-            tl.store(entropy + row, h)
-            tl.store(flags + row, flag)
-            if saved is not None:
-                tl.store(saved + row, row_max)
-                tl.store(saved + N + row, rest)
-                tl.store(saved + 2 * N + row, weighted)
-                tl.store(grad_logprob + row, g_logprob)
-                if entropy_weight is not None:
-                    tl.store(grad_entropy + row, w_entropy)
-            if out is not None:
-                target = row_pointer(out, row, inner, out_stride_outer, out_stride_inner, L)
+            tl.store(loss_ptr + token, share)
+            tl.store(token_loss_ptr + token, value)
+            tl.store(logprob_ptr + token, lp)
+            tl.store(entropy_ptr + token, h)
+            tl.store(flags_ptr + token, flag)
+            if saved_ptr is not None:
+                tl.store(saved_ptr + token, state.row_max)
+                tl.store(saved_ptr + N + token, state.sum_rest)
+                tl.store(saved_ptr + 2 * N + token, state.weighted_sum)
+                tl.store(grad_logprob_ptr + token, g_logprob)
+                if ENTROPY:
+                    tl.store(grad_entropy_ptr + token, w_entropy)
+            if out_ptr is not None:
+                target = row_pointer(out_ptr, row, inner, out_stride_outer, out_stride_inner, L)
                 if (g_logprob == 0.0) & (w_entropy == 0.0):
                     write_zeros(target, 0, V, L)  # a dropped or clipped token: no second read
                 else:
-                    write_gradient(
-                        start, target, 0, V, V, column, inside, row_max, rest, weighted, g_logprob, w_entropy, zero,
-                        row, temperature, scale, cap, cap_scale, entropy_weight is not None, L,
-                    )  # fmt: skip
+                    grads = StatGrads(g_logprob, w_entropy, zero)
+                    write_gradient(start, target, 0, V, V, label, state, grads, scaling, ENTROPY, L)
 
 
-def _policy_loss(
-    source: Rows, target: Rows | None, labels: Tensor, temperature: Tensor | None, params: Tensor, ignore_index: int,
-    weight: Tensor, advantages: Tensor, old_logprob: Tensor | None, old_entropy: Tensor | None,
-    ref_logprob: Tensor | None, policy_weight: Tensor | None, entropy_weight: Tensor | None,
-    logprob_weight: Tensor | None, rule: int, kl: int, gate: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    layout = layout_of(params, temperature, *((source,) if target is None else (source, target)))
-    scaling = read_scaling(params)
-    device = tuning.device_of(source.data)
-    lanes = shared_lanes(source, labels, temperature, scaling, ignore_index, layout)
-    dtype = stats_dtype(source.data.dtype)
-
-    def per_row(*leading: int) -> Tensor:
-        return torch.empty((*leading, source.count), dtype=dtype, device=source.data.device)
-
-    outputs = (*(per_row() for _ in range(4)), torch.empty(source.count, dtype=torch.int32, device=source.data.device))
+def _launch_rows(
+    call: RowInputs, table: Tensor, per_token: tuple[Tensor, ...], flags: Tensor, target: Rows | None
+) -> None:
+    """`per_token`: where the share of the loss, the token loss, the log-prob and the entropy go, `[N]` each."""
+    source, count = call.rows, len(flags)
+    layout = call.layout(*(() if target is None else (target,)))
+    numbers = call.params.tolist()
+    lanes = shared_lanes(call, layout)
+    present, has_entropy_term = int(numbers[Param.PRESENT]), numbers[Param.ENTROPY_COEF] != 0
     shared_gradient = lanes is not None and target is not None
     saved = grad_logprob = grad_entropy = None
     if shared_gradient:
-        saved, grad_logprob = per_row(3), per_row()
-        grad_entropy = None if entropy_weight is None else per_row()
-    out = None if shared_gradient or target is None else target
+        saved, grad_logprob, entropy_weight = per_token[0].new_empty((5, count)).split((3, 1, 1))
+        grad_entropy = entropy_weight[0] if has_entropy_term else None
+        grad_logprob = grad_logprob[0]
+    out = None if shared_gradient else target
+    device = tuning.device_of(source.data)
     programs = tuning.programs_for_loss(device, source.row_bytes(), source.count)
     launch(
-        policy_loss_kernel, programs, source.data, source.data, None if out is None else out.data, labels, temperature,
-        lanes, weight, advantages, old_logprob, old_entropy, ref_logprob, policy_weight, entropy_weight, logprob_weight,
-        *outputs, saved, grad_logprob, grad_entropy, source.count, programs, source.V, *source.address(),
-        *((0, 0) if out is None else (out.stride_outer, out.stride_inner)), ignore_index, *scaling,
-        *params[LOSS].tolist(), RULE=rule, KL=kl, GATE=gate, L=layout,
+        policy_loss_kernel, programs, source.data, *call.pointers(), lanes, table, None if out is None else out.data,
+        *per_token, flags, saved, grad_logprob, grad_entropy, *call.numbers(),
+        *((0, 0) if out is None else out.strides()), count, source.count, programs, *read_scaling(call.params),
+        *numbers[Param.RULE : Param.RULE_ID], RULE=int(numbers[Param.RULE_ID]), KL=int(numbers[Param.KL_ID]),
+        GATE=int(numbers[Param.GATE_ID]), OFF_POLICY=bool(present & Present.OLD_LOGPROB),
+        CORRECTED=bool(present & Present.POLICY_WEIGHT), ENTROPY=has_entropy_term,
+        NLL=numbers[Param.NLL_COEF] != 0, L=layout,
     )  # fmt: skip
     if shared_gradient:
-        launch_backward(
-            source, target, labels, temperature, params, ignore_index, saved, grad_logprob, grad_entropy, None
-        )
-    return outputs
+        launch_backward(call, target, saved, grad_logprob, grad_entropy, None)
 
 
-def policy_loss(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, token_loss, logprob, entropy, flags) [N] and grad_logits, contiguous; [0, 0, 0] unless `need_grad`."""
-    *inputs, need_grad = args
+def loss_rows_(*inputs_and_outputs) -> None:
+    """The fused loss of some tokens; see `erc.ops`."""
+    *inputs, table, per_token, flags, grad_logits = inputs_and_outputs
+    target = None if grad_logits is None else rows_of(grad_logits)
+    _launch_rows(row_inputs(*inputs), table, per_token.unbind(), flags, target)
+
+
+def _policy_loss(logits: Tensor, target: Rows | None, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
+    *given, per_row = tokens
+    *_, params, ignore_index = given
+    table, labels, counter = token_table(*given, logits.shape[-1], logits.dtype == torch.float64)
+    call = row_inputs(logits, labels, temperature, params, ignore_index)
+    shares, per_token = call.rows.per_token(), call.rows.per_token(3)
+    flags = shares.new_empty(call.rows.count, dtype=torch.int32)
+    _launch_rows(call, table, (shares, *per_token.unbind()), flags, target)
+    statistics = (shares, *per_token[1:].unbind())
+    total, metrics, count = summary(statistics, flags, table, labels, counter, params, ignore_index)
+    return shares if per_row else total, per_token, flags, metrics, count
+
+
+def policy_loss(logits: Tensor, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
+    """Table, rows and summary; see `erc.ops`."""
+    *given, need_grad = tokens
     grad = torch.empty(logits.shape if need_grad else (0, 0, 0), dtype=logits.dtype, device=logits.device)
-    return (*_policy_loss(rows_of(logits), rows_of(grad) if need_grad else None, *inputs), grad)
+    return (*_policy_loss(logits, rows_of(grad) if need_grad else None, temperature, *given), grad)
 
 
-def policy_loss_(logits: Tensor, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def policy_loss_(logits: Tensor, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
     """As `policy_loss`, with the gradient written over the logits."""
-    rows = rows_of(logits)
-    return _policy_loss(rows, rows, *inputs)
+    *given, _ = tokens
+    return (*_policy_loss(logits, rows_of(logits), temperature, *given), logits.new_empty((0, 0, 0)))

@@ -9,41 +9,74 @@ every number that a user may change from step to step is a run-time argument.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .row_algebra import expm1
+from erc.constants import IMPORTANCE_WEIGHTED_KL, Gate, KLKind, RuleId, TokenFlag
+from erc.constants import MAX_LOG_RATIO as _MAX_LOG_RATIO
 
-PPO_CLIP = tl.constexpr(0)
-GPPO = tl.constexpr(1)
-CE_GPPO = tl.constexpr(2)
-CISPO = tl.constexpr(3)
-SAPO = tl.constexpr(4)
-DPPO_TV = tl.constexpr(5)
-DPPO_KL = tl.constexpr(6)
-REINFORCE = tl.constexpr(7)
-DRO = tl.constexpr(8)
-NO_CLIP = tl.constexpr(9)
+from .elementary import expm1
 
-KL_NONE = tl.constexpr(0)
-KL_K1 = tl.constexpr(1)
-KL_K2 = tl.constexpr(2)
-KL_K3 = tl.constexpr(3)
-KL_ABS = tl.constexpr(4)
-KL_K3_PLUS = tl.constexpr(5)
-IMPORTANCE_WEIGHTED = tl.constexpr(16)
+# Triton takes a number of Python's only as a constexpr.
+PPO_CLIP = tl.constexpr(int(RuleId.PPO_CLIP))
+GPPO = tl.constexpr(int(RuleId.GPPO))
+CE_GPPO = tl.constexpr(int(RuleId.CEGPPO))
+CISPO = tl.constexpr(int(RuleId.CISPO))
+SAPO = tl.constexpr(int(RuleId.SAPO))
+DPPO_TV = tl.constexpr(int(RuleId.DPPO_TV))
+DPPO_KL = tl.constexpr(int(RuleId.DPPO_KL))
+REINFORCE = tl.constexpr(int(RuleId.REINFORCE))
+DRO = tl.constexpr(int(RuleId.DRO))
+NO_CLIP = tl.constexpr(int(RuleId.NO_CLIP))
+IPO = tl.constexpr(int(RuleId.IPO))
+TOPR = tl.constexpr(int(RuleId.TOPR))
 
-GATE_NONE = tl.constexpr(0)
-GATE_KEEP_VALUE = tl.constexpr(1)
-GATE_ZERO_VALUE = tl.constexpr(2)
+KL_NONE = tl.constexpr(int(KLKind.NONE))
+KL_K1 = tl.constexpr(int(KLKind.K1))
+KL_K2 = tl.constexpr(int(KLKind.K2))
+KL_ABS = tl.constexpr(int(KLKind.ABS))
+KL_K3_PLUS = tl.constexpr(int(KLKind.K3_PLUS))
+IMPORTANCE_WEIGHTED = tl.constexpr(IMPORTANCE_WEIGHTED_KL)
 
-CLIP_LOW = tl.constexpr(1)
-CLIP_HIGH = tl.constexpr(2)
-ERC_LOW = tl.constexpr(4)
-ERC_HIGH = tl.constexpr(8)
-ERC_DROPPED = tl.constexpr(16)
+GATE_NONE = tl.constexpr(int(Gate.NONE))
+GATE_ZERO_VALUE = tl.constexpr(int(Gate.ZERO_VALUE))
 
-MAX_LOG_RATIO = tl.constexpr(20.0)
+CLIP_LOW = tl.constexpr(int(TokenFlag.CLIP_LOW))
+CLIP_HIGH = tl.constexpr(int(TokenFlag.CLIP_HIGH))
+ERC_LOW = tl.constexpr(int(TokenFlag.ERC_LOW))
+ERC_HIGH = tl.constexpr(int(TokenFlag.ERC_HIGH))
+ERC_DROPPED = tl.constexpr(int(TokenFlag.ERC_DROPPED))
+
+MAX_LOG_RATIO = tl.constexpr(_MAX_LOG_RATIO)
+
+
+class LossParams(NamedTuple):
+    """The objective's run-time numbers, in the statistics dtype."""
+
+    p0: tl.tensor
+    p1: tl.tensor
+    p2: tl.tensor
+    p3: tl.tensor
+    beta_low: tl.tensor
+    beta_high: tl.tensor
+    gate_eps: tl.tensor
+    kl_coef: tl.tensor
+    kl_clamp: tl.tensor
+
+
+class TokenInputs(NamedTuple):
+    """What is known of a token besides its own log-prob and entropy: a row of the token table."""
+
+    weight: tl.tensor
+    advantage: tl.tensor
+    old_logprob: tl.tensor
+    old_entropy: tl.tensor
+    ref_logprob: tl.tensor
+    policy_weight: tl.tensor
+    entropy_weight: tl.tensor
+    logprob_weight: tl.tensor
 
 
 @triton.jit
@@ -104,8 +137,9 @@ def _clipped(value, d_logprob, flags, condition, new_value, new_d_logprob, new_f
 
 
 @triton.jit
-def ratio_term(RULE: tl.constexpr, p0, p1, p2, p3, logprob, old_logprob, advantage):
+def ratio_term(RULE: tl.constexpr, params, logprob, old_logprob, advantage):
     """(value, derivative by the log-prob, flags) of the policy term."""
+    p0, p1, p2, p3 = params.p0, params.p1, params.p2, params.p3
     r, d_r = importance_ratio(logprob, old_logprob)
     value = -r * advantage
     d_logprob = -d_r * advantage
@@ -160,6 +194,18 @@ def ratio_term(RULE: tl.constexpr, p0, p1, p2, p3, logprob, old_logprob, advanta
         difference = log_difference(logprob, old_logprob)
         value = scaled_logprob(-advantage, logprob) + scaled_logprob(p0 / 2.0, difference * difference)
         d_logprob = scaled_logprob(p0, difference) - advantage
+    elif RULE == IPO:
+        moved = tl.exp(logprob) - tl.exp(old_logprob)
+        flags = tl.where(moved > p0, CLIP_HIGH, tl.where(moved < -p0, CLIP_LOW, 0))
+        flags = tl.where(advantage != 0.0, flags, 0)
+        difference = tl.where(p1 > 0.0, log_difference(logprob, old_logprob), 0.0)
+        value = tl.where(flags != 0, 0.0, value) + p1 * difference * difference
+        d_logprob = tl.where(flags != 0, 0.0, d_logprob) + 2.0 * p1 * difference
+    elif RULE == TOPR:
+        tapered = (advantage < 0.0) & (r > 1.0)
+        d_logprob = tl.where((advantage > 0.0) | tapered, -advantage, -r * advantage)
+        value = scaled_logprob(d_logprob, logprob)
+        flags = tl.where(tapered, CLIP_HIGH, 0)
     else:
         tl.static_assert(RULE == NO_CLIP)
     return value, d_logprob, flags
@@ -189,40 +235,49 @@ def kl_term(KIND: tl.constexpr, clamp_at, logprob, ref_logprob):
 
 
 @triton.jit
-def entropy_ratio_flags(beta_low, beta_high, eps, entropy, old_entropy):
+def kl_penalty(KL: tl.constexpr, clamp_at, logprob, old_logprob, ref_logprob):
+    """(value, derivative) of the objective's KL penalty, without its coefficient."""
+    penalty, d_penalty = kl_term((IMPORTANCE_WEIGHTED - 1) & KL, clamp_at, logprob, ref_logprob)
+    if KL >= IMPORTANCE_WEIGHTED:
+        r, d_r = importance_ratio(logprob, old_logprob)
+        d_penalty = d_penalty * r + penalty * d_r
+        penalty = penalty * r
+    return penalty, d_penalty
+
+
+@triton.jit
+def entropy_ratio_flags(params, entropy, old_entropy):
     """Which side of the entropy-ratio band a token fell out of; 0 keeps it. A NaN ratio drops it."""
-    rho = (entropy + eps) / (old_entropy + eps)
-    keep = (rho > 1.0 - beta_low) & (rho < 1.0 + beta_high)
-    keep = keep | ((entropy == 0.0) & (old_entropy == 0.0))
-    sides = tl.where(rho <= 1.0 - beta_low, ERC_LOW, 0) + tl.where(rho >= 1.0 + beta_high, ERC_HIGH, 0)
+    rho = (entropy + params.gate_eps) / (old_entropy + params.gate_eps)
+    low, high = 1.0 - params.beta_low, 1.0 + params.beta_high
+    keep = ((rho > low) & (rho < high)) | ((entropy == 0.0) & (old_entropy == 0.0))
+    sides = tl.where(rho <= low, ERC_LOW, 0) + tl.where(rho >= high, ERC_HIGH, 0)
     return tl.where(keep, 0, sides + ERC_DROPPED)
 
 
 @triton.jit
-def token_loss(
-    RULE: tl.constexpr, KL: tl.constexpr, GATE: tl.constexpr,
-    p0, p1, p2, p3, beta_low, beta_high, gate_eps, kl_coef, kl_clamp,
-    logprob, entropy, weight, advantage, old_logprob, old_entropy, ref_logprob, policy_weight, logprob_weight,
-):  # fmt: skip
-    """(unweighted value, derivative of the weighted loss by the log-prob, flags) of a token."""
-    value, d_logprob, flags = ratio_term(RULE, p0, p1, p2, p3, logprob, old_logprob, advantage)
-    value = scaled_logprob(policy_weight, value)
-    d_logprob = scaled_logprob(policy_weight, d_logprob)
+def token_loss_of(KL: tl.constexpr, GATE: tl.constexpr, params, inputs, value, d_logprob, flags, logprob, entropy):
+    """(unweighted value, derivative of the weighted loss by the log-prob, flags) of a token with this policy term."""
+    value = scaled_logprob(inputs.policy_weight, value)
+    d_logprob = scaled_logprob(inputs.policy_weight, d_logprob)
     if GATE != GATE_NONE:
-        dropped = entropy_ratio_flags(beta_low, beta_high, gate_eps, entropy, old_entropy)
+        dropped = entropy_ratio_flags(params, entropy, inputs.old_entropy)
         flags = flags | dropped
         d_logprob = tl.where(dropped != 0, 0.0, d_logprob)
         if GATE == GATE_ZERO_VALUE:
             value = tl.where(dropped != 0, 0.0, value)
     if KL != KL_NONE:
-        penalty, d_penalty = kl_term(KL % 16, kl_clamp, logprob, ref_logprob)
-        if KL >= IMPORTANCE_WEIGHTED:
-            r, d_r = importance_ratio(logprob, old_logprob)
-            d_penalty = d_penalty * r + penalty * d_r
-            penalty = penalty * r
-        value += scaled_logprob(kl_coef, penalty)
-        d_logprob += scaled_logprob(kl_coef, d_penalty)
-    d_logprob = weight * d_logprob + logprob_weight
+        penalty, d_penalty = kl_penalty(KL, params.kl_clamp, logprob, inputs.old_logprob, inputs.ref_logprob)
+        value += scaled_logprob(params.kl_coef, penalty)
+        d_logprob += scaled_logprob(params.kl_coef, d_penalty)
+    d_logprob = inputs.weight * d_logprob + inputs.logprob_weight
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
     valid = entropy >= 0.0
     return tl.where(valid, value, entropy), tl.where(valid, d_logprob, entropy), flags
+
+
+@triton.jit
+def token_loss(RULE: tl.constexpr, KL: tl.constexpr, GATE: tl.constexpr, params, inputs, logprob, entropy):
+    """The same with the term of a kernel's rule."""
+    value, d_logprob, flags = ratio_term(RULE, params, logprob, inputs.old_logprob, inputs.advantage)
+    return token_loss_of(KL, GATE, params, inputs, value, d_logprob, flags, logprob, entropy)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 
 LANES = 512  # a program's threads: 16 warps of NVIDIA, 8 of AMD
 LOADS = 2  # 128-bit loads a lane takes between two rescales
@@ -54,6 +55,8 @@ _TABLE = {
     ("gfx942", 512): Tuning(2, 0.5),
 }
 _LARGEST_FALLBACK = 2
+_LARGEST_KERNELS = {"policy_loss_kernel", "paired_forward_kernel"}
+_OLD_COMPILER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 _forced: list[Tuning] = []
 
 
@@ -66,6 +69,7 @@ class Device(NamedTuple):
 
 # The interpreter runs programs one after another, so a row is never worth sharing.
 _INTERPRETER = Device("interpreter", 1, 32, 1 << 20)
+_cpu_devices = [_INTERPRETER]
 
 
 @lru_cache
@@ -79,7 +83,17 @@ def _gpu(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    return _gpu(tensor.get_device()) if tensor.is_cuda else _INTERPRETER
+    return _gpu(tensor.get_device()) if tensor.is_cuda else _cpu_devices[-1]
+
+
+@contextmanager
+def cpu_as(device: Device) -> Iterator[None]:
+    """CPU tensors inside count as memory of `device` and get its launches: for compiled kernels without a GPU."""
+    _cpu_devices.append(device)
+    try:
+        yield
+    finally:
+        _cpu_devices.pop()
 
 
 def tuning_of(device: Device, row_bytes: int) -> Tuning:
@@ -104,18 +118,23 @@ def override(line: Tuning) -> Iterator[None]:
         _forced.pop()
 
 
-def compile_options(warp_size: int, dtype: torch.dtype, softcap: bool) -> dict[str, int | bool]:
+def compile_options(
+    kernel: str, architecture: str, warp_size: int, dtype: torch.dtype, softcap: bool
+) -> dict[str, int | bool]:
     """What a kernel is compiled with, besides its arguments.
 
     Contraction is off: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
     NVIDIA's assembler chooses between 32 and 64 registers for 512 threads. The softcap's tanh, and float64, would
-    exceed 64 by a few spilled ones; of float16 a kernel spills four words to stay at 40.
+    exceed 64 by a few spilled ones; of float16 a kernel spills four words to stay at 40. Of what Triton before 3.8
+    makes of the largest kernels it spills some to stay at 40 or 64, where a limit of 64 makes it fit 64, or takes 106.
+    Other GPUs know no such limit, RDNA with its warps of 32 threads among them.
     """
     options: dict[str, int | bool] = {"num_warps": max(1, LANES // warp_size), "enable_fp_fusion": False}
-    if warp_size == 32 and (softcap or dtype == torch.float64):
-        options["maxnreg"] = 128
-    elif warp_size == 32 and dtype == torch.float16:
-        options["maxnreg"] = 64
+    if architecture.startswith("sm_"):
+        if softcap or dtype == torch.float64:
+            options["maxnreg"] = 128
+        elif dtype == torch.float16 or (_OLD_COMPILER and kernel in _LARGEST_KERNELS):
+            options["maxnreg"] = 64
     return options
 
 

@@ -10,16 +10,20 @@ import torch
 
 from erc.check import Agreement, check_backend
 
-pytest.importorskip("rich", reason="the command line prints with rich")
+WITHOUT_RICH = "import runpy, sys; sys.modules['rich'] = None; runpy.run_module('erc', run_name='__main__')"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "erc", *arguments], capture_output=True, text=True)
 
 
-def test_info_names_every_backend():
-    printed = run("info")
-    assert printed.returncode == 0
+@pytest.mark.parametrize("rich", [True, False])
+def test_info_names_every_backend(rich):
+    if rich:
+        pytest.importorskip("rich")
+    command = [sys.executable, "-c", WITHOUT_RICH, "info"]
+    printed = run("info") if rich else subprocess.run(command, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
     for name in ("cpu", "triton", "cuda", "torch"):
         assert f"backend {name}" in printed.stdout
 

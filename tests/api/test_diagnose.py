@@ -80,6 +80,28 @@ def test_it_agrees_with_the_metrics_of_the_loss():
     )
 
 
+@pytest.mark.parametrize("old_temperature", [0.7, 1.4])
+def test_old_statistics_at_another_temperature_are_named_as_the_cause(old_temperature):
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(8, 25, 50, generator=generator)
+    labels = torch.randint(50, (8, 25), generator=generator)
+    old = erc.token_stats(logits, labels, temperature=old_temperature)
+    given = {"old_logprob": old.logprob, "old_entropy": old.entropy, "advantages": torch.linspace(-1, 1, 8)}
+    found = erc.diagnose(erc.token_stats(logits, labels), **given)
+    assert found.groups["dropped"].share + found.groups["both"].share > 0.9
+    (cause,) = found.causes
+    side = "rose" if old_temperature < 1 else "fell"
+    assert f"because their entropy {side}" in cause and "temperature" in cause and "softcap" in cause
+    assert cause in str(found)
+
+
+def test_a_healthy_update_and_one_that_drifts_both_ways_have_no_such_cause():
+    stats, given = batch()  # entropy ratios with a deviation of 0.1: most tokens dropped, on both sides
+    found = erc.diagnose(stats, **given)
+    assert found.groups["dropped"].share + found.groups["both"].share > 0.5
+    assert found.causes == ()
+
+
 def test_no_active_token():
     stats, given = batch()
     found = erc.diagnose(stats, **(given | {"mask": torch.zeros(20, 50)}))

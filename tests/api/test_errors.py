@@ -54,7 +54,7 @@ def test_the_unchanged_call_works():
         ({"old_logprob": torch.zeros(B)}, ValueError, "old_logprob must have shape"),
         ({"old_entropy": None}, ValueError, "old_entropy must be given"),
         ({"old_entropy": torch.ones(B, T, dtype=torch.bfloat16)}, TypeError, "old_entropy must be float32 or float64"),
-        ({"objective": "erc"}, ValueError, "objective must be one of"),
+        ({"objective": "erc_dapo"}, ValueError, "objective must be a preset name, got 'erc_dapo'"),
         ({"objective": 3}, TypeError, "objective must be a preset name or an erc.Objective"),
         ({"objective": erc.objective("dapo", kl=erc.KLPenalty())}, ValueError, "ref_logprob must be given"),
         ({"objective": erc.objective("dapo", nll_coef=0.1)}, ValueError, "nll_mask must be given"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 
 import erc
+from erc.backend import register_namespace
 from tests import processes
+from tests.api.split_sequences import split_losses
 
 ROWS, WIDTH, VOCAB = 9, 6, 67
 
 
 def _bodies(rank: int, world: int) -> dict[str, Any]:
     bodies = {"dense loss": PolicyLossBody(world, linear=False), "linear loss": PolicyLossBody(world, linear=True)}
+    bodies["sequences"] = partial(split_losses, world=world)
     if world == 3:
         bodies["statistics"] = StatsBody()
     if world == 2:
@@ -149,7 +152,10 @@ class MismatchBody:
             if self.kind == "memory_budget":
                 hidden, weight = torch.zeros(rows, 3), torch.zeros(10, 3)
                 erc.linear_token_stats(hidden, weight, vocab_shard=shard, validate=True, memory_budget=40 + rank)
-            erc.token_stats(torch.zeros(rows, 10), labels, vocab_shard=shard, validate=True)
+            backend = None
+            if self.kind == "backend" and rank == 1:
+                register_namespace(backend := "the same by another name", "erc_cpu")
+            erc.token_stats(torch.zeros(rows, 10), labels, vocab_shard=shard, validate=True, backend=backend)
         except (ValueError, IndexError) as error:
             return str(error)
         return "no error"
@@ -161,6 +167,7 @@ MISMATCHES = {
     "rows": "rows must be the same",
     "vocab_size": "vocab_size must be the same",
     "memory_budget": "memory_budget must be the same",
+    "backend": "backend must be the same on every rank, got ['cpu', 'another one']",
     "failed": "rank(s) [1] did not pass",
 }
 

@@ -48,6 +48,46 @@ def test_a_group_of_one_or_of_equals_has_no_advantage(kind):
     assert not group_advantages(torch.full((4,), 0.25), group_size=4, kind=kind).any()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 700),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.sampled_from(["grpo", "dr-grpo", "rloo"]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_equal_rewards_give_exactly_zero_whatever_their_number_size_and_dtype(size, reward, kind, dtype):
+    rewards = torch.full((size,), reward, dtype=torch.float64).to(dtype)
+    if rewards.isfinite().all():
+        assert not group_advantages(rewards, group_size=size, kind=kind).any()
+    mixed = torch.cat([rewards, torch.tensor([0.0, 1.0], dtype=dtype)])  # the groups do not stand together
+    ids = torch.cat([torch.zeros(size), torch.ones(2)])
+    assert group_advantages(mixed, ids, kind=kind)[-1] > 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_rewards_are_reduced_in_float64(dtype):
+    rewards = torch.ones(600, dtype=dtype)  # in bfloat16 a count of ones ends at 256
+    rewards[-1] = 0
+    for kind in ("grpo", "dr-grpo", "rloo"):
+        advantages = group_advantages(rewards, group_size=600, kind=kind)
+        exact = group_advantages(rewards.double(), group_size=600, kind=kind)
+        assert advantages.dtype == dtype
+        torch.testing.assert_close(advantages, exact.to(dtype), rtol=0, atol=0)
+    assert informative_groups(rewards, group_size=600).all()
+    assert not informative_groups(torch.ones(600, dtype=dtype), group_size=600).any()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr-grpo", "rloo"])
+def test_an_unknown_reward_spoils_its_own_rollout_only(kind):
+    rewards = torch.tensor([1.0, 0.0, torch.nan, 1.0, 2.0, 0.0, torch.nan, torch.nan])
+    advantages = group_advantages(rewards, torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), kind=kind)
+    assert advantages.isnan().tolist() == rewards.isnan().tolist()
+    torch.testing.assert_close(advantages[[0, 1, 3]], group_advantages(rewards[[0, 1, 3]], group_size=3, kind=kind))
+    torch.testing.assert_close(advantages[4:6], group_advantages(rewards[4:6], group_size=2, kind=kind))
+    informative = informative_groups(torch.tensor([1.0, torch.nan, 0.0, torch.nan, 1.0, 0.0]), group_size=2)
+    assert informative.tolist() == [False, False, False, False, True, True], "an unknown reward is not a wrong answer"
+
+
 def test_groups_that_are_all_right_or_all_wrong_teach_nothing():
     rewards = torch.tensor([1, 1, 0, 0, 1, 0])
     assert informative_groups(rewards, group_size=2).tolist() == [False, False, False, False, True, True]
@@ -64,6 +104,7 @@ def test_overlong_penalty_has_the_papers_three_pieces():
         (lambda: group_advantages(REWARDS, group_size=3), "group_size"),
         (lambda: group_advantages(REWARDS), "group_ids"),
         (lambda: group_advantages(REWARDS, torch.zeros(3)), "group_ids"),
+        (lambda: group_advantages(REWARDS, [0] * 8), "group_ids"),
         (lambda: group_advantages(REWARDS, group_size=4, kind="ppo"), "kind"),
         (lambda: group_advantages(REWARDS.view(2, 4), group_size=4), "rewards"),
         (lambda: overlong_penalty(torch.ones(2), 10, 11), "cache_length"),

@@ -64,7 +64,7 @@ def changes_of_rank_1(form: str) -> dict[str, tuple[dict, str]]:
                 "objective must be the same",
             ),
             "no objective": ({"objective": 3}, failed),
-            "mask": ({"mask": torch.tensor([1.0, 1.0, 0.0, 1.0])}, "labels must be the same"),
+            "mask": ({"mask": torch.tensor([1.0, 1.0, 0.0, 1.0])}, "mask must be the same"),
             "advantages": ({"advantages": torch.full((ROWS,), float("nan"))}, failed),
         }
         cases["rows"] = ({"advantages": torch.ones(ROWS + 1)}, failed)

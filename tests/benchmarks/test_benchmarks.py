@@ -25,7 +25,7 @@ from benchmarks.peers.base import Runner  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from benchmarks.workloads import OPERATORS, Case, Inputs  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "benchmarks" / "cpu.json"
 REGENERATE = "run `python -m benchmarks readme results/benchmarks/cpu.json`"
 

@@ -180,7 +180,7 @@ def test_a_missing_peer_says_what_is_missing(monkeypatch):
 
 def test_the_peers_extra_names_what_a_cpu_runs_and_no_pytorch():
     tomllib = pytest.importorskip("tomllib", reason="from Python 3.11 on")
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     extra = tomllib.loads(text)["project"]["optional-dependencies"]["peers"]
     named = {re.split("[<>=~]", requirement)[0].replace("-", "_") for requirement in extra}
     modules = {module.split(".")[0] for peer in ON_CPU for module in peer.requires}

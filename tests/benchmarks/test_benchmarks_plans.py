@@ -238,5 +238,5 @@ def test_the_linear_forms_count_what_they_must_move_and_not_the_logits():
 
 
 def test_make_bench_gpu_is_the_gpu_command():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     assert "bench-gpu:" in makefile and "-m benchmarks gpu $(BENCH_ARGS)" in makefile

@@ -39,7 +39,6 @@ from tests.contract.test_cuda_host import (  # noqa: F401
     test_pairs_match_the_oracle,
     test_peaked_rows_keep_the_entropys_relative_precision,
     test_rows_beyond_2_to_31_elements_are_addressed_in_64_bits,
-    test_scaling_rows,
     test_shards_merge_to_the_whole_row,
     test_statistics_and_gradients_match_the_oracle,
     test_strides_and_alignment_change_no_bit,

@@ -18,14 +18,17 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import erc
 from erc import ops
 from erc.backend import register_namespace
+from erc.constants import Present, Reduction
 from erc.surrogate.entropy_ratio import EntropyRatioClip
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, SAPO, NoClip, PPOClip, Reinforce
+from tests.backends import params
 from tests.cuda_host import build
 
 pytestmark = [
@@ -235,10 +238,6 @@ def test_ignored_rows_are_not_read(machine):
         assert (gradient[0] == 0).all() and (gradient[1] != 0).any()
 
 
-def params(rule=(0.2, 0.28, INF, INF), kl=(0.0, INF), scaling=(1.0, 0.0, 1.0)) -> Tensor:
-    return torch.tensor([*scaling, *rule, 0.05, 0.05, 1e-8, *kl], dtype=torch.float64, device="cpu")
-
-
 @pytest.mark.parametrize("label", [300, -1, 2**40])
 def test_a_label_out_of_range_makes_its_row_nan_and_reads_nothing_else(label, machine):
     logits, labels = random_logits(1, 2, 300), torch.tensor([label, 7])
@@ -246,7 +245,7 @@ def test_a_label_out_of_range_makes_its_row_nan_and_reads_nothing_else(label, ma
     assert logprob[0].isnan() and entropy[0].isnan() and logprob[1].isfinite()
     ones = torch.ones(2)
     gradient = machine.ops.stats_backward(logits, labels, None, params(), IGNORE, saved, ones, None, None)
-    *_, fused = loss_call(machine, logits, labels)
+    fused = loss_call(machine, logits, labels)[-1]
     for grad in (gradient, fused):
         assert grad[0, 0].isnan().all() and grad[0, 1].isfinite().all()
 
@@ -275,13 +274,23 @@ def test_rows_beyond_2_to_31_elements_are_addressed_in_64_bits(machine):
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
-def loss_call(host, logits: Tensor, labels: Tensor, in_place: bool = False):
-    n = labels.numel()
-    real = ops.stats_dtype(logits.dtype)
-    values = torch.linspace(-1, 1, n, dtype=real)
-    coefficients = (torch.full((n,), 0.3, dtype=real), values + 0.5, values - 6, None, None, None, values * 0.2)
-    arguments = (labels, None, params(), IGNORE, *coefficients, None, 0, 0, 0)
-    return host.ops.policy_loss_(logits, *arguments) if in_place else host.ops.policy_loss(logits, *arguments, True)
+def loss_call(host, logits: Tensor, labels: Tensor, in_place: bool = False, weights: Tensor | None = None, **numbers):
+    """Loss, per-token loss, log-prob, entropy, flags, metrics, number of tokens, and the gradient unless it is written
+    over the logits: a clipped loss with an entropy bonus, whose inputs change from token to token."""
+    values = torch.linspace(-1, 1, labels.numel())
+    weights = 1 + values.abs() if weights is None else weights
+    numbers = {"reduction": Reduction.TOKEN_SUM, "entropy_coef": 0.2, "entropy_shares": 1, **numbers}
+    arguments = (None, labels, values + 0.5, weights, values - 6, *[None] * 8)
+    arguments += (params((0.2, 0.28, INF, INF), present=Present.OLD_LOGPROB, **numbers), IGNORE, False, True)
+    operator = host.ops.policy_loss_ if in_place else host.ops.policy_loss
+    loss, per_token, flags, metrics, tokens, gradient = operator(logits, *arguments)
+    return loss, *per_token, flags, metrics, tokens, *([] if in_place else [gradient])
+
+
+def shard_state(host, logits: Tensor, labels: Tensor, start: int) -> Tensor:
+    state = torch.empty(4, labels.numel(), dtype=ops.stats_dtype(logits.dtype))
+    host.ops.partial_stats_(logits, labels, None, params(), IGNORE, None, 0, start, state)
+    return state
 
 
 @pytest.mark.parametrize(("dtype", "V"), [(torch.bfloat16, 24_576), (torch.float32, 20_488), (torch.float64, 10_242)])
@@ -295,13 +304,12 @@ def test_cluster_block_and_split_give_the_same_bits(forbidden, dtype, V, host):
     for clusters, multiprocessors in MACHINES.values():
         host.configure(clusters=clusters, multiprocessors=multiprocessors)
         statistics = host.ops.stats_forward(logits, labels, None, params(), IGNORE)
-        partial = host.ops.partial_stats(logits, labels, None, params(), IGNORE, 0)
+        partial = shard_state(host, logits, labels, 0)
         overwritten = logits.clone()
-        in_place = loss_call(host, overwritten, labels, in_place=True)
-        results.append((*statistics, partial, *loss_call(host, logits, labels), *in_place, overwritten))
-        assert torch.equal(bits(statistics[0]), bits(results[-1][7]))  # the fused loss has the same log-probs
-        assert torch.equal(bits(statistics[1]), bits(results[-1][8]))
-        assert torch.equal(bits(results[-1][10]), bits(overwritten))
+        in_place, fused = loss_call(host, overwritten, labels, in_place=True), loss_call(host, logits, labels)
+        results.append((*statistics, partial, *fused, *in_place, overwritten))
+        for a, b in zip((*statistics[:2], overwritten), (fused[2], fused[3], fused[-1]), strict=True):
+            assert torch.equal(bits(a), bits(b))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(bits(a), bits(b))
@@ -336,8 +344,8 @@ def test_a_row_does_not_depend_on_its_batch(machine):
 @pytest.mark.parametrize("order", [1, 7])
 @pytest.mark.parametrize("poison", [0x00, 0x7F])
 def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison, host):
-    """A missing barrier shows up as a difference between orders, a read of uninitialised memory as one between
-    poisons."""
+    """Of blocks neither. A missing barrier shows up as a difference between orders, a read of uninitialised memory as
+    one between poisons."""
     logits, labels = random_logits(1, 2, 24_576, dtype=torch.bfloat16), random_labels(2, V=24_576)
     for clusters, multiprocessors in MACHINES.values():
         results = []
@@ -345,7 +353,12 @@ def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison,
             host.configure(clusters=clusters, multiprocessors=multiprocessors, **choice)
             statistics = host.ops.stats_forward(logits, labels, None, params(), IGNORE)
             pair = host.ops.paired_forward(logits, logits.flip(2).contiguous(), None, params())
-            results.append((*statistics, *pair, *loss_call(host, logits, labels)))
+            tokens = (random_labels(1300, V=70), torch.ones(1300), *[None] * 11, params(), IGNORE, 70, False)
+            table, active, counter = host.ops.token_table(*tokens)
+            per_token = torch.rand(4, 1300, generator=torch.Generator().manual_seed(3))
+            flags = torch.zeros(1300, dtype=torch.int32)
+            summary = host.ops.token_summary(per_token, flags, table, active, counter, params(), IGNORE)
+            results.append((*statistics, *pair, *loss_call(host, logits, labels), table, *summary))
         for a, b in zip(*results, strict=True):
             assert torch.equal(bits(a), bits(b))
 
@@ -360,12 +373,23 @@ def test_operators_pass_opcheck(host):
     leaf, scaling = logits.clone().requires_grad_(True), (labels, None, params(), IGNORE)
     saved = host.ops.stats_forward(logits, *scaling)[3]
     stats, paired = host.ops.paired_forward(logits, logits + 1, None, params())
+    tokens = (labels, ones, *[None] * 11, params(), IGNORE)
+    table, _, counter = host.ops.token_table(*tokens, 70, False)
+    per_token = torch.empty(4, 2), torch.empty(2, dtype=torch.int32)
+    summed = torch.ones(4, 2), torch.zeros(2, dtype=torch.int32)
     for operator, arguments in (
         (host.ops.stats_forward, (leaf, *scaling)),
         (host.ops.stats_backward, (logits, *scaling, saved, ones, None, ones)),
-        (host.ops.policy_loss, (leaf, *scaling, ones, ones, *[None] * 6, 0, 0, 0, True)),
-        (host.ops.partial_stats, (logits, *scaling, 0)),
+        (host.ops.stats_forward_, (logits, *scaling, None, 0, torch.empty(6, 2))),
+        (host.ops.stats_backward_, (logits, *scaling, None, 0, saved, ones, None, ones, torch.empty_like(logits))),
+        (host.ops.partial_stats_, (logits, *scaling, None, 0, 0, torch.empty(4, 2))),
+        (host.ops.token_table, (*tokens, 70, False)),
+        (host.ops.loss_rows_, (logits, *scaling, None, 0, table, *per_token, torch.empty_like(logits))),
+        (host.ops.token_summary, (*summed, table, labels, counter, params(), IGNORE)),
+        (host.ops.policy_loss, (leaf, None, *tokens, False, True)),
+        (host.ops.policy_loss_, (logits, None, *tokens, False, True)),
         (host.ops.scale_rows, (logits, ones)),
+        (host.ops.scale_rows_, (logits, ones[0])),
         (host.ops.paired_forward, (leaf, logits + 1, None, params())),
         (host.ops.paired_backward, (logits, logits + 1, None, params(), paired, stats)),
     ):
@@ -403,10 +427,73 @@ def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
         loss_call(host, logits, labels)
         seen[clusters, multiprocessors] = [shape[1:] for shape in host.launches()]
     stats, gradient = assumed["stats"], assumed["stats gradient"]
-    assert seen[True, 1] == [stats, gradient, assumed["loss, cluster"]]
-    assert seen[False, 1] == [stats, gradient, assumed["loss, block"]]
+    table, summary = (256, 1, 3 * 8 * 8), (256, 1, 8 * 18 * 8 + 16)
+    assert seen[True, 1] == [stats, gradient, table, assumed["loss, cluster"], summary]
+    assert seen[False, 1] == [stats, gradient, table, assumed["loss, block"], summary]
     segment, merge = assumed["stats of a segment"], (32, 1, 0)
-    assert seen[False, 132] == [segment, merge, gradient, segment, assumed["loss gradient of shared rows"]]
+    loss = [table, segment, assumed["loss gradient of shared rows"], summary]
+    assert seen[False, 132] == [segment, merge, gradient, *loss]
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that PyTorch runs, but for views and what only allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and not func.is_view and "empty" not in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in erc.objectives() if erc.objective(name).fused])
+@pytest.mark.parametrize("form", MACHINES)
+def test_a_fused_loss_and_its_backward_take_six_launches(form, name, host):
+    """Count, table, rows, summary, the fill of the upstream 1, scale; one more where rows are split over blocks. With a
+    mask and an advantage per sequence; counted, or with normalizers on the device."""
+    shape, columns = (2, 2), 24_576
+    logits, labels = random_logits(*shape, columns, dtype=torch.bfloat16), random_labels(*shape, V=columns)
+    given = {"old_logprob": torch.full(shape, -9.0), "ref_logprob": torch.full(shape, -9.5)}
+    given |= {"old_entropy": torch.full(shape, 3.0), "advantages": torch.ones(2), "mask": torch.ones(shape)}
+    device_numbers = {name: torch.tensor(4.0) for name in ("normalizer", "entropy_normalizer")}
+    objective = erc.objective(name, entropy_coef=0.01, entropy_reduction="active-mean")
+    counts = []
+    for normalizers in ({}, device_numbers):
+        host.configure(*MACHINES[form])
+        leaf = logits.clone().requires_grad_(True)
+        with Recorded() as recorded:
+            options = {**given, **normalizers, "objective": objective, "backend": BACKEND}
+            erc.policy_loss(leaf, labels, **options).loss.backward()
+        assert set(recorded.names) == {"aten::ones_like"} and leaf.grad.any()
+        counts.append(len(host.launches()) + len(recorded.names))
+    assert max(counts) == 6 + (form == "split") and min(counts) >= 5
+
+
+def test_a_summary_of_the_same_tokens_again(host):
+    """The last block leaves the counter as it found it."""
+    host.configure()
+    labels, ones = random_labels(1500, V=70), torch.ones(1500)
+    table, labels, counter = host.ops.token_table(labels, ones, *[None] * 11, params(), IGNORE, 70, False)
+    per_token, flags = torch.rand(4, 1500), torch.zeros(1500, dtype=torch.int32)
+    arguments = (per_token, flags, table, labels, counter, params(), IGNORE)
+    for a, b in zip(host.ops.token_summary(*arguments), host.ops.token_summary(*arguments), strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    assert counter == 0 and len(host.launches()) == 4
+
+
+def test_code_for_sm_80_runs_in_no_cluster_whatever_the_machine(host):
+    """There the cluster kernel has an empty body: it would return garbage, and success."""
+    logits, labels = random_logits(1, 2, 4096, dtype=torch.bfloat16), random_labels(2, V=4096)
+    results = []
+    for compiled_for in (90, 80):
+        host.configure(clusters=True, compiled_for=compiled_for)
+        results.append(loss_call(host, logits, labels))
+        (launch,) = host.launches()
+        assert (launch[3] > logits[0, 0].nbytes) == (compiled_for == 90), "a cluster keeps its row in shared memory"
+    for cluster, block in zip(*results, strict=True):
+        assert torch.equal(bits(cluster), bits(block))
 
 
 # ---- the fused loss --------------------------------------------------------------------------------------------------
@@ -509,10 +596,7 @@ def test_large_weights_do_not_overflow_beside_masked_tokens(machine):
     logits[0, :, 500:] = torch.finfo(torch.float32).min
     labels %= 500
     million = torch.full((2,), 1e6)
-    *_, gradient = machine.ops.policy_loss(
-        logits, labels, None, params(scaling=(1.5, 0.0, 1.0)), IGNORE, million, torch.ones(2), None, None, None, None,
-        million, None, 0, 0, 0, True,
-    )  # fmt: skip
+    gradient = loss_call(machine, logits, labels, weights=million, entropy_coef=-1, temperature=1.5)[-1]
     assert gradient.isfinite().all() and (gradient[0, :, 500:] == 0).all() and (gradient[0, :, :500] != 0).any()
 
 
@@ -543,7 +627,7 @@ def test_shards_merge_to_the_whole_row(dtype, machine):
     )
     for start, end in pairwise(cuts):
         part = logits[:, :, start:end]
-        state = machine.ops.partial_stats(part, labels, None, params(), IGNORE, start)
+        state = shard_state(machine, part, labels, start)
         assert state.dtype == real
         m, r, t, y = state.double()
         high, low = torch.maximum(m, row_max), torch.minimum(m, row_max)
@@ -577,17 +661,6 @@ def test_pairs_match_the_oracle(softcap, V, dtype, machine):
         (gradient,) = torch.autograd.grad(getattr(actual, name).sum(), variable, retain_graph=True)
         (reference,) = torch.autograd.grad(getattr(expected, name).sum(), leaf, retain_graph=True)
         assert_gradient(gradient[[0]], reference[[0]], softcap or 0.0, slack=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", [1, 1032, 2053])
-def test_scaling_rows(V, dtype, machine):
-    grad = random_logits(2, 2, V, dtype=dtype)
-    scale = torch.tensor([1.0, 0.5, -3.0, 0.0], dtype=ops.stats_dtype(dtype))
-    expected = (grad * scale.view(2, 2, 1)).to(dtype)
-    assert torch.equal(machine.ops.scale_rows(grad, scale), expected)
-    machine.ops.scale_rows_(grad, scale)
-    assert torch.equal(grad, expected)
 
 
 # ---- the harness -----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_double_backward(form, kernels):
     tensor, loss = logits_and_loss(form)
     leaf = tensor.double().requires_grad_() if kernels == "torch" else tensor.requires_grad_()
     if kernels != "torch":
-        with pytest.raises(RuntimeError, match=r"double backward.*backend=.torch."):
+        with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(loss(leaf), leaf, create_graph=True)
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)  # the plain one still works
         assert gradient.any() and not gradient.requires_grad
@@ -95,7 +95,7 @@ def test_forward_mode(form, kernels):
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)
         torch.testing.assert_close(tangent, (gradient * direction).sum())
         return
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"forward-mode.*backend=.torch."):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         loss(forward_ad.make_dual(tensor, direction))
     with forward_ad.dual_level():
         assert loss(tensor).isfinite()  # without a tangent nothing is dropped

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import erc
+from erc.constants import INVALID_VALUE
+from erc.rows import UNSCALED, scaling_params
 
 INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.sanitize
@@ -95,13 +97,16 @@ def test_a_nan_logit_shows_even_where_every_gate_would_hide_it(backend):
     assert gradient[1].isnan().any() and not gradient[[0, 2]].isnan().any()
 
 
-def test_only_a_nan_old_entropy_drops_a_token_without_poisoning_it(backend):
-    logits = torch.randn(2, 50)
-    old = erc.token_stats(logits).entropy
-    old[1] = NAN
-    out, gradient = fused(logits, torch.arange(2), old_entropy=old)
-    assert out.loss.isfinite() and gradient[0].any() and not gradient[1].any()
-    assert out.metrics["erc_fraction"] == 0.5
+@pytest.mark.parametrize("name", ["old_entropy", "old_logprob", "advantages"])
+def test_a_nan_among_what_a_token_brings_raises_and_says_where(backend, name):
+    values = torch.full((2, 3), 2.0)
+    values[1, 2] = NAN
+    labels = torch.arange(6).view(2, 3)
+    with pytest.raises(ValueError, match=rf"{name} .* \(1, 2\)"):
+        fused(torch.randn(2, 3, 50), labels, **{name: values})
+    labels[1, 2] = -100  # a token that is not read may hold anything
+    out, gradient = fused(torch.randn(2, 3, 50), labels, **{name: values})
+    assert out.loss.isfinite() and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("objective", ["ppo", "reinforce", "cispo"])
@@ -140,13 +145,16 @@ def test_a_label_out_of_range_raises_with_its_position(backend):
 
 
 def test_an_operator_never_reads_outside_a_row():
-    """What a GPU does with a label that nobody checked: the row is NaN."""
+    """A label that nobody checked: an error on the CPU, and in what reads no values the row is NaN."""
     if erc.backends()["cpu"] != "available":
         pytest.skip("the cpu backend is not built")
-    params = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    for label in (10, -1, 2**62, -(2**63)):
-        outputs = torch.ops.erc_cpu.stats_forward(torch.zeros(1, 1, 10), torch.tensor([label]), None, params, -100)
-        assert all(output.isnan().all() for output in outputs)
+    operators, logits = torch.ops.erc_cpu, torch.zeros(1, 1, 10)
+    for label in (10, -1, 2**62):
+        rows = (logits, torch.tensor([label]), None, scaling_params(UNSCALED), -100)
+        with pytest.raises(RuntimeError, match=INVALID_VALUE):
+            operators.stats_forward(*rows)
+        gradient = operators.stats_backward(*rows, torch.full((3, 1), NAN), torch.ones(1), None, None)
+        assert gradient.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,12 +210,14 @@ def test_rows_beyond_the_two_to_the_31st_element():
     labels = torch.tensor([5, 999])
     far_stats, near_stats = erc.token_stats(logits, labels), erc.token_stats(near, labels)
     assert all(torch.equal(a, b) for a, b in zip(far_stats, near_stats, strict=True))
-    params = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    params = scaling_params(UNSCALED)
     if erc.backends()["cpu"] != "available":
         return
     saved = torch.ops.erc_cpu.stats_forward(logits[None], labels, None, params, -100)[3]
     expected = torch.ops.erc_cpu.stats_backward(
         near[None], labels, None, params, -100, saved, torch.ones(2), None, None
     )
-    torch.ops.erc_cpu.stats_backward_(logits[None], labels, None, params, -100, saved, torch.ones(2), None, None)
+    torch.ops.erc_cpu.stats_backward_(
+        logits[None], labels, None, params, -100, None, 0, saved, torch.ones(2), None, None, logits[None]
+    )
     assert torch.equal(logits, expected[0])

@@ -133,6 +133,119 @@ def test_clip_cov_draws_unclipped_tokens_of_the_band_and_silences_them():
     assert any(not torch.equal(draws[0], other) for other in draws[2:])
 
 
+def test_ipo_blocks_either_way_and_pays_for_every_log_ratio():
+    given = tokens()
+    d = given["logprob"] - given["old_logprob"]
+    moved = (given["logprob"].exp() - given["old_logprob"].exp()).detach().abs()
+    active = given["mask"] != 0
+    kept = moved <= 0.05
+    for sign in (1, -1):
+        assert (kept & active & (d * sign > 0)).any() and (~kept & active & (d * sign > 0)).any()
+    expected = torch.where(kept, -d.exp() * given["advantages"][:, None], 0.0) + 0.3 * d**2
+    objective = erc.Objective(erc.IPO(0.05, 0.3))
+    assert_like(objective, given, (expected * given["mask"]).sum() / given["mask"].sum())
+    metrics = loss_and_gradient(objective, given)[0].metrics
+    assert metrics["clip_fraction"] == pytest.approx(float((~kept & active).sum() / active.sum()))
+    assert 0 < metrics["clip_fraction_low"] < metrics["clip_fraction"]
+
+
+def test_topr_tapers_bad_tokens_alone():
+    given = tokens()
+    d = (given["logprob"] - given["old_logprob"]).detach()
+    advantage = given["advantages"][:, None]
+    weight = torch.where(advantage > 0, 1.0, d.exp().clamp(0, 1))
+    assert ((weight == 1) & (advantage < 0)).any() and (weight < 1).any()
+    expected = -weight * advantage * given["logprob"] * given["mask"]
+    assert_like(erc.objective("topr"), given, expected.sum() / given["mask"].sum())
+
+
+def test_kimi_is_a_policy_gradient_with_half_tau_times_the_squared_log_ratio():
+    given = tokens()
+    d = given["logprob"] - given["old_logprob"]
+    expected = (-given["advantages"][:, None] * given["logprob"] + 0.05 * d**2) * given["mask"]
+    assert_like(erc.objective("kimi-k1.5"), given, expected.sum() / given["mask"].sum())
+
+
+def rollout(given: dict[str, Tensor], distance: float) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(B, T, generator=generator, dtype=torch.float64)
+    return (given["old_logprob"] + distance * noise).clamp(max=-1e-7)
+
+
+def test_the_geometric_mask_drops_sequences_and_leaves_weights_and_denominator():
+    given = tokens()
+    given["rollout_logprob"] = rollout(given, 0.3)
+    w = (given["old_logprob"] - given["rollout_logprob"]).exp()
+    mean = ((w.log() * given["mask"]).sum(1) / given["mask"].sum(1)).exp()
+    low, high = sorted(mean.tolist())[0] - 1e-6, sorted(mean.tolist())[1] + 1e-6
+    kept = ((mean >= low) & (mean <= high)).double()
+    assert kept.sum() == 2 and (w > high).any(), "weights of kept tokens are not truncated"
+    d = given["logprob"] - given["old_logprob"]
+    expected = -d.exp() * given["advantages"][:, None] * w * kept[:, None] * given["mask"]
+    correction = erc.RolloutCorrection("mask", low, high, level="geometric")
+    objective = erc.Objective(erc.NoClip(), rollout_correction=correction)
+    assert_like(objective, given, expected.sum() / given["mask"].sum())
+
+
+def test_kpop_drops_tokens_that_either_binary_divergence_finds_far():
+    given = tokens()
+    given["rollout_logprob"] = rollout(given, 0.8)
+    p, q = (given[name].exp().clamp(1e-6, 1 - 1e-6) for name in ("old_logprob", "rollout_logprob"))
+
+    def divergence(p: Tensor, q: Tensor) -> Tensor:
+        return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+    active = given["mask"] != 0
+    forward, backward = divergence(p, q), divergence(q, p)
+    kept = (forward <= 0.1) & (backward <= 0.1)
+    assert (kept & active).any() and (((forward > 0.1) != (backward > 0.1)) & active).any(), "both directions decide"
+    w = (given["old_logprob"] - given["rollout_logprob"]).exp() * kept
+    d = given["logprob"] - given["old_logprob"]
+    expected = (-d.exp() * given["advantages"][:, None] * w * given["mask"]).sum() / given["mask"].sum()
+    objective = erc.Objective(erc.NoClip(), rollout_correction=erc.RolloutCorrection("binary-kl"))
+    assert_like(objective, given, expected)
+
+
+def test_kpop_keeps_a_near_certain_token_that_the_engine_reports_as_certain():
+    old = torch.tensor([[-1e-7, -1e-3]], dtype=torch.float64)
+    weights = erc.RolloutCorrection("binary-kl").weights(old, torch.zeros_like(old), torch.ones_like(old), None)
+    torch.testing.assert_close(weights, old.exp())
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "bounds"),
+    [
+        ("truncate", "token", (0.0, 2.0)),
+        ("mask", "sequence", (0.5, 5.0)),
+        ("mask", "geometric", (0.999, 1.002)),
+        ("binary-kl", "token", (0.0, 0.1)),
+    ],
+)
+def test_each_rollout_correction_has_the_bounds_of_its_source(kind, level, bounds):
+    correction = erc.RolloutCorrection(kind, level=level)
+    assert (correction.low, correction.high) == bounds
+    assert erc.Objective(rollout_correction=correction).needs_sequences == (level != "token")
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 0)], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(erc.objective(name) for name in ("erc-dapo", "grpo", "gspo", "gmpo", "vespo")),
+        erc.Objective(rollout_correction=erc.RolloutCorrection(level="sequence")),
+        erc.Objective(erc.NoClip(), off_policy_mask=erc.OffPolicySequenceMask(0.1)),
+    ],
+    ids=lambda objective: str(objective)[:60],
+)
+def test_sequences_without_tokens_have_loss_0_and_an_empty_gradient(objective, shape):
+    logits, empty = torch.zeros(2, 0, 5, requires_grad=True), torch.zeros(2, 0)
+    given = {"old_logprob": empty, "old_entropy": empty, "rollout_logprob": empty, "advantages": torch.ones(shape)}
+    for function in (erc.policy_loss, erc.reference.policy_loss):
+        out = function(logits, torch.zeros(2, 0, dtype=torch.long), objective=objective, **given)
+        (gradient,) = torch.autograd.grad(out.loss, logits)
+        assert out.loss == 0 and gradient.shape == (2, 0, 5)
+
+
 def test_the_high_entropy_mask_keeps_the_top_fraction_and_the_denominator():
     given = tokens()
     active = given["mask"] != 0
@@ -255,7 +368,7 @@ def test_a_rule_of_ones_own_runs_two_phase_on_every_function():
 
 
 def test_the_how_to_runs():
-    text = (Path(__file__).parent.parent / "docs" / "custom_rules.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "custom_rules.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     module = types.ModuleType("custom_rules")
     sys.modules["custom_rules"] = module  # where dataclasses look for the annotations of the class
@@ -270,6 +383,11 @@ def test_the_how_to_runs():
     ("make", "match"),
     [
         (lambda: erc.GMPO(-0.1), "eps_low"),
+        (lambda: erc.IPO(eps=-0.1), "eps"),
+        (lambda: erc.IPO(tau=-1.0), "tau"),
+        (lambda: erc.RolloutCorrection("truncate", level="geometric"), "level must be one of .* for kind 'truncate'"),
+        (lambda: erc.RolloutCorrection("binary-kl", level="sequence"), "level"),
+        (lambda: erc.RolloutCorrection(level="tokens"), "level"),
         (lambda: erc.VESPO(lambda_neg=0.0), "lambda_neg"),
         (lambda: erc.ClipCov(fraction=0.0), "fraction"),
         (lambda: erc.ClipCov(low=6.0), "low"),

@@ -139,6 +139,14 @@ def test_inplace_backward_reuses_the_memory_of_the_logits():
         stats.logprob.sum().backward()
 
 
+def test_double_backward_raises():
+    logits = torch.randn(2, 9, requires_grad=True)
+    pair = erc.entropy_ratio(logits, torch.zeros(2, 9))
+    for value in (erc.token_stats(logits, torch.arange(2)).logprob, pair.ratio):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value.sum(), logits, create_graph=True)
+
+
 # How much a row of 12 segments rises from one to the next: a little, so that a segment exceeds all before it without
 # being swept again; beyond what its sums may hold; and further than float32's smallest exponential.
 @pytest.mark.sanitize

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import erc
-from erc.ops import ABSENT_LABEL, TokenFlag, stats_dtype
+from erc.constants import ABSENT_LABEL, TokenFlag
+from erc.ops import stats_dtype
 from erc.surrogate.entropy_ratio import EntropyRatioClip
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
@@ -346,6 +347,8 @@ def test_no_rows():
 
 class RecordedKernel:
     """Stands in for a kernel: remembers the grid."""
+
+    __name__ = "recorded_kernel"
 
     def __getitem__(self, grid):
         self.grid = grid

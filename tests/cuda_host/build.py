@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,12 @@ ROOT = HERE.parent.parent
 BUILD_DIR = ROOT / "build" / "cuda_host"
 NAMESPACE = "erc_cuda_host"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
+_EXECUTOR = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64),
+)  # fmt: skip
+_WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
 
 KERNELS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 FIBERS = HERE / "cuda_host" / "fibers.cpp"
@@ -40,7 +47,8 @@ def compile_objects(sources: list[Path], flags: tuple[str, ...], name: str, jobs
     Raises:
         RuntimeError: with the compiler's output.
     """
-    headers = [*(ROOT / "csrc").glob("common/*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), *HERE.rglob("*.h")]
+    headers = [path for room in ("bindings", "common", "cuda") for path in (ROOT / "csrc" / room).glob("*.*h")]
+    headers += HERE.rglob("*.h")
     shared = hashlib.sha256("".join(flags).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
     base = [compiler(), "-std=c++17", "-fPIC", "-ffp-contract=off", "-DERC_CUDA_HOST", "-Wall", "-Wno-unknown-pragmas"]
     base += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]
@@ -79,6 +87,9 @@ class Host:
         self._fault = handle.erc_cuda_host_fault
         self._fault.restype = ctypes.c_char_p
         self._launches = handle.erc_cuda_host_launches
+        self._execute_with = handle.erc_cuda_host_execute_with
+        self._complain = handle.erc_cuda_host_complain
+        self._tensors = handle.erc_cuda_host_tensors
         self.ops = getattr(torch.ops, NAMESPACE)
 
     def configure(
@@ -88,17 +99,39 @@ class Host:
         order: int = 0,
         poison: int = 0xFF,
         l2_bytes: int = 1 << 20,
+        compiled_for: int = 90,
     ) -> None:
         """A machine with or without thread-block clusters (sm_90 or sm_80), with so many multiprocessors that few rows
-        are split over blocks; `order` of the fibers (0, 1 reversed, else a shuffle's seed); `poison` fills shared
-        memory."""
-        self._configure(int(clusters), multiprocessors, order, poison, l2_bytes)
+        are split over blocks; `order` of threads and blocks (0, 1 reversed, else a shuffle's seed); `poison` fills
+        shared memory; `compiled_for` 80 is code for sm_80 on whatever machine."""
+        self._configure(int(clusters), compiled_for, multiprocessors, order, poison, l2_bytes)
 
     def launches(self) -> list[tuple[int, int, int, int]]:
         """(grid, block, cluster, bytes of shared memory) of every launch since `configure`."""
         shapes = (ctypes.c_int64 * 4 * 16)()
         count = self._launches(shapes, 16)
         return [tuple(shape) for shape in shapes[:count]]
+
+    def execute_with(self, executor: Callable[[str, int, int, int, int, list[bytes]], None] | None) -> None:
+        """Hand every launch to `executor(kernel's symbol, grid, block, cluster, bytes of shared memory, parameters)`
+        instead of running it on fibers; None: fibers again. What it raises becomes the launch's error."""
+
+        def call(name, grid, block, cluster, shared, count, data, sizes) -> int:
+            try:
+                parameters = [ctypes.string_at(data[i], sizes[i]) for i in range(count)]
+                executor(name.decode(), grid, block, cluster, shared, parameters)
+            except Exception as error:  # must not pass through C++
+                self._complain(f"{type(error).__name__}: {error}".encode())
+                return 0
+            return 1
+
+        self._executor = _EXECUTOR(call) if executor else _EXECUTOR()
+        self._execute_with(self._executor)
+
+    def tensors(self) -> list[tuple[int, int]]:
+        """(address, bytes) of every tensor that the bindings took the address of since the last call."""
+        extents = (ctypes.c_int64 * 2 * 256)()
+        return [tuple(extents[i]) for i in range(self._tensors(extents, 256))]
 
     def fault(self, name: str, out: torch.Tensor) -> str:
         """Run the kernel `name` of faults.cpp on `out` `[>= 32]` float32; returns what the harness found, "" for
@@ -119,8 +152,9 @@ def load() -> Host:
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
     name, optimise = ("torch_asan", ("-O1", *SANITIZE)) if sanitized else ("torch", ("-O2",))
     flags = (*optimise, "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    sources = [*KERNELS, FIBERS, HERE / "faults.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    sources = [*KERNELS, FIBERS, HERE / "faults.cpp", HERE / "tensors.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
     objects = compile_objects(sources, flags, name)
-    libraries = (f"-L{torch_dir / 'lib'}", "-ltorch_cpu")
+    wrapped = (f"-Wl,--wrap={name}" for name in _WRAPPED)
+    libraries = (f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl", *wrapped)
     path = BUILD_DIR / name / "liberc_cuda_host.so"
     return Host(link(objects, path, ("-shared", *(SANITIZE if sanitized else ())), libraries))

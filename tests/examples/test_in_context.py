@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from erc.rlvr import Demonstration, DemonstrationPool, evidence_gain, group_prompts, with_demonstrations
+from erc.rlvr import (
+    Demonstration,
+    DemonstrationPool,
+    InContextRollouts,
+    InContextWording,
+    evidence_gain,
+    group_prompts,
+    with_demonstrations,
+)
 from erc.rlvr.evidence import answer_logprobs
 
 transformers = pytest.importorskip("transformers", reason="the random model comes from transformers")
@@ -98,6 +107,27 @@ def test_budget_leaves_out_whole_demonstrations_and_never_the_question():
         with_demonstrations(QUESTION, DEMOS, tokenizer=tokenizer, max_tokens=3)
 
 
+def test_demonstrations_that_do_not_fit_are_counted():
+    tokenizer = CharacterTokenizer()
+    long = Demonstration("9+9?", "eighteen, since nine and nine make eighteen", "18")
+    budget = len(tokenizer.apply_chat_template(with_demonstrations(QUESTION, DEMOS[:2], "multi-round")))
+    limits = {"template": "multi-round", "tokenizer": tokenizer, "max_tokens": budget}
+    group = group_prompts(QUESTION, [*DEMOS[:2], long, *DEMOS[:1]], 3, 2, per_rollout=2, **limits)
+    assert group.left_out == [0, 2, 0]
+    assert [len(prompt) for prompt in group.rollout] == [6, 2, 2]
+    assert group_prompts(QUESTION, DEMOS[:2], 3, 2).left_out == [0, 0, 0]
+
+
+def test_wording_keeps_braces_that_are_not_its_own():
+    wording = InContextWording(example="{query} -> {answer}", closing=r"{query} Put it into \boxed{}, as {n}.")
+    tricky = Demonstration("{answer}?", "{query} {0}", "x")
+    content = with_demonstrations(QUESTION, [tricky], wording=wording)[-1]["content"]
+    assert content.endswith("{answer}? -> {query} {0}\n\n2+2? Put it into \\boxed{}, as {n}.")
+    for words in ({"example": "{query}"}, {"closing": "solve it"}):
+        with pytest.raises(ValueError, match=next(iter(words))):
+            InContextWording(**words)
+
+
 @pytest.mark.parametrize("train", ["demonstrated", "original"])
 @pytest.mark.parametrize("old", ["demonstrated", "original"])
 def test_groups_mix_demonstrated_and_plain_rollouts_in_four_conditioning_modes(train, old):
@@ -171,3 +201,27 @@ def test_bad_arguments_are_named(model):
         answer_logprobs(model, [[1]], [[]])
     with pytest.raises(ValueError, match="traces"):
         evidence_gain(model, CharacterTokenizer(), "q", [], DEMOS)
+
+
+def test_rollouts_by_place_are_those_of_the_demos_own_trainer():
+    pytest.importorskip("reasoning_gym", reason="the demo's tasks come from reasoning-gym")
+    from examples.in_context_trainer import InContextConfig, InContextTrainer
+    from examples.tasks import Problem
+
+    config = InContextConfig(group_size=4, demonstrated=2, per_rollout=1, template="multi-round")
+    pool = DemonstrationPool(tuple(DEMOS))
+    shown = InContextRollouts(pool, demonstrated=2, template="multi-round", seed=5)
+    problems = [Problem(question, "", {}) for question in ("1+2?", "3+3?") for _ in range(4)]
+    for batch in range(3):
+        trainer = SimpleNamespace(
+            config=config, sound_pool=pool, draws=torch.Generator().manual_seed(5 * 1_000_003 + batch)
+        )
+        theirs = InContextTrainer.prompts(trainer, problems)
+        asked = [[{"role": "user", "content": problem.question}] for problem in problems]
+        ours = [shown.prompt(messages, row % 4, 4, batch) for row, messages in enumerate(asked)]
+        assert ours == theirs
+    assert len({str(shown.demonstrations(batch)) for batch in range(8)}) > 1
+    with pytest.raises(ValueError, match=r"rollout must be in \[0, group_size=4\), got 4"):
+        shown.prompt(asked[0], 4, 4, 0)
+    with pytest.raises(ValueError, match="the size of the pool"):
+        InContextRollouts(pool, demonstrated=4).prompt(asked[0], 0, 4, 0)

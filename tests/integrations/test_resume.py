@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the small model comes from transformers")
-pytest.importorskip("reasoning_gym", reason="the verifier comes from reasoning-gym")
-
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PLAIN = """
@@ -25,12 +22,12 @@ update, done = plain.update, []
 
 def update_until_killed(*args):
     done.append(None)
-    if len(done) == 8:  # the second update of the fourth batch
+    if len(done) == 14:  # the second update of the fourth batch
         os.kill(os.getpid(), signal.SIGKILL)
     return update(*args)
 
 plain.update = update_until_killed
-plain.train(6, "erc-dapo", checkpoint=Path("{path}"))
+plain.train(plain.warm_start(20), 6, "erc-dapo", checkpoint=Path("{path}"))
 """
 TRL = """
 import os, signal
@@ -54,14 +51,14 @@ def run_until_killed(code: str) -> None:
 
 
 def test_the_plain_trainer(tmp_path):
-    from examples.plain_trainer import train
+    from examples.plain_trainer import UPDATES, train, warm_start
 
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
-    log = train(6, "erc-dapo", checkpoint=whole)
+    log = train(warm_start(20), 6, "erc-dapo", checkpoint=whole)
     run_until_killed(PLAIN.format(path=killed))
     # Compared as text, in which a NaN (a metric without its input) is itself.
-    assert repr(torch.load(killed)["log"]) == repr(log[:6]), "three batches of two updates were kept"
-    assert repr(train(6, "erc-dapo", checkpoint=killed)) == repr(log)
+    assert repr(torch.load(killed)["log"]) == repr(log[: 3 * UPDATES]), "three batches were kept"
+    assert repr(train(warm_start(20), 6, "erc-dapo", checkpoint=killed)) == repr(log)
     ours, theirs = torch.load(killed), torch.load(whole)
     assert torch.equal(ours["random"], theirs["random"])
     for name, value in theirs["model"].items():
@@ -70,6 +67,8 @@ def test_the_plain_trainer(tmp_path):
 
 
 def test_trl(tmp_path):
+    pytest.importorskip("transformers", reason="the small model comes from transformers")
+    pytest.importorskip("reasoning_gym", reason="the verifier comes from reasoning-gym")
     pytest.importorskip("trl", reason="needs trl")
     from tests.integrations.test_trl import ERCConfig, ERCTrainer, train
 

@@ -13,6 +13,8 @@ import erc
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 from erc.integrations.transformers import fused_policy_forward, head_inputs  # noqa: E402
 from erc.integrations.versions import require  # noqa: E402
+from erc.linear.causal_lm import logit_reading  # noqa: E402
+from tests.integrations.tiny_models import NOT_BUILT, causal_lms, small_causal_lm  # noqa: E402
 
 VOCAB = 37
 SMALL = {
@@ -132,10 +134,158 @@ def test_packed_sequences_equal_separate_ones():
     torch.testing.assert_close(packed.view_as(apart), apart, rtol=1e-4, atol=1e-5)
 
 
+def own_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=tokens, use_cache=False)
+    return (output[0] if isinstance(output, tuple) else output.logits).float()
+
+
+def assert_reads_the_models_own_distribution(model: torch.nn.Module) -> None:
+    vocab = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(3, min(vocab, 60), (2, 5), generator=torch.Generator().manual_seed(1))
+    logits = own_logits(model, tokens)
+    found = head_inputs(model, tokens).token_stats(tokens)
+    expected = erc.token_stats(logits, tokens, backend="torch")
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=2e-5, atol=2e-5)
+    with pytest.raises(AssertionError):  # logits near 0 would compare nothing
+        other = erc.token_stats(1.5 * logits, tokens, backend="torch")
+        torch.testing.assert_close(tuple(other), tuple(expected), rtol=1e-3, atol=1e-3)
+
+
+HEADS = {
+    "recurrent_gemma": (0.5, 1.0),  # a softcap under a name of its own
+    "xlstm": (0.5, 1.0),  # the same, and chunks
+    "modernbert-decoder": (None, 1.0),  # a transform before the head
+    "inkling_text": (None, 1.0),  # a scale before the head, and fewer logits than rows of the weight
+    "mpt": (None, 1.0),  # a logit_scale in the config that the model does not apply
+    "hyperclovax": (None, 4.0),  # a logits_scaling by which it multiplies
+    "granite": (None, 0.25),  # one by which it divides
+    "llama4_text": (None, 1.0),  # a base_model that is the model itself
+    "mllama": (None, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_stands_around_the_head_is_the_models(kind):
+    torch.manual_seed(0)
+    model = small_causal_lm(kind)
+    assert_reads_the_models_own_distribution(model)
+    softcap, scale = HEADS[kind]
+    assert logit_reading(model)[:2] == (softcap, pytest.approx(scale, rel=1e-6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in causal_lms() if kind not in NOT_BUILT])
+def test_every_causal_language_model_is_read_or_refused(kind):
+    torch.manual_seed(0)
+    model = small_causal_lm(kind)
+    if kind == "prophetnet":
+        with pytest.raises(ValueError, match="its lm_head gets hidden states"):
+            assert_reads_the_models_own_distribution(model)
+    else:
+        assert_reads_the_models_own_distribution(model)
+
+
+TOKENS = torch.tensor([[5, 6, 7]])
+
+
+def test_hooks_that_change_logits_are_refused_and_others_are_not():
+    model = make_model("qwen3")
+    doubling = model.lm_head.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    assert_reads_the_models_own_distribution(model)
+    doubling.remove()
+    head_inputs(model, TOKENS)
+    for module in (model.lm_head, model):  # after a first reading, too
+        biasing = module.register_forward_hook(lambda module, given, output: _biased(output))
+        with pytest.raises(ValueError, match=r"Use erc\.policy_loss on the model's own logits"):
+            head_inputs(model, TOKENS)
+        biasing.remove()
+    assert_reads_the_models_own_distribution(model)
+
+
+def _biased(output):
+    if isinstance(output, torch.Tensor):
+        return output + 0.1 * (torch.arange(output.shape[-1]) % 2)
+    output.logits = _biased(output.logits)
+    return output
+
+
+@pytest.mark.parametrize("change", ["masks a token", "squares", "calls its head twice", "has another weight"])
+def test_logits_that_are_another_function_of_the_head_are_refused(change):
+    model = make_model("qwen3")
+    forward, apply = model.forward, model.lm_head.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if change == "masks a token":
+            output.logits[..., 3] = torch.finfo(torch.float32).min
+        elif change == "squares":
+            output.logits = output.logits * output.logits.abs()
+        elif change == "calls its head twice":
+            output.logits = model.lm_head(torch.zeros_like(kwargs["input_ids"][..., None].float().expand(-1, -1, 16)))
+        return output
+
+    model.forward = changed
+    if change == "has another weight":
+        model.lm_head.forward = lambda hidden: 1.01 * apply(hidden)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM does not"):
+        head_inputs(model, TOKENS)
+
+
+def test_a_compiled_caller_gets_what_an_uncompiled_one_gets():
+    model, batch = make_model("gemma2"), make_batch("left")
+    compiled = torch.compile(fused_policy_forward, backend="eager")
+    results = []
+    for call in (fused_policy_forward, compiled, compiled):
+        model.zero_grad()
+        call(model, **batch, **ROLLOUT).loss.backward()
+        results.append(model.lm_head.weight.grad.clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert results[0].abs().max() > 1e-3
+
+
+def test_a_16_bit_model_is_read_exactly():
+    torch.manual_seed(0)
+    model = make_model("cohere").bfloat16()
+    assert head_inputs(model, TOKENS).logit_scale == pytest.approx(0.3, rel=1e-6)
+    model = make_model("gemma2").bfloat16()
+    assert head_inputs(model, TOKENS)[3:] == (0.5, 1.0)
+
+
+def test_reading_a_model_leaves_it_and_the_random_numbers_as_they_were():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=16)  # with dropout
+    model = transformers.GPT2LMHeadModel(config).train()
+    model.transformer.drop.eval()
+    torch.manual_seed(1)
+    logit_reading(model)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))
+    assert model.training and model.lm_head.training and not model.transformer.drop.training
+    assert "forward" not in vars(model.lm_head) and all(p.grad is None for p in model.parameters())
+
+
+def test_positions_are_refused_where_a_model_would_ignore_them():
+    torch.manual_seed(0)
+    model = small_causal_lm("bloom")
+    with pytest.raises(ValueError, match="position_ids must be None"):
+        head_inputs(model, TOKENS, position_ids=torch.arange(3)[None])
+    arguments = {"old_logprob": None, "advantages": torch.ones(1), "objective": "dapo"}
+    fused_policy_forward(model, TOKENS, TOKENS, attention_mask=torch.ones_like(TOKENS), **arguments).loss.backward()
+    assert model.transformer.word_embeddings.weight.grad.abs().max() > 1e-4
+
+
 def test_a_head_that_is_not_linear_is_refused():
     model = make_model("qwen3")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(TypeError, match="lm_head"):
+        head_inputs(model, torch.ones(1, 2, dtype=torch.long))
+
+
+def test_a_head_without_its_weight_is_refused():
+    model = make_model("qwen3")
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match=r"must hold the weight of its lm_head, got shape \(0,\)"):
         head_inputs(model, torch.ones(1, 2, dtype=torch.long))
 
 

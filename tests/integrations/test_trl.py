@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +23,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from erc.integrations.trl import ERCConfig, ERCTrainer  # noqa: E402
-from tests.processes import on_ranks  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 CHARACTERS = ["<pad>", "<eos>", "<unk>", *"0123456789+-=. "]
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 TASK = reasoning_gym.create_dataset("chain_sum", size=32, seed=7, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 
 
@@ -30,7 +35,8 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
+    special |= {"padding_side": "left", "chat_template": CHAT}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def make_model() -> torch.nn.Module:
@@ -53,14 +59,22 @@ def verifier(completions: list[str], index: list[int], **_: object) -> list[floa
     """reasoning-gym's score, and a little for digits, so that a random model's groups differ."""
     scores = []
     for text, i in zip(completions, index, strict=True):
-        text = text.strip()
+        text = (text if isinstance(text, str) else text[-1]["content"]).strip()
         digits = sum(character.isdigit() for character in text) / 8
         scores.append(TASK.score_answer(text, TASK[i]) + digits)
     return scores
 
 
 def train(
-    path, trainer_class, config_class, steps: int = 3, trainer: dict | None = None, resume=None, prepare=None, **options
+    path,
+    trainer_class,
+    config_class,
+    steps: int = 3,
+    trainer: dict | None = None,
+    resume=None,
+    prepare=None,
+    rows: list[dict] | None = None,
+    **options,
 ):
     settings = {
         "output_dir": str(path),
@@ -80,18 +94,18 @@ def train(
         "num_iterations": 2,
         "seed": 3,
     }
-    rows = [{"prompt": TASK[i]["question"].split("?")[0][-8:], "index": i} for i in range(len(TASK))]
+    rows = rows or [{"prompt": TASK[i]["question"].split("?")[0][-8:], "index": i} for i in range(len(TASK))]
     model = make_model()
     if options.get("beta"):  # TRL loads the reference from where the model came from
         model.save_pretrained(path / "reference")
         model.config._name_or_path = str(path / "reference")
+    given = {"reward_funcs": verifier} | (trainer or {})
     trainer = trainer_class(
         model,
-        verifier,
         args=config_class(**(settings | options)),
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(),
-        **(trainer or {}),
+        **given,
     )
     if prepare is not None:
         prepare(trainer)
@@ -172,19 +186,16 @@ def test_sequence_reductions_take_trls_normalisers(tmp_path, case):
     assert_same_training(ours, theirs)
 
 
-def train_on_two_ranks(rank: int, path) -> float:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    options = {"optim": "sgd", "ddp_backend": "gloo", "gradient_accumulation_steps": 2}
-    ours = train(path / f"a{rank}", ERCTrainer, ERCConfig, objective="dapo", **options)
-    assert_same_training(ours, train(path / f"b{rank}", GRPOTrainer, GRPOConfig, **DAPO, **options))
-    return ours[0][0]["num_tokens"]
-
-
 @pytest.mark.slow
-def test_two_processes_make_the_updates_and_the_log_of_trls_two(tmp_path):
-    alone = train(tmp_path / "alone", ERCTrainer, ERCConfig, objective="dapo", gradient_accumulation_steps=2)
-    first, second = on_ranks(2, train_on_two_ranks, tmp_path)
-    assert first == second > 1.5 * alone[0][0]["num_tokens"], "the ranks hold different rollouts"
+def test_two_processes_under_torchrun_make_the_updates_and_the_log_of_trls_two(tmp_path):
+    """LoRA, accumulation, rows without padding, evaluation and a resumed run; ours and TRL's in the same processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "tests.integrations.trl_two_processes", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    for case in ("plain", "accumulation", "lora", "padding-free", "evaluation", "resumed", "nll"):
+        assert result.stdout.count(f"{case}: same") == 2, case
 
 
 def test_evaluation_logs_what_trl_logs(tmp_path):
@@ -334,6 +345,7 @@ def test_training_on_another_engines_rollouts_with_tool_masks_equals_trls(tmp_pa
     ours = train(tmp_path / "a", ERCTrainer, ERCConfig, objective="dapo", **options)
     theirs = train(tmp_path / "b", GRPOTrainer, GRPOConfig, **DAPO, **options)
     assert_same_training(ours, theirs)
+    options |= {"num_iterations": 2}
     gated = train(tmp_path / "c", ERCTrainer, ERCConfig, objective="erc-dapo", **options)
     assert gated[0][0]["erc/entropy_ratio"] == pytest.approx(1, abs=1e-5), "old entropies are recorded"
 
@@ -344,7 +356,7 @@ def test_every_gated_preset_equals_the_reference_or_says_what_it_lacks(tmp_path,
         return corrected_loss(ERCTrainer, ERCConfig, tmp_path, None, objective=name)
 
     if erc.objective(name).ratio.needs_divergence:
-        with pytest.raises(ValueError, match="old_divergence"):
+        with pytest.raises(ValueError, match="must not need old_divergence"):
             loss()
         return
     ours = loss()
@@ -354,11 +366,242 @@ def test_every_gated_preset_equals_the_reference_or_says_what_it_lacks(tmp_path,
     assert max(float(grad.abs().max()) for grad in theirs[1]) > 1e-3
 
 
+def erc_names(log: list[dict]) -> set[str]:
+    return {name for entry in log for name in entry if "erc/" in name}
+
+
+def test_a_gate_that_can_do_nothing_is_said_so_and_not_logged(tmp_path):
+    with pytest.warns(UserWarning, match="gate of the objective can do nothing.*num_iterations=2"):
+        logs, _, moved = train(tmp_path / "a", ERCTrainer, ERCConfig, num_iterations=1)
+    assert not erc_names(logs) and moved > 1e-3
+    ungated = train(tmp_path / "b", ERCTrainer, ERCConfig, objective="dapo", num_iterations=1)
+    assert_same_training((logs, *ungated[1:]), ungated)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 1, "steps_per_generation": 2}, {"objective": "dapo"}])
+def test_a_gate_that_can_act_warns_of_nothing(tmp_path, options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*entropy-ratio gate")
+        logs, _, _ = train(tmp_path, ERCTrainer, ERCConfig, steps=1, **options)
+    assert bool(erc_names(logs)) == ("objective" not in options)
+
+
+def test_evaluation_has_no_gate_to_log(tmp_path):
+    rows, seen = Dataset.from_list([{"prompt": "1+2=", "index": 0}, {"prompt": "3+4=", "index": 1}]), []
+    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    train(tmp_path, ERCTrainer, ERCConfig, trainer={"eval_dataset": rows}, prepare=seen.append, steps=2, **options)
+    history = seen[0].state.log_history
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert evaluations and "eval_entropy" in evaluations[0]
+    assert not erc_names(evaluations) and erc_names(history)
+
+
+MESSAGES = [{"prompt": [{"role": "user", "content": f"{i}+1="}], "index": i} for i in range(8)]
+POOL = erc.rlvr.DemonstrationPool(tuple(erc.rlvr.Demonstration(f"{i}+{i}=", str(2 * i), str(2 * i)) for i in range(5)))
+ROLLOUTS = erc.rlvr.InContextRollouts(POOL, demonstrated=3, template="multi-round", seed=4)
+
+
+def watched(trainer, seen: dict) -> None:
+    """Records the prompts of every generation and what the updates are conditioned on."""
+    tokenizer, generate, compute = trainer.processing_class, trainer._generate, trainer._compute_loss
+
+    def generating(prompts):
+        seen.setdefault("asked", []).append(["".join(part["content"] + " " for part in prompt) for prompt in prompts])
+        return generate(prompts)
+
+    def computing(model, inputs):
+        texts = tokenizer.batch_decode(inputs["prompt_ids"][:, :], skip_special_tokens=True)
+        seen.setdefault("conditioned", []).append(sorted(text.replace(" ", "") for text in texts))
+        seen.setdefault("old", []).append(inputs.get("old_per_token_logps"))
+        return compute(model, inputs)
+
+    trainer._generate, trainer._compute_loss = generating, computing
+
+
+def test_in_context_rollouts_decide_every_prompt(tmp_path):
+    seen: dict[str, list] = {}
+    logs, _, moved = train(
+        tmp_path,
+        ERCTrainer,
+        ERCConfig,
+        steps=4,
+        rows=MESSAGES,
+        trainer={"in_context": ROLLOUTS},
+        prepare=lambda trainer: watched(trainer, seen),
+    )
+    assert len(seen["asked"]) == 2 and len(logs) == 4 and moved > 1e-3, "two generations of two updates each"
+    for generation, asked in enumerate(seen["asked"]):
+        shown = [f"{demo.query} {demo.answer} " for demo in ROLLOUTS.demonstrations(2 * generation)]
+        for first in range(0, len(asked), 4):  # one group
+            question = asked[first + 3]
+            assert question in {f"{i}+1= " for i in range(8)}, "the last rollout of a group sees none"
+            assert asked[first : first + 3] == [demo + question for demo in shown]
+        expected = sorted(text.replace(" ", "") for text in asked)
+        assert seen["conditioned"][2 * generation : 2 * generation + 2] == [expected, expected]
+    assert seen["asked"][0][0] != seen["asked"][1][0]
+
+
+def test_in_context_updates_equal_those_of_the_reference_under_the_same_prompts(tmp_path):
+    """Old log-probs and two updates, against `erc.reference` on the logits of the rows that were sampled."""
+    options = {"objective": "dapo", "optim": "sgd", "steps": 2}
+    seen: list[dict] = []
+
+    def noting(trainer) -> None:
+        score = trainer._generate_and_score_completions
+
+        def scoring(inputs):
+            output = score(inputs)
+            seen.append({name: value.clone() for name, value in output.items() if torch.is_tensor(value)})
+            return output
+
+        trainer._generate_and_score_completions = scoring
+
+    trainer = {"in_context": ROLLOUTS}
+    ours = train(tmp_path / "a", ERCTrainer, ERCConfig, rows=MESSAGES, trainer=trainer, prepare=noting, **options)
+    batch = seen[0]
+    model = make_model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-2)
+    tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    kept = batch["completion_ids"].shape[1]
+    logits = model(tokens, attention_mask=attention).logits[:, -kept - 1 : -1]
+    old = erc.token_stats(logits.detach(), batch["completion_ids"], backend="torch").logprob
+    torch.testing.assert_close(batch["old_per_token_logps"], old, rtol=1e-4, atol=1e-5)
+    for _ in range(2):
+        logits = model(tokens, attention_mask=attention).logits[:, -kept - 1 : -1]
+        arguments = {"old_logprob": old, "advantages": batch["advantages"], "mask": batch["completion_mask"]}
+        out = erc.policy_loss(logits, batch["completion_ids"], objective="dapo", backend="torch", **arguments)
+        optimizer.zero_grad()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(ours[1][name], value.detach(), rtol=1e-4, atol=1e-5, msg=name)
+    assert ours[2] > 1e-3
+    prompts = {tuple(row) for row in batch["prompt_ids"].tolist()}
+    assert len(prompts) > 2, "the rollouts of a group see different prompts"
+
+
+def recorded_batch(path, **options) -> tuple[dict[str, torch.Tensor], list, dict]:
+    """What a training was given for its first generation, its log, and its parameters at the end."""
+    seen: list[dict] = []
+
+    def noting(trainer) -> None:
+        score = trainer._generate_and_score_completions
+
+        def scoring(inputs):
+            seen.append(score(inputs))
+            return dict(seen[-1])
+
+        trainer._generate_and_score_completions = scoring
+
+    logs, parameters, _ = train(path, ERCTrainer, ERCConfig, prepare=noting, optim="sgd", **options)
+    return seen[0], logs, parameters
+
+
+def reference_logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    kept = batch["completion_ids"].shape[1]
+    return model(tokens, attention_mask=attention).logits[:, -kept - 1 : -1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_nll_term_is_a_mean_over_its_own_tokens(tmp_path, accumulation):
+    """Against its formula on the logits: 0.5 times the mean negative log-prob of the rollouts with a reward."""
+    objective = erc.objective("dapo", nll_coef=0.5)
+    options = {"steps": 1, "num_iterations": 1, "nll_reward": 0.25, "per_device_train_batch_size": 8}
+    options |= {"gradient_accumulation_steps": accumulation, "steps_per_generation": 2 * accumulation}
+    options |= {"per_device_train_batch_size": 8 // accumulation, "max_grad_norm": 1e9}
+    given = {"trainer": {"objective": objective}} | options
+    batch, _, parameters = recorded_batch(tmp_path, **given)
+    rows = batch["nll_mask"].any(1)
+    assert 0 < rows.sum() < len(rows)
+    first = slice(0, 8)  # the first of the generation's two updates
+    seen = trained_rows(batch, tmp_path, given, first)
+    model = make_model()
+    logits = reference_logits(model, seen)
+    arguments = {"old_logprob": seen["old_per_token_logps"], "advantages": seen["advantages"]}
+    normalizer = batch["num_items_in_batch"] / 2
+    out = erc.policy_loss(
+        logits,
+        seen["completion_ids"],
+        mask=seen["completion_mask"],
+        objective="dapo",
+        normalizer=normalizer,
+        backend="torch",
+        **arguments,
+    )
+    logprob = erc.token_stats(logits, seen["completion_ids"], backend="torch").logprob
+    nll = -(logprob * seen["nll_mask"]).sum() / (batch["nll_mask"].sum() / 2)
+    (out.loss + 0.5 * nll).backward()
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() - 3e-2 * parameter.grad
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(batch["num_nll_in_batch"], batch["nll_mask"].sum())
+    with pytest.raises(AssertionError):  # a term over all tokens would be seen
+        torch.testing.assert_close(nll, -(logprob * seen["nll_mask"]).sum() / normalizer, rtol=1e-2, atol=1e-2)
+
+
+def trained_rows(batch, path, given, first: slice) -> dict[str, torch.Tensor]:
+    """The rows of the first update: TRL shuffles those of a generation."""
+    seen: list[dict] = []
+
+    def noting(trainer) -> None:
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: (seen.append(inputs), compute(model, inputs))[1]
+
+    train(path / "again", ERCTrainer, ERCConfig, prepare=noting, optim="sgd", **given)
+    names = [name for name, value in seen[0].items() if isinstance(value, torch.Tensor) and value.dim()]
+    return {name: torch.cat([part[name] for part in seen])[first] for name in names}
+
+
+def test_half_of_the_groups_are_trained_on_the_informative_ones_first(tmp_path):
+    """Rewards of the first and the third group are all equal: the second and the fourth are kept."""
+    options = {"per_device_train_batch_size": 16, "num_iterations": 2, "keep_groups": 0.5, "steps": 2}
+
+    def verifier_of_groups(completions, **_):
+        return [float(i % 4) if (i // 4) % 2 else 1.0 for i in range(len(completions))]
+
+    batch, logs, _ = recorded_batch(tmp_path / "a", **options, trainer={"reward_funcs": verifier_of_groups})
+    assert batch["completion_ids"].shape[0] == 8
+    assert (batch["advantages"] != 0).sum() == 8 and batch["completion_mask"].any()
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+    assert logs[0]["informative_groups"] == 0.5 and logs[0]["grad_norm"] > 0
+
+    def equal_rewards(completions, **_):
+        return [1.0 if i // 4 else float(i % 4) for i in range(len(completions))]
+
+    batch, _, _ = recorded_batch(tmp_path / "b", **options, trainer={"reward_funcs": equal_rewards})
+    assert batch["completion_mask"][:4].any() and not batch["completion_mask"][4:].any(), "what fills up is masked"
+    with pytest.raises(ValueError, match=r"keep_groups=0\.5 must leave whole groups of 4"):
+        train(tmp_path / "c", ERCTrainer, ERCConfig, steps=1, keep_groups=0.5)
+
+
+def test_in_context_needs_messages(tmp_path):
+    with pytest.raises(ValueError, match="prompts that are messages"):
+        train(tmp_path, ERCTrainer, ERCConfig, steps=1, trainer={"in_context": ROLLOUTS})
+
+
 def test_what_the_objective_has_taken_over_is_refused(tmp_path):
     given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-    for name, value in {"epsilon_high": 0.3, "sapo_temperature_neg": 2.0, "top_entropy_quantile": 0.2}.items():
-        with pytest.raises(ValueError, match=f"{name} belongs to the objective"):
+    places = {
+        "epsilon_high": (0.3, r"erc\.objective\('erc-dapo', ratio=erc\.PPOClip\(eps_low=0\.2, eps_high=0\.3, "),
+        "delta": (4.0, r"ratio=erc\.PPOClip\(.*delta=4\.0\)"),
+        "sapo_temperature_neg": (2.0, "another objective than 'erc-dapo', whose PPOClip has no tau_neg"),
+        "top_entropy_quantile": (0.2, r"high_entropy=erc\.HighEntropyMask\(0\.2\)"),
+        "importance_sampling_level": ("sequence", "an objective of sequences"),
+    }
+    for name, (value, place) in places.items():
+        with pytest.raises(ValueError, match=f"{name} belongs to the objective: .*{place}"):
             ERCConfig(**given, **{name: value})
+    for name in ("dppo-full-tv", "erc-dppo-full-kl"):
+        with pytest.raises(ValueError, match="must not need old_divergence"):
+            ERCConfig(**given, objective=name)
+    with pytest.raises(ValueError, match=r"keep_groups must be in \(0, 1\]"):
+        ERCConfig(**given, keep_groups=0.0)
+    with pytest.raises(TypeError, match=r"pass an Objective to ERCTrainer\(objective=\.\.\.\)"):
+        ERCConfig(**given, objective=erc.objective("erc-dapo"))
     with pytest.raises(ValueError, match="loss_type follows the objective"):
         ERCConfig(**given, loss_type="cispo")
     with pytest.raises(ValueError, match="objective must be one of"):

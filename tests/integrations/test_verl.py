@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ except ImportError as error:
     pytest.skip(f"needs verl: {error}", allow_module_level=True)
 
 from erc.integrations import verl as integration
+from erc.integrations.verl_batch import with_batch
 
 SHAPE = (3, 6)
 
@@ -86,7 +88,7 @@ def test_registered_losses_gate_by_the_carried_entropies():
     function, batch = core_algos.get_policy_loss_fn("erc_dapo"), make_batch()
     old = torch.ones(SHAPE)
     new = torch.tensor([1.0, 1.2, 0.8]).repeat(3, 2)
-    with pytest.raises(RuntimeError, match="old entropies"):
+    with pytest.raises(RuntimeError, match=r"external_lib=erc\.integrations\.verl_plugin"):
         function(**batch, config=config())
     with integration.entropies(new, old):
         _, gradient = run(function, batch, config=config())
@@ -149,11 +151,60 @@ def test_chunked_compiled_and_linear_statistics_are_the_same():
 def test_a_batch_without_old_entropies_is_left_to_verls_own_loss():
     """A gated loss then raises; the loss around it must not."""
     calls = []
-    loss = integration.with_old_entropies(lambda *given: calls.append(given) or "loss")
+    loss = with_batch(lambda *given: calls.append(given) or "loss")
     data = {"old_log_probs": torch.zeros(SHAPE)}
     assert loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, data) == "loss"
     assert loss(config(), {"log_probs": torch.zeros(SHAPE)}, data | {"old_entropys": torch.zeros(SHAPE)}) == "loss"
     assert len(calls) == 2 and calls[0][2] is data
+
+
+def test_a_gate_without_entropies_says_what_to_set():
+    integration.register()
+    function, batch = core_algos.get_policy_loss_fn("erc_dapo"), make_batch()
+    loss = with_batch(lambda *_: function(**batch, config=config()))
+    with pytest.raises(RuntimeError, match=r"actor_rollout_ref\.actor\.calculate_entropy=True"):
+        loss(config(), {"log_probs": torch.zeros(SHAPE)}, {"old_entropys": torch.zeros(SHAPE)})
+    with pytest.raises(RuntimeError, match=r"algorithm\.rollout_correction\.bypass_mode=False"):
+        loss(config(), {"log_probs": torch.zeros(SHAPE), "entropy": torch.zeros(SHAPE)}, {})
+
+
+@pytest.mark.parametrize("info", INFOS)
+def test_the_nll_term_is_a_mean_over_its_own_tokens(info):
+    """The loss without the term, and 0.1 times the mean negative log-prob of the rows with reward 1."""
+    batch, rows = make_batch(), torch.tensor([True, False, True])
+    function = integration.policy_loss_function(erc.objective("dapo", nll_coef=0.1))
+    with pytest.raises(RuntimeError, match="rows with reward 1"):
+        function(**batch, config=config(**INFOS[info]))
+    mask = batch["response_mask"] & rows[:, None]
+    dp_size = INFOS[info].get("dp_size", 1)
+    tokens = 20.0 if dp_size == 2 else mask.sum()
+    with integration.nll_rows(rows, tokens):
+        loss, gradient = run(function, batch, config=config(**INFOS[info]))
+    plain, plain_gradient = run(core_algos.get_policy_loss_fn("vanilla"), batch, config=config(**INFOS[info]))
+    term = -(batch["log_prob"] * mask).sum() * dp_size / tokens
+    torch.testing.assert_close(loss, plain + 0.1 * term, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, plain_gradient - 0.1 * mask * dp_size / tokens, rtol=1e-5, atol=1e-7)
+    assert term.abs() > 0.1
+
+
+def test_clip_widths_that_are_not_read_are_warned_of_once():
+    batch = make_batch()
+    widths = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0}
+
+    def warned_of(function, **other) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(**batch, config=ActorConfig(**widths | other, global_batch_info={}))
+        return [str(warning.message) for warning in caught if "not read" in str(warning.message)]
+
+    function = integration.policy_loss_function(erc.objective("dapo"))
+    assert warned_of(function) == []  # verl's defaults, and the objective's own widths
+    (message,) = warned_of(function, clip_ratio_high=0.3, clip_ratio_c=10.0)
+    assert "clip_ratio_high=0.3, clip_ratio_c=10.0 are not read" in message and "eps_high=0.28" in message
+    assert warned_of(function, clip_ratio_high=0.3, clip_ratio_c=10.0) == []
+    assert len(warned_of(function, clip_ratio_low=0.1)) == 1
+    mine = integration.policy_loss_function(erc.objective("dapo", ratio=erc.PPOClip(0.2, 0.3, dual_clip=10.0)))
+    assert warned_of(mine, clip_ratio_high=0.3, clip_ratio_c=10.0) == []
 
 
 def test_twenty_steps_with_a_verifier_raise_the_reward():

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import pytest
 import torch
 
-# Looked for, not imported: verl takes seconds, and it is the process of the actor that needs it.
-NEEDED = "verl transfer_queue torchdata orjson uvicorn fastapi cachetools hydra transformers trl reasoning_gym"
-if missing := [package for package in NEEDED.split() if find_spec(package) is None]:
-    pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
+from tests.integrations.verl_environment import lacks
 
-from tests.integrations.verl_actor import REPORTED, Run, train, train_twin  # noqa: E402
-from tests.processes import on_ranks  # noqa: E402
+if reason := lacks():
+    pytest.skip(reason, allow_module_level=True)
+
+from tests.integrations.verl_actor import REPORTED, Run, train, train_twin
+from tests.processes import on_ranks
 
 pytestmark = pytest.mark.slow
 BATCHES = 5  # of four updates each

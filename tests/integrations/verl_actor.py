@@ -1,16 +1,15 @@
 """verl's own actor on the CPU of this process: `ActorRolloutRefWorker` with its FSDP2 engine, driven by the methods of
 verl's trainers that record old log-probs and update the actor. One process, gloo, no Ray.
 
-What stands in for parts of verl: a CPU platform (verl's plugin interface asks for one); a direct call in place of the
-worker group that would call the actor by Ray; a dictionary in place of the service through which trainer and actor
-exchange a batch (TransferQueue); and a name that verl looks for in TRL and TRL 1.x no longer has.
+What stands in for parts of verl: a CPU platform (`examples.verl_cpu`); a direct call in place of the worker group that
+would call the actor by Ray; and a dictionary in place of the service through which trainer and actor exchange a batch
+(TransferQueue).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -118,7 +117,9 @@ def train(rank: int, objective: str, steps: int, variants: dict[str, list[str]])
     run, batches = train_twin(objective, steps)
     runs = {"twin": run}
     mode = f"actor.policy_loss.loss_mode={objective.replace('-', '_')}"
-    _use_cpu()
+    import examples.verl_cpu.plugin
+    import examples.verl_cpu.process_group  # noqa: F401
+
     with tempfile.TemporaryDirectory() as path:
         make_policy()[0].save_pretrained(path)
         for name, overrides in variants.items():
@@ -130,26 +131,6 @@ def train(rank: int, objective: str, steps: int, variants: dict[str, list[str]])
             run.parameters.update(actor.parameters())
             runs[name] = run
     return runs
-
-
-def _use_cpu() -> None:
-    import trl
-    from verl.plugin.platform import PlatformBase, set_platform
-
-    # torch.cpu, and the questions how much memory of the device is used
-    device = SimpleNamespace(**vars(torch.cpu), mem_get_info=lambda *_: (0, 1), get_device_name=lambda: "CPU")
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved", "empty_cache"):
-        setattr(device, name, lambda *_: 0)
-    answers = {"device_name": "cpu", "vendor_name": "cpu", "device_module": device}
-    methods = {name: lambda *_: None for name in PlatformBase.__abstractmethods__ - answers.keys()}
-    methods |= {"is_available": lambda *_: True, "current_device": lambda *_: "cpu", "nvtx_range": nullcontext}
-    methods |= {"ray_noset_envvars": lambda *_: [], "visible_devices_envvar": lambda *_: "CUDA_VISIBLE_DEVICES"}
-    set_platform(type("CpuPlatform", (PlatformBase,), answers | methods)())
-    trl.AutoModelForCausalLMWithValueHead = type("AutoModelForCausalLMWithValueHead", (), {})
-    from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-
-    EngineRegistry.register("language_model", "fsdp2", "cpu")(FSDPEngineWithLMHead)
 
 
 class Queue:

@@ -37,27 +37,82 @@ def builder(monkeypatch) -> ModuleType:
     return module
 
 
-def test_without_nvcc_the_build_says_so_and_goes_on(builder, monkeypatch, tmp_path, capsys):
-    built = []
+@pytest.fixture
+def command(builder, monkeypatch, tmp_path):
+    """The build command into `tmp_path / "wheel"`, with a CPU library that takes no compiler."""
 
     class Library:
         path = tmp_path / "liberc_cpu.so"
 
         def build(self, jobs: int) -> bool:
             self.path.write_text("a library")
-            built.append(jobs)
             return True
 
-    monkeypatch.setattr(builder, "nvcc", lambda: None)
     monkeypatch.setattr(builder, "gpu_archs", lambda: ["9.0"])
     monkeypatch.setattr(builder, "cxx", lambda: ["c++"])
     monkeypatch.setattr(builder, "cpu_library", lambda sanitize: Library())
     monkeypatch.setattr(builder, "BUILD_DIR", tmp_path / "build")
-    command = builder.BuildNative(builder.Distribution())
-    command.build_lib = str(tmp_path / "wheel")
+    build = builder.BuildNative(builder.Distribution())
+    build.build_lib = str(tmp_path / "wheel")
+    return build
+
+
+def installed(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "wheel" / "erc" / "lib").iterdir()}
+
+
+def test_without_nvcc_the_build_says_so_and_goes_on(builder, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(builder, "nvcc", lambda: None)
     command.run()
-    assert built and (tmp_path / "wheel" / "erc" / "lib" / "liberc_cpu.so").exists()
+    assert installed(tmp_path) == {"liberc_cpu.so"}
     assert "the CUDA backend is not built: no nvcc" in capsys.readouterr().err
+
+
+def test_a_cuda_build_that_fails_is_an_error_only_where_it_was_asked_for(
+    builder, command, monkeypatch, tmp_path, capsys
+):
+    def fail():
+        raise builder.CompileError("nvcc: unsupported GNU version")
+
+    monkeypatch.setattr(builder, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(builder, "cuda_library", fail)
+    (tmp_path / "wheel" / "erc" / "lib").mkdir(parents=True)
+    (tmp_path / "wheel" / "erc" / "lib" / "liberc_cuda.so").write_text("of an earlier build")
+    command.run()
+    assert installed(tmp_path) == {"liberc_cpu.so"}
+    message = capsys.readouterr().err
+    assert "unsupported GNU version" in message and "the CUDA backend is NOT built" in message
+    assert command.get_outputs() == [str(tmp_path / "wheel" / "erc" / "lib" / "liberc_cpu.so")]
+    monkeypatch.setenv("ERC_BUILD_CUDA", "1")
+    with pytest.raises(builder.CompileError, match="unsupported GNU version"):
+        command.run()
+
+
+@pytest.mark.parametrize("name", ["CXX", "ERC_NVCC"])
+def test_a_compiler_that_does_not_exist_is_an_error_and_no_silent_python_install(builder, monkeypatch, name):
+    monkeypatch.setenv(name, "nosuch -m64" if name == "CXX" else "nosuch")
+    with pytest.raises(builder.PlatformError, match=f"{name}=nosuch.*is not found"):
+        builder.builds_native() and builder.why_no_cuda()
+
+
+def test_host_files_compile_first_and_a_failing_one_leaves_the_rest_alone(builder, monkeypatch, tmp_path):
+    monkeypatch.setattr(builder, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(builder, "cxx", lambda: ["c++"])
+    monkeypatch.setattr(builder, "toolkit_of", lambda driver: tmp_path)
+    monkeypatch.setattr(builder, "BUILD_DIR", tmp_path)
+    library = builder.cuda_library()
+    kinds = [item.source.suffix for item in library.objects]
+    assert set(kinds) == {".cpp", ".cu"} and kinds == sorted(kinds)
+    compiled = []
+
+    def compile_(item):
+        compiled.append(item.source.name)
+        raise builder.CompileError("no such header")
+
+    monkeypatch.setattr(builder.Object, "compile", compile_)
+    with pytest.raises(builder.CompileError):
+        library.build(jobs=1)
+    assert compiled == [library.objects[0].source.name]
 
 
 def test_a_wheel_has_the_cuda_library_where_nvcc_is_found_and_nobody_objects(builder, monkeypatch):
@@ -85,6 +140,7 @@ def test_the_architectures_are_chosen_by_the_environment(builder, monkeypatch):
             monkeypatch.setenv("ERC_CUDA_ARCHS", archs)
         for built in (each for each in builder.cuda_library().objects if each.source.suffix == ".cu"):
             assert {flag.rpartition("code=")[2] for flag in built.command if "gencode" in flag} == expected
+            assert "-fmad=false" in built.command, "no bit may depend on what the compiler contracts"
 
 
 @pytest.fixture
@@ -92,11 +148,13 @@ def library(builder, monkeypatch) -> Path:
     """liberc_cuda.so with PTX alone, kept by a hash of what it is made of."""
     if builder.nvcc() is None or builder.cxx() is None:
         pytest.skip("needs nvcc and a C++ compiler")
-    read = [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/common/*"), ROOT / "csrc/bindings/cuda.cpp", ROOT / "setup.py"]
+    rooms = ("csrc/cuda", "csrc/common", "csrc/bindings")
+    read = [*(path for room in rooms for path in (ROOT / room).iterdir()), ROOT / "setup.py"]
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(read)))
     folder = ROOT / "build" / "cuda_ptx" / digest.hexdigest()[:16]
     monkeypatch.setattr(builder, "BUILD_DIR", folder)
-    monkeypatch.setattr(builder, "gencode", lambda _: ["-gencode=arch=compute_90,code=compute_90"])
+    flags = ["-gencode=arch=compute_90,code=compute_90", "-Werror=all-warnings"]
+    monkeypatch.setattr(builder, "gencode", lambda _: flags)
     built = builder.cuda_library()
     if not built.path.exists():
         built.build(jobs=2)

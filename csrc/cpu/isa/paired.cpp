@@ -1,13 +1,11 @@
 // New and old rows side by side: entropies, their ratio, both Kullback-Leibler divergences and the total variation.
 // The first sweep gives each row its own state; the second, from cache, adds up terms that are >= 0 one by one:
 // KL(p||q) = sum p * (delta + expm1(-delta)) with delta = log p - log q, so that a small divergence is not a difference.
+#include "cpu/isa/gradient.h"
 #include "cpu/isa/operators.h"
-#include "cpu/isa/sweep.h"
 
 namespace erc {
 namespace ERC_ISA {
-
-constexpr double kRatioEps = 1e-8;
 
 // delta + expm1(-delta) >= 0, by its series where the two would cancel; the argument is at least -1/2.
 template <class Real, class V>
@@ -101,14 +99,14 @@ static PairedSums paired_sums(const RowScale<stats_t<T>>& scale, const Side<T>& 
 }
 
 void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
-  dispatch(call.logits.dtype, call.scaling.scaling.softcap != 0, [&](auto zero, auto softcap) {
+  dispatch(call.rows.logits.dtype, call.rows.scaling.softcap != 0, [&](auto zero, auto softcap) {
     using T = decltype(zero);
     using Real = stats_t<T>;
     constexpr bool kSoftcap = decltype(softcap)::value;
-    const int64_t vocab_size = call.logits.vocab_size, n = call.num_rows;
+    const int64_t vocab_size = call.rows.logits.vocab_size, n = call.rows.num_tokens;
     for (int64_t i = begin; i < end; ++i) {
-      const T *new_row = call.logits.row<T>(i), *old_row = call.old_logits.row<T>(i);
-      const RowScale<Real> scale(call.scaling, i);
+      const T *new_row = call.rows.logits.row<T>(i), *old_row = call.old_logits.row<T>(i);
+      const RowScale<Real> scale(call.rows, i);
       const RowState<double> p = rounded<Real>(row_sweep<kSoftcap>(scale, new_row, vocab_size)).state;
       const RowState<double> q = rounded<Real>(row_sweep<kSoftcap>(scale, old_row, vocab_size)).state;
       double entropy = p.is_valid() ? p.entropy() : NAN, old_entropy = q.is_valid() ? q.entropy() : NAN;
@@ -120,8 +118,8 @@ void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
                               sums.kl_old_new, sums.variation / 2};
       const double saved[] = {p.row_max, p.sum_rest, p.weighted_sum, q.row_max, q.sum_rest, q.weighted_sum,
                               sums.kl_new_old, sums.sign};
-      for (int64_t k = 0; k < 6; ++k) put<Real>(call.stats, k * n + i, stats[k]);
-      for (int64_t k = 0; k < 8; ++k) put<Real>(call.saved, k * n + i, saved[k]);
+      for (int64_t k = 0; k < kPairedOutputs; ++k) put<Real>(call.stats, k * n + i, stats[k]);
+      for (int64_t k = 0; k < kPairedSaved; ++k) put<Real>(call.saved, k * n + i, saved[k]);
     }
   });
 }
@@ -129,7 +127,7 @@ void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
 // d/dx_j = p_j * (A + B * (x_j - m) + C * (log p_j - log q_j - KL) + D * (sign(p_j - q_j) - E_p[sign]) + E) - E * q_j.
 template <bool kSoftcap, class T>
 static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p, const Side<T>& q,
-                            const RowState<double>& state, const double (&g)[6], double ratio_slope, double kl, double sign,
+                            const RowState<double>& state, const double (&g)[kPairedOutputs], double ratio_slope, double kl, double sign,
                             int64_t vocab_size, T* grad) {
   using Real = stats_t<T>;
   using V = vector_of<T>;
@@ -170,21 +168,21 @@ static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p,
       load_block(block, z);
       for (int j = 0; j < kVectors; ++j) gradient[j] = gradient[j] * softcap_slope<Real>(scale, z[j]);
     }
-    store_block<false>(out, gradient);
+    store_block<false, T>(out, gradient);
     if (!whole) std::memcpy(grad + i, out_padded, (vocab_size - i) * sizeof(T));
   });
 }
 
 void paired_backward(const PairedBackward& call, int64_t begin, int64_t end) {
-  dispatch(call.logits.dtype, call.scaling.scaling.softcap != 0, [&](auto zero, auto softcap) {
+  dispatch(call.rows.logits.dtype, call.rows.scaling.softcap != 0, [&](auto zero, auto softcap) {
     using T = decltype(zero);
     using Real = stats_t<T>;
     constexpr bool kSoftcap = decltype(softcap)::value;
-    const int64_t vocab_size = call.logits.vocab_size, n = call.num_rows;
+    const int64_t vocab_size = call.rows.logits.vocab_size, n = call.rows.num_tokens;
     for (int64_t i = begin; i < end; ++i) {
-      double saved[8], g[6];
-      for (int64_t k = 0; k < 8; ++k) saved[k] = static_cast<const Real*>(call.saved)[k * n + i];
-      for (int64_t k = 0; k < 6; ++k) g[k] = static_cast<const Real*>(call.grads)[k * n + i];
+      double saved[kPairedSaved], g[kPairedOutputs];
+      for (int64_t k = 0; k < kPairedSaved; ++k) saved[k] = static_cast<const Real*>(call.saved)[k * n + i];
+      for (int64_t k = 0; k < kPairedOutputs; ++k) g[k] = static_cast<const Real*>(call.grads)[k * n + i];
       const RowState<double> p{saved[0], saved[1], saved[2]}, q{saved[3], saved[4], saved[5]};
       T* grad = call.grad_logits.row<T>(i);
       if (!p.is_valid() || !q.is_valid()) {
@@ -192,7 +190,7 @@ void paired_backward(const PairedBackward& call, int64_t begin, int64_t end) {
         continue;
       }
       const double ratio_slope = 1 / (q.entropy() + kRatioEps);
-      paired_gradient<kSoftcap, T>(RowScale<Real>(call.scaling, i), Side<T>(call.logits.row<T>(i), p),
+      paired_gradient<kSoftcap, T>(RowScale<Real>(call.rows, i), Side<T>(call.rows.logits.row<T>(i), p),
                                    Side<T>(call.old_logits.row<T>(i), q), p, g, ratio_slope, saved[6], saved[7], vocab_size,
                                    grad);
     }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 // GCC 12's AVX-512 headers trip its own warning when their intrinsics are inlined.
@@ -18,7 +19,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/dtypes.h"
+#include "common/calls.h"
 
 #ifndef ERC_ISA
 #error "compile with -DERC_ISA=<name of the instruction set>"
@@ -253,13 +254,26 @@ ERC_INLINE void load_block(const T* p, V (&block)[kCount]) {
   }
 }
 
-// Rounded once, to nearest even. p and the blocks before it are aligned to vectors where kStream.
-template <bool kStream, class T, class V, int kCount>
+// Every second element of two neighbouring vectors, from element kFirst on.
+template <int kFirst, int... kIndex>
+ERC_INLINE u32v every_second(u32v a, u32v b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
+}
+
+// Rounded once, to nearest even; the block is in the order in which load_block gives one of Source. p and the blocks before it
+// are aligned to vectors where kStream.
+template <bool kStream, class Source, class T, class V, int kCount>
 ERC_INLINE void store_block(T* p, const V (&block)[kCount]) {
   if constexpr (std::is_same_v<T, bfloat16>) {
     for (int j = 0; j < kCount; j += 2) {
-      const u32v even = rounded_to_bfloat16(block[j]) >> 16, odd = rounded_to_bfloat16(block[j + 1]) & 0xffff0000u;
-      store_bits<kStream>(p + j * kWidth, even | odd);
+      u32v even = rounded_to_bfloat16(block[j]), odd = rounded_to_bfloat16(block[j + 1]);
+      if constexpr (!std::is_same_v<Source, bfloat16>) {
+        constexpr std::make_integer_sequence<int, kWidth> kAll{};
+        const u32v first = even, second = odd;
+        even = every_second<0>(first, second, kAll);
+        odd = every_second<1>(first, second, kAll);
+      }
+      store_bits<kStream>(p + j * kWidth, (even >> 16) | (odd & 0xffff0000u));
     }
   } else {
     for (int j = 0; j < kCount; ++j) store_bits<kStream>(p + j * (kLanes / kCount), encode(p, block[j]));

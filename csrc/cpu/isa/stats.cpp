@@ -1,94 +1,80 @@
-// Row statistics, their gradient, and the state of a vocabulary shard: one sweep each.
+// Row statistics, the state of a vocabulary shard, and their gradient: one sweep each.
+#include "cpu/isa/gradient.h"
 #include "cpu/isa/operators.h"
-#include "cpu/isa/sweep.h"
 
 namespace erc {
 namespace ERC_ISA {
 
+// Of a shard (call.label_value) the states themselves are the result: a row that is not read leaves the empty one, and a label
+// may lie outside.
 void stats_forward(const StatsForward& call, int64_t begin, int64_t end) {
   const RowInputs& in = call.rows;
-  dispatch(in.logits.dtype, in.scaling.scaling.softcap != 0, [&](auto zero, auto softcap) {
+  dispatch(in.logits.dtype, in.scaling.softcap != 0, [&](auto zero, auto softcap) {
     using T = decltype(zero);
     using Real = stats_t<T>;
     constexpr bool kSoftcap = decltype(softcap)::value;
-    const int64_t n = call.num_rows;
+    const int64_t n = in.num_tokens;
+    const bool shard = call.label_value != nullptr;
     for (int64_t i = begin; i < end; ++i) {
-      const Label label = row_label(in, i);
-      double logprob = 0, entropy = 0, logsumexp = 0;
-      RowState<double> state{0, 0, 0};
-      const bool absent = in.labels != nullptr && label.kind == LabelKind::kAbsent;  // but these are all columns
-      if (label.kind == LabelKind::kOutOfRange || absent) {
+      const int64_t token = in.token(i);
+      if (token < 0) continue;
+      const Label label = token_label(in, token);
+      double logprob = 0, entropy = 0, logsumexp = 0, label_value = -INFINITY;
+      RowState<double> state{shard ? -INFINITY : 0, 0, 0};
+      const bool absent = label.kind == LabelKind::kAbsent && in.labels != nullptr;  // of all columns that is nowhere
+      if ((label.kind == LabelKind::kOutOfRange || absent) && !shard) {
         logprob = entropy = logsumexp = NAN;
         state = {NAN, NAN, NAN};
       } else if (label.kind != LabelKind::kIgnored) {
         const T* row = in.logits.row<T>(i);
-        const RowScale<Real> scale(in.scaling, i);
-        state = rounded<Real>(row_sweep<kSoftcap>(scale, row, in.logits.vocab_size)).state;
+        const RowScale<Real> scale(in, token);
+        const RowSweep sweep = row_sweep<kSoftcap>(scale, row, in.logits.vocab_size);
+        state = shard ? sweep.state : rounded<Real>(sweep).state;
+        if (label.kind == LabelKind::kHere) label_value = load_v_one<kSoftcap>(scale, row + label.column);
         if (state.is_valid()) {
           entropy = state.entropy();
           logsumexp = state.logsumexp(scale.scale);
-          if (label.kind == LabelKind::kHere) {
-            logprob = state.logprob(load_v_one<kSoftcap>(scale, row + label.column), scale.scale);
-          }
+          if (label.kind == LabelKind::kHere) logprob = state.logprob(label_value, scale.scale);
         } else {
           logprob = entropy = logsumexp = NAN;
         }
       }
-      put<Real>(call.logprob, i, logprob);
-      put<Real>(call.entropy, i, entropy);
-      put<Real>(call.logsumexp, i, logsumexp);
-      put<Real>(call.saved, i, state.row_max);
-      put<Real>(call.saved, n + i, state.sum_rest);
-      put<Real>(call.saved, 2 * n + i, state.weighted_sum);
+      put<Real>(call.logprob, token, logprob);
+      put<Real>(call.entropy, token, entropy);
+      put<Real>(call.logsumexp, token, logsumexp);
+      put<Real>(call.saved, token, state.row_max);
+      put<Real>(call.saved, n + token, state.sum_rest);
+      put<Real>(call.saved, 2 * n + token, state.weighted_sum);
+      put<Real>(call.label_value, token, label_value);
     }
   });
 }
 
 void stats_backward(const StatsBackward& call, int64_t begin, int64_t end) {
   const RowInputs& in = call.rows;
-  dispatch(in.logits.dtype, in.scaling.scaling.softcap != 0, [&](auto zero, auto softcap) {
+  dispatch(in.logits.dtype, in.scaling.softcap != 0, [&](auto zero, auto softcap) {
     using T = decltype(zero);
     using Real = stats_t<T>;
-    const int64_t n = call.num_rows, vocab_size = in.logits.vocab_size;
+    const int64_t n = in.num_tokens, vocab_size = in.logits.vocab_size;
     const Real* saved = static_cast<const Real*>(call.saved);
-    for (int64_t i = begin; i < end; ++i) {
-      const Label label = row_label(in, i);
-      T* grad = call.grad_logits.row<T>(i);
-      if (label.kind == LabelKind::kIgnored) {
-        fill(grad, vocab_size, Real(0));
-        continue;
+    with_gradient_type<T>(call.grad_logits.dtype, [&](auto grad_zero) {
+      using G = decltype(grad_zero);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t token = in.token(i);
+        const Label label = token_label(in, token);
+        G* grad = call.grad_logits.row<G>(i);
+        if (label.kind == LabelKind::kIgnored) {
+          fill(grad, vocab_size, Real(0));
+          continue;
+        }
+        const RowSweep sweep{{saved[token], saved[n + token], saved[2 * n + token]}};
+        const StatGrads<double> grads{optional_value<T>(call.grad_logprob, token, 0),
+                                      optional_value<T>(call.grad_entropy, token, 0),
+                                      optional_value<T>(call.grad_logsumexp, token, 0)};
+        row_gradient<decltype(softcap)::value>(RowScale<Real>(in, token), sweep, grads, in.logits.row<T>(i), vocab_size,
+                                               label.column, grad);
       }
-      const RowSweep sweep{{saved[i], saved[n + i], saved[2 * n + i]}};
-      const StatGrads<double> grads{optional_row<T>(call.grad_logprob, i, 0), optional_row<T>(call.grad_entropy, i, 0),
-                                    optional_row<T>(call.grad_logsumexp, i, 0)};
-      row_gradient<decltype(softcap)::value>(RowScale<Real>(in.scaling, i), sweep, grads, in.logits.row<T>(i), vocab_size,
-                                             label.column, grad);
-    }
-  });
-}
-
-void partial_stats(const PartialStats& call, int64_t begin, int64_t end) {
-  const RowInputs& in = call.rows;
-  dispatch(in.logits.dtype, in.scaling.scaling.softcap != 0, [&](auto zero, auto softcap) {
-    using T = decltype(zero);
-    using Real = stats_t<T>;
-    constexpr bool kSoftcap = decltype(softcap)::value;
-    const int64_t n = call.num_rows;
-    for (int64_t i = begin; i < end; ++i) {
-      const Label label = row_label(in, i);
-      RowState<double> state{-INFINITY, 0, 0};
-      double label_value = -INFINITY;
-      if (label.kind != LabelKind::kIgnored) {
-        const T* row = in.logits.row<T>(i);
-        const RowScale<Real> scale(in.scaling, i);
-        state = row_sweep<kSoftcap>(scale, row, in.logits.vocab_size).state;
-        if (label.kind == LabelKind::kHere) label_value = load_v_one<kSoftcap>(scale, row + label.column);
-      }
-      put<Real>(call.state, i, state.row_max);
-      put<Real>(call.state, n + i, state.sum_rest);
-      put<Real>(call.state, 2 * n + i, state.weighted_sum);
-      put<Real>(call.state, 3 * n + i, label_value);
-    }
+    });
   });
 }
 

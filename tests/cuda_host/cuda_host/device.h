@@ -121,6 +121,8 @@ inline void store_streaming(void* p, const Raw& raw) {
   std::memcpy(p, &raw, sizeof raw);
 }
 
+inline int count_block(int32_t* counter) { return (*counter)++; }
+
 inline char* dynamic_shared() { return erc_host::shared_memory(); }
 
 using CopyBarrier = uint64_t;
@@ -136,9 +138,23 @@ inline DeviceInfo device_info() {
   return {m.multiprocessors, m.l2_bytes, m.shared_bytes_per_block, m.has_clusters};
 }
 
+template <class... Params>
+bool runs_in_clusters(void (*)(Params...), const DeviceInfo& device) {
+  return device.has_clusters && erc_host::machine.compiled_for >= 90;
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, Args... args) {
-  const bool fine = erc_host::run(shape.grid, shape.block, shape.cluster, shape.shared_bytes, [&] { kernel(Params(args)...); });
+  const auto fibers = [&] {
+    return erc_host::run(shape.grid, shape.block, shape.cluster, shape.shared_bytes, [&] { kernel(Params(args)...); });
+  };
+  const auto elsewhere = [&](const Params&... parameters) {
+    const void* const data[] = {&parameters...};
+    const int64_t sizes[] = {int64_t(sizeof parameters)...};
+    return erc_host::execute(reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.cluster, shape.shared_bytes,
+                             int(sizeof...(Params)), data, sizes);
+  };
+  const bool fine = erc_host::executor != nullptr ? elsewhere(Params(args)...) : fibers();
   return fine ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

@@ -1,5 +1,6 @@
 #include "cuda_host/fibers.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -79,6 +80,7 @@ struct Fiber {
 Thread* current = nullptr;
 Machine machine;
 std::vector<Launch> launches;
+Executor executor = nullptr;
 
 namespace {
 
@@ -165,6 +167,15 @@ int arrive_at(Meeting& meeting, const char* what, const char* file, int line) {
   return phase;
 }
 
+// 0 ... count - 1 in the order that the test chose.
+std::vector<int64_t> chosen_order(int64_t count) {
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (machine.order == 1) std::reverse(order.begin(), order.end());
+  if (machine.order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(machine.order));
+  return order;
+}
+
 void run_cluster(int64_t first_block, int64_t grid, int block_threads, int cluster_blocks, int shared_bytes) {
   Cluster cluster;
   cluster.barrier.expected = cluster_blocks * block_threads;
@@ -197,13 +208,10 @@ void run_cluster(int64_t first_block, int64_t grid, int block_threads, int clust
     }
     cluster.blocks.push_back(std::move(block));
   }
-  std::vector<int> order(fibers.size());
-  std::iota(order.begin(), order.end(), 0);
-  if (machine.order == 1) std::reverse(order.begin(), order.end());
-  if (machine.order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(machine.order));
+  const std::vector<int64_t> order = chosen_order(fibers.size());
   for (;;) {
     bool progress = false, all_done = true;
-    for (int i : order) {
+    for (int64_t i : order) {
       if (fibers[i]->runnable()) {
         progress = true;
         to_fiber(*fibers[i]);
@@ -258,10 +266,21 @@ bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::func
     return false;
   }
   launches.push_back({grid, block, cluster, shared_bytes});
-  for (int64_t first = 0; first < grid && !failed; first += cluster) run_cluster(first, grid, block, cluster, shared_bytes);
+  for (int64_t i : chosen_order(grid / cluster)) {
+    if (!failed) run_cluster(i * cluster, grid, block, cluster, shared_bytes);
+  }
   current = nullptr;
   running = nullptr;
   return !failed;
+}
+
+bool execute(const void* kernel, int64_t grid, int block, int cluster, int shared_bytes, int count,
+             const void* const* parameters, const int64_t* sizes) {
+  message = "the kernel has no symbol";
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return false;
+  launches.push_back({grid, block, cluster, shared_bytes});
+  return executor(info.dli_sname, grid, block, cluster, shared_bytes, count, parameters, sizes) != 0;
 }
 
 char* shared_memory() { return current->block->shared; }
@@ -350,14 +369,20 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? erc_host::message.c_str() : error == cudaSuccess ? "no error" : "invalid value";
 }
 
-extern "C" void erc_cuda_host_configure(int has_clusters, int multiprocessors, unsigned order, int poison, int l2_bytes) {
+extern "C" void erc_cuda_host_configure(int has_clusters, int compiled_for, int multiprocessors, unsigned order, int poison,
+                                        int l2_bytes) {
   erc_host::machine.has_clusters = has_clusters != 0;
+  erc_host::machine.compiled_for = compiled_for;
   erc_host::machine.multiprocessors = multiprocessors;
   erc_host::machine.order = order;
   erc_host::machine.poison = static_cast<unsigned char>(poison);
   erc_host::machine.l2_bytes = l2_bytes;
   erc_host::launches.clear();
 }
+
+extern "C" void erc_cuda_host_execute_with(erc_host::Executor executor) { erc_host::executor = executor; }
+
+extern "C" void erc_cuda_host_complain(const char* text) { erc_host::message = text; }
 
 // Copies the first launches to `out` and returns how many there were.
 extern "C" int erc_cuda_host_launches(int64_t (*out)[4], int capacity) {

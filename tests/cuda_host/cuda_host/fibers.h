@@ -26,10 +26,11 @@ extern Thread* current;
 // What a test chooses; erc_cuda_host_configure of fibers.cpp sets it.
 struct Machine {
   bool has_clusters = true;
+  int compiled_for = 90;  // the architecture of the code, which a later GPU runs too
   int multiprocessors = 1;
   int l2_bytes = 1 << 20;
   int shared_bytes_per_block = 227 * 1024;
-  unsigned order = 0;             // of the fibers: 0 as numbered, 1 reversed, else the seed of a shuffle
+  unsigned order = 0;             // of fibers and of clusters: 0 as numbered, 1 reversed, else the seed of a shuffle
   unsigned char poison = 0xff;    // fills shared memory before a block starts
 };
 extern Machine machine;
@@ -42,6 +43,14 @@ extern std::vector<Launch> launches;
 
 // Returns false, and keeps a message, if the kernel did something undefined.
 bool run(int64_t grid, int block, int cluster, int shared_bytes, const std::function<void()>& kernel);
+
+// Runs a kernel by other means than fibers: the symbol of its function, its launch, and its parameters as a GPU gets them.
+// Returns whether it went well; what went wrong it tells by erc_cuda_host_complain.
+using Executor = int (*)(const char* kernel, int64_t grid, int block, int cluster, int shared_bytes, int count,
+                         const void* const* parameters, const int64_t* sizes);
+extern Executor executor;  // null: fibers
+bool execute(const void* kernel, int64_t grid, int block, int cluster, int shared_bytes, int count,
+             const void* const* parameters, const int64_t* sizes);
 
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* format, ...);

@@ -1,0 +1,45 @@
+"""Runs in a compat environment: the installed wheel holds its contract on the CPU, and compiles into one graph."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+import erc
+from erc.check import check
+
+
+def compiles(objective: str) -> bool:
+    """Whether the loss is one graph under torch.compile, with the gradient that it has eagerly."""
+    labels, rollout = torch.arange(4), {"old_logprob": torch.full((4,), -4.0), "old_entropy": torch.full((4,), 4.0)}
+    logits = torch.randn(4, 64)
+    gradients = []
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        out = erc.policy_loss(logits, labels, advantages=torch.ones(4), objective=objective, **rollout)
+        return out.loss + 0 * out.metrics["erc_fraction"]
+
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    return bool(gradients[0].any()) and torch.allclose(*gradients)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    facts = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "erc": erc.__file__,
+        "backends": erc.backends(),
+        "contract": {f"{each.backend} {each.dtype}": each.passed for each in check()},
+        "compiles": {name: compiles(name) for name in ("erc-dapo", "erc-gspo", "clip-cov")},
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
