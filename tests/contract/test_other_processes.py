@@ -20,6 +20,8 @@ EVERY_BACKEND = (
     "test_opcheck.py",
     "test_row_operators.py",
     "test_token_operators.py",
+    "test_small_differences.py",
+    "test_unread_values.py",
 )
 pytestmark = pytest.mark.skipif(
     "ERC_CPU_ISA" in os.environ or os.environ.get("TRITON_INTERPRET") == "1", reason="one of the other processes"
