@@ -217,6 +217,8 @@ def test_the_machine_code_beside_a_results_file_joins_its_report(tiny):
     reachable = {gpu.name: {"share": 1.0, "resource": "issue", "headroom": 1.25} for gpu in GPUS if gpu.arch == "sm_90"}
     kernel |= {
         "occupancy": None,
+        "whole": None,
+        "device_barriers": 0,
         "threads": 256,
         "statistics": loop,
         "gradient": None,
