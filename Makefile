@@ -29,7 +29,7 @@ install_torch = $(1) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(1) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format bench bench-gpu gpu-report sanitize clean
+.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format docs bench bench-gpu gpu-report sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ format: setup ## let ruff fix what `make lint` reports, as far as it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+docs: setup $(VENV)/.docs ## the site, into build/site: links and anchors are checked, a warning is an error
+	$(BIN)/mkdocs build --strict
+
 bench: setup ## the benchmarks of the CPU backend, the short form
 	$(PY) -m benchmarks run --quick $(BENCH_ARGS)
 
@@ -82,7 +85,7 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 clean: ## remove what was built (not .venv and .venv-verl)
 	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
 	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed $(VENV)/.peers $(VERL_VENV)/.installed
+	rm -f $(VENV)/.installed $(VENV)/.peers $(VENV)/.docs $(VERL_VENV)/.installed
 
 # ---- how the environment is made -------------------------------------------------------------------------------------
 
@@ -113,6 +116,10 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
 	$(PY) -m pip install -q --no-deps "openrlhf>=0.11.2,<0.12" "skyrl>=0.3,<0.5" jaxtyping wadler-lindig || \
 		echo "OpenRLHF and SkyRL could not be installed: their tests will be skipped"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[docs]"
 	touch $@
 
 # verl with all that its Ray trainers need: an environment of its own, because verl and TRL pin different transformers.

@@ -25,6 +25,8 @@ from benchmarks.call import __doc__ as call_doc
 from benchmarks.call import call_rows
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
+from benchmarks.host import __doc__ as host_doc
+from benchmarks.host import host_rows
 from benchmarks.machine_code.report import machine_code_table
 from benchmarks.markdown import rewrite
 from benchmarks.plots import save_plots
@@ -236,6 +238,16 @@ def call() -> None:
     _console.print(call_doc, highlight=False)
     table = Table(*CALL_HEADINGS)
     for row in call_rows():
+        table.add_row(*row)
+    _console.print(table)
+
+
+@app.command()
+def host(calls: Annotated[int, typer.Option(min=100, help="calls of each kind")] = 3000) -> None:
+    """Host time of one loss, station by station, beside F.cross_entropy."""
+    _console.print(host_doc, highlight=False)
+    table = Table("", "microseconds", "x F.cross_entropy")
+    for row in host_rows(calls):
         table.add_row(*row)
     _console.print(table)
 

@@ -1,4 +1,4 @@
-"""Layer 3: which tokens the ratio rule clipped and which the entropy-ratio gate dropped, as a table and a plot.
+"""Which tokens the ratio rule clipped and which the entropy-ratio gate dropped, as a table and a plot.
 
 The paper's analysis (arXiv 2512.05591): PPO's clip catches about 0.02 % of the tokens, the gate about 20 %, most of
 them tokens of low entropy, and the two barely overlap.

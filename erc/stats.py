@@ -1,4 +1,4 @@
-"""Layer 3: row statistics as autograd functions."""
+"""Row statistics as autograd functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer 4: TRL's GRPO trainer with the objectives and fused kernels of erc.
+"""TRL's GRPO trainer with the objectives and fused kernels of erc.
 
     trainer = ERCTrainer(model, reward_funcs, args=ERCConfig(objective="erc-dapo", num_iterations=2), ...)
 

@@ -1,4 +1,4 @@
-"""Layer 3: the policy loss from hidden states and the lm_head's weight, without ever holding the logits.
+"""The policy loss from hidden states and the lm_head's weight, without ever holding the logits.
 
 Rows are processed in chunks: one GEMM makes a chunk of logits, the fused kernel turns it into its gradient in place,
 and two GEMMs turn that into gradients of `hidden` and `weight` right away. No chunk of logits is computed twice: 6 NVD

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules that compare a token with the whole batch (arXiv 2505.22617). They run two-phase.
+"""Ratio rules that compare a token with the whole batch (arXiv 2505.22617). They run two-phase.
 
 The entropy of a policy falls where the covariance of log-prob and advantage is large: few tokens carry most of it.
 Both rules find them by `(A - mean A) (logprob - mean logprob)`, the means over the active tokens of this call.

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
+"""Ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
 
 Every rule is a frozen dataclass with a `terms` method in plain PyTorch, the readable definition that the kernels are
 tested against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` the advantage. A tie exactly on a bound

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules that look at a whole sequence before any of its tokens has a gradient. They run two-phase.
+"""Ratio rules that look at a whole sequence before any of its tokens has a gradient. They run two-phase.
 
 Each gives every token of a sequence the sequence's value, and the gradient of that value in the token's own log-prob,
 so that the reductions of `reductions.py` weigh them like any token-level rule. The tokens of a sequence are expected to
