@@ -20,6 +20,7 @@ from benchmarks.peers import PEERS, eager  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from benchmarks.timing import Budget  # noqa: E402
 from benchmarks.workloads import DTYPES, OPERATORS, VOCABULARIES, Case, Inputs  # noqa: E402
+from erc import backend  # noqa: E402
 
 SMALL = ("--rows", "4", "--vocab", "1000", "--seconds", "0.05")
 
@@ -144,12 +145,15 @@ def h100(monkeypatch):
     for name, value in {
         "is_available": lambda: True,
         "get_device_properties": lambda index: facts,
+        "current_device": lambda: 0,
         "synchronize": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: 0,
         "max_memory_allocated": lambda: 2**20,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    nothing = {(name, torch.device("cuda", 0)): "the machine only says so" for name in ("cuda", "triton")}
+    monkeypatch.setattr(backend, "_answers", nothing)
 
     class OnTheCPU(Inputs):
         def __init__(self, case: Case) -> None:
