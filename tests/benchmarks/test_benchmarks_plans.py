@@ -14,7 +14,7 @@ for package in ("rich", "typer", "matplotlib"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}")
 from typer.testing import CliRunner  # noqa: E402
 
-from benchmarks import __main__, hardware, memory, ours, plans, readme, report, step_share, suite, variants  # noqa: E402
+from benchmarks import __main__, hardware, memory, ours, plans, readme, report, step_share, suite, timing, variants  # noqa: E402
 from benchmarks.machine_code.roofline import GPUS  # noqa: E402
 from benchmarks.peers import PEERS, eager  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
@@ -154,6 +154,8 @@ def h100(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     nothing = {(name, torch.device("cuda", 0)): "the machine only says so" for name in ("cuda", "triton")}
     monkeypatch.setattr(backend, "_answers", nothing)
+    on_cpu = lambda runner, repeats, host: [timing.time_once(runner, "cpu") for _ in range(repeats)]  # noqa: E731
+    monkeypatch.setattr(timing, "gpu_seconds", on_cpu)  # test_gpu_timing.py has its events
 
     class OnTheCPU(Inputs):
         def __init__(self, case: Case) -> None:
