@@ -1,4 +1,4 @@
-"""The operators every backend implements, one schema for all, one namespace a backend.
+"""The operators every backend implements, one schema for all, one namespace per backend.
 
 `erc_cpu::stats_forward`, `erc_triton::stats_forward` and `erc_cuda::stats_forward` are the same operator on different
 machinery; `erc.backend` picks the namespace, and nothing else in the package knows which one runs.

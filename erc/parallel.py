@@ -1,6 +1,6 @@
 """Vocabulary-parallel statistics over torch.distributed.
 
-Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's
+Each rank holds some columns of every row. A sweep over them leaves four numbers per row (the row state and the label's
 value); an all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward
 needs no communication: each rank owns its columns of the gradient of the one replicated loss. The linear forms send
 each chunk of rows while the next one is computed.
@@ -91,7 +91,7 @@ class VocabShard:
         return -(-self.vocab_size // dist.get_world_size(self.group))
 
     def gather(self, state: Tensor) -> GatheredStates:
-        """Start collecting `[4, n]` of every rank: four numbers a row are all that the forward sends."""
+        """Start collecting `[4, n]` of every rank: four numbers per row are all that the forward sends."""
         state = state.contiguous()
         parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
         return GatheredStates(parts, dist.all_gather(parts, state, group=self.group, async_op=True))

@@ -22,7 +22,7 @@ METRICS = (
 
 @dataclass
 class History:
-    """What a run leaves: a row of numbers a step, and held-out accuracy before and after."""
+    """What a run leaves: a row of numbers per step, and held-out accuracy before and after."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)

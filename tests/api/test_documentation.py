@@ -38,6 +38,8 @@ def test_the_plots_are_drawn(tmp_path):
     path = tmp_path / "objectives.png"
     objective_plots.draw(path, points=9)
     assert path.stat().st_size > 20_000
+    shown = {name for name in erc.objectives() if not name.startswith("erc-")} - set(objective_plots.SAME_RULE)
+    assert set(objective_plots.presets()) == shown, "every rule has a panel"
 
 
 def test_the_curves_of_ppo():

@@ -70,7 +70,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-# ---- bounds (DESIGN sections 5 and 8) --------------------------------------------------------------------------------
+# ---- bounds (docs/concepts.md, the numerics promise) -----------------------------------------------------------------
 
 
 def assert_statistics(actual: erc.TokenStats, expected: erc.TokenStats, largest_x: float, softcap: float = 0.0) -> None:

@@ -227,7 +227,7 @@ def assert_gradient(tested: Tensor, exact: Gradient, relative, absolute=0.0) -> 
 
 
 def relative_error(drawn: Drawn) -> float:
-    """Of a float32 gradient: DESIGN's 1e-6, and what a softcap's tanh adds."""
+    """Of a float32 gradient: the contract's 1e-6 (docs/concepts.md), and what a softcap's tanh adds."""
     return 3e-6 + 2.0**-22 * (drawn.softcap or 0.0) / drawn.temperature
 
 

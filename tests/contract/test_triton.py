@@ -69,7 +69,7 @@ def small_programs(monkeypatch):
     monkeypatch.setattr(tuning, "LANES", 32)
 
 
-# ---- the oracle and the tolerances (DESIGN sections 5 and 8) ---------------------------------------------------------
+# ---- the oracle and the tolerances (docs/concepts.md, its promise) ---------------------------------------------------
 
 
 def random_logits(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 4.0, seed: int = 0) -> Tensor:
@@ -691,7 +691,7 @@ def test_without_a_gradient_nothing_of_the_logits_size_is_written(small_programs
 
 
 def merged(states: list[Tensor], scale: float) -> Tensor:
-    """[4, N] of the whole row from those of its shards, in float64 (DESIGN: merge)."""
+    """[4, N] of the whole row from those of its shards, in float64 (row_state.h: merge)."""
     out = states[0].double()
     for state in states[1:]:
         first, second = (out, state.double())
