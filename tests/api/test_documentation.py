@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from tests.api.documents import (
     names_of_tokens,
     names_of_trl,
 )
+
+THIS = Path(__file__)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,18 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
             assert ((ROOT / document).parent / target).exists(), target
+
+
+_POINTERS = re.compile(r"(?<![\w/.-])(?:erc|csrc|tests|docs|examples|benchmarks)/[\w/]+\.(?:py|h|cuh|cu|cpp|md)\b")
+
+
+@pytest.mark.parametrize("folder", ["docs", "erc", "csrc", "tests", "benchmarks", "examples"])
+def test_files_that_documents_and_comments_name_are_there(folder):
+    kinds = {".md", ".py", ".h", ".cuh", ".cu", ".cpp"}
+    paths = [path for path in (ROOT / folder).rglob("*") if path.suffix in kinds and path != THIS]
+    for path in [*paths, ROOT / "README.md"]:
+        missing = {name for name in _POINTERS.findall(path.read_text()) if not (ROOT / name).exists()}
+        assert not missing, f"{path.relative_to(ROOT)} names {missing}"
 
 
 def test_every_page_is_in_the_site():
