@@ -191,16 +191,15 @@ def no_graph() -> AbstractContextManager[Any]:
 
 
 def refuse_double_backward(function: str) -> None:
-    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
+    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped silently."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{function} has no second derivative, which would be dropped without a word: call backward without "
-            "create_graph"
+            f"{function} has no second derivative, which would be dropped silently: call backward without create_graph"
         )
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    """Raise before an operator that would drop a forward-mode tangent of one of them silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):

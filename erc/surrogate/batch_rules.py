@@ -43,8 +43,8 @@ def _covariance(inputs: RatioInputs) -> Tensor:
 
 
 def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float) -> Tensor:
-    """The candidates with the largest scores, of equal ones the first: a `fraction` of the active tokens, at least one.
-    Nothing is read by the host."""
+    """The candidates with the largest scores, the first among equal ones: a `fraction` of the active tokens, at least
+    one. Nothing is read by the host."""
     allowed = (fraction * active.sum()).floor().clamp(min=1)
     order = torch.where(candidates, score, -torch.inf).argsort(descending=True, stable=True)
     return candidates & (order.argsort() < allowed)

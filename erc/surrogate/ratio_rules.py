@@ -384,7 +384,7 @@ class Reinforce(RatioRule):
 
 @dataclass(frozen=True)
 class DRO(RatioRule):
-    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl).
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic penalty (verl).
 
     With beta = 0.1 it is Kimi k1.5's policy mirror descent token by token, beta its tau (arXiv 2501.12599 eq. 3, ROLL).
     """

@@ -63,8 +63,8 @@ class GMPO(SequenceRule):
     """`-A exp(mean_t u)`, where `u` is the log-ratio clipped on the side that the advantage favours:
     `sgn(A) min(sgn(A) d, sgn(A) clamp(d, -eps_low, eps_high))` (arXiv 2507.20673).
 
-    The geometric mean of a sequence's ratios bends to no single token; a clipped token keeps its value in the mean and
-    loses its gradient. The widths are of the log-ratio.
+    A single token hardly moves the geometric mean of a sequence's ratios; a clipped token keeps its value in the mean
+    and loses its gradient. The widths are of the log-ratio.
     """
 
     eps_low: float = 0.4

@@ -78,5 +78,5 @@ def test_the_host_time_of_a_loss_is_that_of_its_stations():
     assert rows["of it: operator"] <= rows["operator, autograd node"]
     stations = sum(rows[name] for name in STATIONS if not name.startswith("of it"))
     whole = rows["policy_loss and backward, whole"]
-    assert 0.3 * whole < stations < 3 * whole, "the stations are the call, up to the machine's mood"
+    assert 0.3 * whole < stations < 3 * whole, "the stations are the call, up to the noise of the machine"
     assert erc.loss.operators is backend_operators, "the wrappers are gone"
