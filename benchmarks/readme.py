@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from benchmarks.call import LENGTH, ROWS, VOCAB, calls, count
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.plots import PLOTS, plot_path
 from benchmarks.report import BASELINES, TARGETS, main_cases, milliseconds, rule_costs, speedup, times
 from benchmarks.results import AccuracyRow, Measurement, Results
-from benchmarks.step_share import HEADINGS, MODELS, step_share_rows
+from benchmarks.step_share import ACCELERATORS, HEADINGS, MODELS, step_share_rows
 
 _CAPTIONS = {
     "speed_by_vocab": "Time per token over the vocabulary",
@@ -175,12 +176,20 @@ def _plot(results_path: Path, name: str, document: Path) -> str:
 
 def block(results: Results, results_path: Path, readme: Path) -> str:
     """What stands between the README's markers, markers included: one table and one plot."""
-    parts = [
-        _overview(results),
-        _plot(results_path, "flips_by_entropy", readme),
-        _origin(results, results_path, readme),
-    ]
+    plot = _plot(results_path, "flips_by_entropy", readme)
+    parts = [_overview(results), plot, _origin(results, results_path, readme), _on_gpus()]
     return "\n\n".join([BEGIN, *(part for part in parts if part), END])
+
+
+def _on_gpus() -> str:
+    """What a GPU would take for the call of the table, by count and model."""
+    cost = count(calls()["policy_loss and backward: erc-dapo"])
+    logits = ROWS * LENGTH * VOCAB
+    modelled = ", ".join(f"{1e3 * cost.seconds(device):.1f} ms on {device.name}" for device in ACCELERATORS)
+    return (
+        f"On a GPU, **modelled**: the same call is {cost.kernels} launches and moves {cost.bytes / logits:.1f} bytes "
+        f"per bfloat16 logit (a read and a write are 4); {ROWS * LENGTH:,} tokens take {modelled}."
+    )
 
 
 def measured_sections(results: Results, results_path: Path, document: Path) -> str:

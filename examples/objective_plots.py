@@ -16,8 +16,8 @@ from examples.palette import NEGATIVE, NEUTRAL, POSITIVE, figure, legend_below, 
 SAME_RULE = ("grpo", "dr-grpo", "luspo", "ic-dapo-paper")
 """Presets whose rule another one shows already; they differ in the reduction or by an NLL term."""
 OLD_LOGPROB = -1.0
-COLUMNS = 4
-"""Panels per row: as many as stay readable at a page's width of 800 pixels."""
+COLUMNS = 2
+"""Panels per row: what stays readable at a page's width of 800 pixels."""
 CORRECTIONS = {
     "TIS": erc.RolloutCorrection(),
     "IcePop": erc.RolloutCorrection("mask"),
@@ -58,7 +58,7 @@ def draw(path: Path, points: int = 401) -> None:
     names = presets()
     panels = len(names) + len(CORRECTIONS)
     rows = -(-panels // COLUMNS)
-    drawn, axes = figure(1.55 * rows + 0.8, rows, COLUMNS, sharex=True)
+    drawn, axes = figure(1.45 * rows + 0.8, rows, COLUMNS, sharex=True)
     ratios = torch.linspace(0.25, 2.2, points, dtype=torch.float64)
     for axis, name in zip(axes.flat, names, strict=False):
         objective = erc.objective(name, reduction="none")
