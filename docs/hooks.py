@@ -1,5 +1,4 @@
-"""What the site needs beyond the pages in docs/: README and changelog as pages, and the files of the repository that pages
-link to.
+"""What the site needs beyond the pages in docs/: README and changelog as pages, and the files that pages link to.
 
 A page in docs/ links to code and figures by relative paths, as a reader of the repository needs them. The site has no
 folder above docs/: so a linked image is copied into it, and any other linked file becomes a page that shows its text.
@@ -87,7 +86,9 @@ def _published(config: Any, path: str, name: str) -> File:
         return File.generated(config, name, content=here.read_bytes())
     head = f"---\nsearch:\n  exclude: true\nhide: [navigation, toc]\n---\n\n# {path}\n\n"
     if here.is_dir():
-        listed = "\n".join(f"- `{file.name}`" for file in sorted(here.iterdir()) if not file.name.startswith((".", "__py")))
+        listed = "\n".join(
+            f"- `{file.name}`" for file in sorted(here.iterdir()) if not file.name.startswith((".", "__py"))
+        )
         return File.generated(config, name, content=head + listed)
     language = _LANGUAGES.get(here.suffix, "text")
     text = here.read_text()

@@ -37,6 +37,11 @@ def blocks(document: Path) -> list[Block]:
     ]
 
 
+def is_there(name: str) -> bool:
+    """Whether the repository has the file or folder; the package's may be that of an installation."""
+    return (ROOT / name).exists() or (Path(erc.__file__).parents[1] / name).exists()
+
+
 def small_model() -> torch.nn.Module:
     import transformers
 
