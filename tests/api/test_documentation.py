@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.api.documents import (
     DOCUMENTS,
     ROOT,
     blocks,
+    is_there,
     names_of_demonstrations,
     names_of_models,
     names_of_tokens,
@@ -61,7 +63,7 @@ def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
-            assert ((ROOT / document).parent / target).exists(), target
+            assert is_there(os.path.relpath(ROOT / document.parent / target, ROOT)), target
 
 
 _POINTERS = re.compile(r"(?<![\w/.-])(?:erc|csrc|tests|docs|examples|benchmarks)/[\w/]+\.(?:py|h|cuh|cu|cpp|md)\b")
@@ -72,7 +74,7 @@ def test_files_that_documents_and_comments_name_are_there(folder):
     kinds = {".md", ".py", ".h", ".cuh", ".cu", ".cpp"}
     paths = [path for path in (ROOT / folder).rglob("*") if path.suffix in kinds and path != THIS]
     for path in [*paths, ROOT / "README.md"]:
-        missing = {name for name in _POINTERS.findall(path.read_text()) if not (ROOT / name).exists()}
+        missing = {name for name in _POINTERS.findall(path.read_text()) if not is_there(name)}
         assert not missing, f"{path.relative_to(ROOT)} names {missing}"
 
 

@@ -7,8 +7,10 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import erc
+
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "erc"
+PACKAGE = Path(erc.__file__).parent
 ENTRIES = ("erc", "erc.__main__")
 """The public names and the command line: they stand above everything and belong to no layer."""
 
@@ -24,7 +26,7 @@ def layers() -> dict[str, int]:
 def modules() -> dict[str, Path]:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
