@@ -29,7 +29,7 @@ install_torch = $(1) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(1) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format docs bench bench-gpu gpu-report sanitize clean
+.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format bench bench-gpu gpu-report sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,9 +62,6 @@ format: setup ## let ruff fix what `make lint` reports, as far as it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-docs: setup $(VENV)/.docs ## the site, into build/site: links and anchors are checked, a warning is an error
-	$(BIN)/mkdocs build --strict
-
 bench: setup ## the benchmarks of the CPU backend, the short form
 	$(PY) -m benchmarks run --quick $(BENCH_ARGS)
 
@@ -73,6 +70,10 @@ bench-gpu: setup ## the benchmarks of the GPU backends
 
 gpu-report: ## all that a GPU machine can say, without a network or .venv: PYTHON=python3, PART=build, check, tests-cuda, ...
 	$(PYTHON) -m benchmarks.gpu_report $(if $(PART),--part $(PART)) $(GPU_REPORT_ARGS)
+
+.PHONY: docs
+docs: setup $(VENV)/.docs ## the site, into build/site: links and anchors are checked, a warning is an error
+	$(BIN)/mkdocs build --strict
 
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
 # finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.
