@@ -137,6 +137,7 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
     dtypes = list(dict.fromkeys(row.dtype for row in results.accuracy))
     if not dtypes:
         return None
+    of = "hidden states" if results.name == "hidden" else "logits"
     drawn, axes = figure(_HEIGHT + 0.6, 1, len(dtypes), squeeze=False, sharey=True)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         rows = [row for row in results.accuracy if row.dtype == dtype and row.band != "all"]
@@ -157,7 +158,7 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
         axis.set_xticks(
             range(len(bands)), [band.replace("e-0", "e-") for band in bands], rotation=45, ha="right", fontsize=8
         )
-        axis.set(xlabel="entropy of the token, nats", title=f"{dtype} logits")
+        axis.set(xlabel="entropy of the token, nats", title=f"{dtype} {of}")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("ERC decisions flipped, %")
     legend_below(drawn)

@@ -91,7 +91,7 @@ class VocabShard:
         return -(-self.vocab_size // dist.get_world_size(self.group))
 
     def gather(self, state: Tensor) -> GatheredStates:
-        """Start collecting `[4, n]` of every rank: four numbers per row are all that the forward sends."""
+        """Start collecting `[4, n]` of every rank: four numbers a row are all that the forward sends."""
         state = state.contiguous()
         parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
         return GatheredStates(parts, dist.all_gather(parts, state, group=self.group, async_op=True))

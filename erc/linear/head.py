@@ -1,4 +1,4 @@
-"""The lm_head as a chain of chunks: checks, one GEMM for a chunk of logits, two for its gradients."""
+"""Layer 2: the lm_head as a chain of chunks: checks, one GEMM for a chunk of logits, two for its gradients."""
 
 from __future__ import annotations
 
