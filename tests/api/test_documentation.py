@@ -66,7 +66,7 @@ def test_links_lead_somewhere(document):
             assert is_there(os.path.relpath(ROOT / document.parent / target, ROOT)), target
 
 
-_POINTERS = re.compile(r"(?<![\w/.-])(?:erc|csrc|tests|docs|examples|benchmarks)/[\w/]+\.(?:py|h|cuh|cu|cpp|md)\b")
+_POINTERS = re.compile(r"(?<![\w/.-])(?:erc|csrc|tests|docs|examples|benchmarks)/[\w/]*\w\w\.(?:py|h|cuh|cu|cpp|md)\b")
 
 
 @pytest.mark.parametrize("folder", ["docs", "erc", "csrc", "tests", "benchmarks", "examples"])

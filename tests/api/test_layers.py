@@ -11,8 +11,8 @@ import erc
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(erc.__file__).parent
-ENTRIES = ("erc", "erc.__main__")
-"""The public names and the command line: they stand above everything and belong to no layer."""
+ENTRIES = ("erc", "erc.__main__", "erc.triton_kernels.autotune")
+"""The public names and the programs: they stand above everything and belong to no layer."""
 
 
 def layers() -> dict[str, int]:
