@@ -6,6 +6,7 @@ import json
 import re
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,13 @@ def names_of_tokens() -> dict[str, Any]:
         "lm_head": torch.nn.Linear(16, 128, bias=False),
         "rollout": {"old_logprob": old.logprob, "old_entropy": old.entropy, "advantages": torch.tensor([1.0, -1.0])},
     }  # fmt: skip
+
+
+def sampling_mask(labels: torch.Tensor) -> SimpleNamespace:
+    """What vLLM reports of a sampler: the ids that each generated token was drawn from, and where they start."""
+    kept = [sorted({label, *range(0, 128, 5)}) for label in labels[labels != -100].tolist()]
+    offsets = torch.tensor([0, *(len(ids) for ids in kept)]).cumsum(0)
+    return SimpleNamespace(token_ids=torch.tensor([token for ids in kept for token in ids]), offsets=offsets)
 
 
 def names_of_models() -> dict[str, Any]:

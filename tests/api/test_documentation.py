@@ -23,6 +23,7 @@ from tests.api.documents import (
     names_of_models,
     names_of_tokens,
     names_of_trl,
+    sampling_mask,
 )
 
 THIS = Path(__file__)
@@ -172,6 +173,8 @@ def test_the_python_of_a_document_runs(document, one_rank, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     names = names_of_tokens() | names_of_demonstrations(tmp_path) | (names_of_models() if name in _MODELS else {})
     names |= {"tp_group": one_rank, "cp_group": one_rank}
+    if name == "docs/sampling_support.md":
+        names["mask"] = sampling_mask(names["labels"])
     if name == "docs/trainers/trl.md":
         names |= names_of_trl(tmp_path, monkeypatch)
     if name == "docs/trainers/verl.md":  # it installs itself into verl for the whole process
