@@ -103,8 +103,8 @@ def _rules(results: Results) -> str:
         return ""
     worst = max(costs, key=lambda row: row[2])
     return (
-        f"The most expensive of {len(costs)} objectives that run in one pass, {worst[1]}, costs {100 * (worst[2] - 1):+.1f} % "
-        f"over plain DAPO (in place, {worst[0]})."
+        f"The most expensive of {len(costs)} objectives that run in one pass, {worst[1]}, costs "
+        f"{100 * (worst[2] - 1):+.1f} % over plain DAPO (in place, {worst[0]})."
     )
 
 
