@@ -226,7 +226,7 @@ def diagnose(
     }
     total = int(active.sum())
     groups = {name: _group(tokens & active, columns, total) for name, tokens in chosen.items()}
-    gate = bare.entropy_ratio
+    gate = bare.entropy_ratio or EntropyRatioClip()
     bounds = {"ratio": _ratio_bounds(bare), "entropy_ratio": (1 - gate.beta_low, 1 + gate.beta_high)}
     logs = {name: columns[name][active].double().log() for name in bounds}
     spans = [span if span is not None else _span(logs[name], bounds[name]) for name in bounds]
