@@ -22,6 +22,7 @@ from benchmarks import ours, plans, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
+from benchmarks.hidden_states import measure_hidden_states
 from benchmarks.machine_code.report import machine_code_table
 from benchmarks.markdown import rewrite
 from benchmarks.plots import save_plots
@@ -179,6 +180,19 @@ def accuracy(
     if output is not None:
         results.save(output)
         _console.print("wrote " + ", ".join(str(path) for path in [output, *save_plots(results, output)]))
+
+
+@app.command("hidden-states")
+def hidden_states(
+    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True, output: Output = None
+) -> None:
+    """ERC decisions flipped from bfloat16 hidden states on, by entropy band: what a head's product decides."""
+    results = new_results("hidden")
+    results.accuracy = measure_hidden_states("cuda" if torch.cuda.is_available() else "cpu", peers)
+    _console.print(accuracy_table(results, "bfloat16", "hidden states"))
+    if output is not None:
+        results.save(output)
+        _console.print(f"wrote {output}")
 
 
 @app.command()

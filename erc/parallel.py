@@ -108,13 +108,13 @@ class VocabShard:
         """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed.
 
         The body enters its number of `rows` and of local `columns`, its `backend`, whose order of summation is its own,
-        and a linear form its `memory_budget`, on which the number of collectives depends.
+        and a linear form its `memory_budget` and the size of a logit, on which the number of collectives depends.
 
         Raises:
             ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows, backends or budgets
                 differ, or shards do not tile the vocabulary.
         """
-        facts = {"rows": 0, "columns": 0, "memory_budget": 0, "backend": 0}
+        facts = {"rows": 0, "columns": 0, "memory_budget": 0, "logit_bytes": 0, "backend": 0}
         try:
             yield facts
         except (ValueError, TypeError, IndexError):
@@ -140,7 +140,7 @@ class VocabShard:
         failed = [rank for rank, facts in enumerate(ranks) if facts["failed"]]
         if failed:
             return f"the arguments of rank(s) {failed} did not pass their checks"
-        for name in ("rows", "vocab_size", "memory_budget"):
+        for name in ("rows", "vocab_size", "memory_budget", "logit_bytes"):
             values = [facts[name] for facts in ranks]
             if len(set(values)) > 1:
                 return f"{name} must be the same on every rank, got {values}"

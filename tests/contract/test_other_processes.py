@@ -14,7 +14,7 @@ import erc
 from erc.backend import cpu_isa
 
 HERE = Path(__file__).parent
-EVERY_BACKEND = ("test_extreme_rows.py", "test_linear_rows.py")
+EVERY_BACKEND = ("test_extreme_rows.py", "test_linear_rows.py", "test_linear_dtypes.py")
 pytestmark = pytest.mark.skipif(
     "ERC_CPU_ISA" in os.environ or os.environ.get("TRITON_INTERPRET") == "1", reason="one of the other processes"
 )
