@@ -18,8 +18,12 @@ try:
 except ImportError as missing:
     sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
 
+from benchmarks import linear_plans as plans_of_heads
 from benchmarks import ours, plans, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
+from benchmarks.call import HEADINGS as CALL_HEADINGS
+from benchmarks.call import __doc__ as call_doc
+from benchmarks.call import call_rows
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
 from benchmarks.hidden_states import measure_hidden_states
@@ -239,6 +243,30 @@ def readme(
         _console.print(str(error))
         raise typer.Exit(2) from None
     _console.print(f"rewrote the benchmarks of {path.name} and {docs.name} from {results}")
+
+
+@app.command()
+def call() -> None:
+    """Launches, bytes and memory of every public call, counted on meta tensors, with modelled GPU times."""
+    _console.print(call_doc, highlight=False)
+    table = Table(*CALL_HEADINGS)
+    for row in call_rows():
+        table.add_row(*row)
+    _console.print(table)
+
+
+@app.command("linear-plans")
+def linear_plans() -> None:
+    """The loss from hidden states by plan, ours and the peers': counted on meta tensors, with modelled GPU times."""
+    _console.print(plans_of_heads.__doc__, highlight=False)
+    for headings, rows in (
+        (plans_of_heads.HEADINGS, plans_of_heads.time_rows()),
+        (plans_of_heads.COUNT_HEADINGS, plans_of_heads.count_rows()),
+    ):
+        table = Table(*headings)
+        for row in rows:
+            table.add_row(*row)
+        _console.print(table)
 
 
 @app.command("step-share")

@@ -12,6 +12,7 @@ from erc.call import choose_route
 from erc.inputs import check_logits, resolve_objective
 from erc.linear.head import check_head, narrowest_dtype, product_dtype
 from erc.linear.plan import Plan, plan_of
+from erc.parallel import Facts
 from erc.surrogate.objective import Objective
 
 
@@ -58,7 +59,7 @@ def explain(
         dtype = grad_dtype = logits.dtype
         name, reason = select(logits, backend)
     else:
-        like = check_head(logits, weight, None, logits_dtype, None, {})
+        like = check_head(logits, weight, None, logits_dtype, None, Facts())
         needs_grad = torch.is_grad_enabled() and (logits.requires_grad or weight.requires_grad)
         dtype, grad_dtype = like.dtype, narrowest_dtype(logits, weight)
         name, reason = select(like, backend)

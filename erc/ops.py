@@ -15,8 +15,9 @@ Conventions:
 * `token_table` and `policy_loss` take per-token tensors as callers have them, in any dtype.
 * `params` is a small CPU float64 tensor that the launcher reads on the host: whatever a user may change from step to
   step travels there, so nothing recompiles and nothing synchronises. `erc.constants.Param` is its layout.
-* A label equal to `ignore_index` marks a row that is not read; `ABSENT_LABEL` one whose label another vocabulary shard
-  holds; any other label outside `[0, V)` is an error on the CPU and makes the row NaN on a GPU.
+* A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` is an error on the CPU
+  and makes the row NaN on a GPU. `partial_stats_` takes labels of the whole vocabulary, and the backward that follows
+  it `ABSENT_LABEL` where another shard holds the labelled column.
 * A gradient's memory is the logits' own, or other memory of their dtype, or, of float32 logits, of a 16-bit dtype.
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from erc.constants import PAIRED_OUTPUTS, PAIRED_SAVED, Column, Metric, header
 
@@ -76,8 +78,10 @@ SCHEMAS = {
     # Multiply row i by scale[i], or every row by a 0-d scale; in place, a row whose scale is 1 is not touched.
     "scale_rows": "(Tensor grad, Tensor scale) -> Tensor",
     "scale_rows_": "(Tensor(a!) grad, Tensor scale) -> ()",
-    # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs.
-    "paired_forward": f"({_PAIR}) -> (Tensor stats, Tensor saved)",
+    # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs: [8, N] (both rows' states, KL(new || old),
+    # E[sign]). With `states` [6, N] these are a vocabulary shard's columns of rows of those states, and divergences and
+    # E[sign] are the sums over these columns.
+    "paired_forward": f"({_PAIR}, Tensor? states=None) -> (Tensor stats, Tensor saved)",
     "paired_backward": f"({_PAIR}, Tensor saved, Tensor grads) -> Tensor",
 }
 
@@ -197,6 +201,17 @@ def refuse_double_backward(function: str) -> None:
         )
 
 
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            'erc\'s kernels have no forward-mode derivative: use reverse mode, or backend="torch" for token_stats and '
+            "entropy_ratio"
+        )
+
+
 def _stats_context(ctx, inputs, output):
     logits, labels, temperature, params, ignore_index = inputs
     ctx.save_for_backward(logits, labels, temperature, params, output[3])
@@ -240,7 +255,9 @@ def _loss_backward(namespace: str):
 
 
 def _paired_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *pair, states = inputs
+    ctx.save_for_backward(*pair, output[1])
+    ctx.whole = states is None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -249,9 +266,11 @@ def _paired_backward(namespace: str):
     def backward(ctx, grads, _):
         refuse_double_backward("entropy_ratio")
         if grads is None:
-            return None, None, None, None
+            return None, None, None, None, None
+        if not ctx.whole:
+            raise RuntimeError("paired_forward of a shard's columns has no gradient of its own")
         operator = getattr(torch.ops, namespace).paired_backward
-        return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None
+        return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None, None
 
     return backward
 

@@ -101,7 +101,7 @@ class OPERATORS:
         if values_are_readable(labels) and bool((active & ~in_range).any()):
             raise RuntimeError(INVALID_VALUE)
         x = torch.where(active[:, None], x, 0.0)  # an ignored row is not read, whatever it holds
-        x = torch.where((in_range | ~active)[:, None], x, nan)
+        x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
         row = Row(scaling.apply(x))
         logprob = row.logprob(torch.where(in_range, labels, 0))
         stats = (torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from erc.inputs import LOGITS_DTYPES
+from erc.inputs import LOGITS_DTYPES, check_plain
 from erc.linear.plan import RowPlan, Shape
 from erc.linear.products import add_product, write_logits
 from erc.ops import stats_dtype
-from erc.parallel import VocabShard
+from erc.parallel import Facts, VocabShard
 from erc.surrogate.validation import values_are_readable
 
 
@@ -51,14 +52,23 @@ class Buffers:
 class HeadGradients:
     """Gradients of a `Head`, gathered chunk by chunk; None where not needed.
 
-    That of the weight is added to `total` where that is given, a float32 `[V, D]`, and is None here.
+    That of the weight is added to `total` where that is given, a float32 `[V, D]`, and is None here. That of the hidden
+    states is summed over the ranks of a `shard`, each chunk's while the next one is computed.
     """
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool], several: bool, total: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        several: bool,
+        total: Tensor | None = None,
+        shard: VocabShard | None = None,
+    ) -> None:
         needs_hidden, needs_weight, needs_bias = needs
         dtype = head.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if needs_hidden else None
+        self._shard, self._reduced = shard, []
+        self.hidden = torch.zeros_like(head.hidden, dtype=wide if shard else dtype) if needs_hidden else None
         # A single product stays in its dtype; the sum of several is float32's business.
         self.weight: Tensor | None = None
         if needs_weight and total is None:
@@ -69,7 +79,11 @@ class HeadGradients:
     def add(self, head: Head, index: Tensor | slice, rows: Tensor, grad_logits: Tensor) -> None:
         """Add the contribution of the chunk `rows = head.hidden[index]` with the gradient `[n, V]` of its logits."""
         if self.hidden is not None:
-            self.hidden[index] = grad_logits @ head.weight
+            part = grad_logits @ head.weight
+            if self._shard is None:
+                self.hidden[index] = part
+            else:
+                self._reduced.append((index, self._shard.reduce(part)))
         if self._total is not None:
             add_product(self._total, grad_logits.t(), rows, self._first)
             self._first = False
@@ -78,6 +92,8 @@ class HeadGradients:
 
     def finish(self) -> None:
         """After the last chunk: without any, the gradient of the weight is 0."""
+        for index, total in self._reduced:
+            self.hidden[index] = total.wait()
         if self.weight is not None and self._first:
             self.weight.zero_()
 
@@ -188,7 +204,7 @@ def check_head(
     bias: Tensor | None,
     logits_dtype: torch.dtype | None,
     shard: VocabShard | None,
-    facts: dict[str, int],
+    facts: Facts,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> Tensor:
     """Check the head, whose arguments the caller knows by `names`; returns what later checks look at: shape, dtype and
@@ -196,13 +212,7 @@ def check_head(
     for name, tensor in zip(names, (hidden, weight, bias), strict=True):
         if tensor is None and name == names[2]:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor: pass {name}.to_local() with vocab_shard= where it is sharded by vocabulary, "
-                f"else {name}.full_tensor()"
-            )
+        check_plain(name, tensor)
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
@@ -218,14 +228,16 @@ def check_head(
         raise ValueError(
             f"{of_bias} must be [{weight.shape[0]}] like {of_weight}'s rows, got shape {tuple(bias.shape)}"
         )
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not _autocasts(hidden.device):
         if weight.dtype != hidden.dtype and not (weight.dtype == torch.float32 and hidden.dtype.itemsize == 2):
             raise TypeError(
                 f"{of_weight} must have the dtype of {of_hidden}, {hidden.dtype}, or float32, got {weight.dtype}"
             )
         if bias is not None and bias.dtype != weight.dtype:
             raise TypeError(f"{of_bias} must have the dtype of {of_weight}, {weight.dtype}, got {bias.dtype}")
-    facts |= {"rows": hidden.shape[:-1].numel(), "columns": weight.shape[0]}
+    facts.add(rows=hidden.shape[:-1].numel(), columns=weight.shape[0], dtype=product_dtype(weight))
+    # The backward reduces the gradient of hidden over the ranks, or on none of them.
+    facts.add(hidden_requires_grad=needs_grad(hidden)[0], has_bias=bias is not None)
     vocab_size = weight.shape[0] if shard is None else shard.vocab_size
     dtype = _checked_logits_dtype(logits_dtype, product_dtype(weight))
     return torch.empty((), dtype=dtype, device=hidden.device).expand(*hidden.shape[:-1], vocab_size)
@@ -274,8 +286,16 @@ def _checked_logits_dtype(logits_dtype: torch.dtype | None, operands: torch.dtyp
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the operands of the products: autocast's, or the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return torch.get_autocast_dtype(weight.device.type) if _autocasts(weight.device) else weight.dtype
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Around products whose operands have their dtype already."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def narrowest_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -27,12 +27,13 @@ from erc.linear.head import (
     check_main_grad,
     narrowest_dtype,
     needs_grad,
+    no_autocast,
     product_dtype,
     shape_of,
 )
 from erc.linear.plan import RowPlan, machine_of, memory_budget_of, plan_rows, window_rows
 from erc.linear.stats import linear_row_stats
-from erc.ops import refuse_double_backward, stats_dtype
+from erc.ops import refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
 from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, two_phase_result
 from erc.rows import row_scaling
@@ -112,7 +113,7 @@ def linear_policy_loss(
     >>> weight.grad.shape
     torch.Size([11, 8])
     """
-    with agreement(vocab_shard, validate, hidden) as facts:
+    with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, logits_dtype, vocab_shard, facts)
         budget = memory_budget_of(memory_budget, like.device)
         check_main_grad(main_grad, weight)
@@ -120,7 +121,6 @@ def linear_policy_loss(
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, False, facts)
-            facts |= {"memory_budget": budget, "logit_bytes": like.dtype.itemsize}
         arguments = TokenArguments(
             old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy,
             ref_logprob=ref_logprob, rollout_logprob=rollout_logprob, nll_mask=nll_mask,
@@ -138,6 +138,8 @@ def linear_policy_loss(
         call = loss_call(objective, arguments, labels, ignore_index, like, scaling, like.shape[-1], fused=fused)
         table = call.token_table(operators(name))
         active = active_rows(table[1], call.count, ignore_index, num_active)
+        call.add_facts(facts)
+        facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)
     if not fused:
         logprob, entropy, _ = linear_row_stats(
             hidden,
@@ -154,6 +156,7 @@ def linear_policy_loss(
             main_grad,
         )
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy))
+    refuse_forward_mode(hidden, weight, bias)
     rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)
     loss, per_token, metrics, count = _FusedLinearLoss.apply(hidden, weight, bias, rows)
     return add_exact_kl(call, loss_result(call, loss, per_token, metrics, count), operators(name))
@@ -180,7 +183,7 @@ class _FusedLinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         backend_operators, call, (table, labels, counter) = rows.operators, rows.call, rows.table
         tokens, temperature = call.tokens, call.scaling.temperature
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
             per_token = torch.zeros(4, call.count, dtype=stats_dtype(rows.logits_dtype), device=hidden.device)
             flags = torch.zeros(call.count, dtype=torch.int32, device=hidden.device)

@@ -19,8 +19,8 @@ _ALIGNMENT = 128  # rows of a product's block on GPUs
 
 
 class Machine(NamedTuple):
-    """What a device called `name` reaches: flops a second of 16-bit products, bytes a second of its memory, and whether products of
-    16-bit operands have float32 results (elsewhere the weight is converted for each window)."""
+    """What a device called `name` reaches: flops a second of 16-bit products, bytes a second of its memory, and whether
+    products of 16-bit operands have float32 results (elsewhere the weight is converted for each window)."""
 
     name: str
     flops: float
@@ -126,7 +126,8 @@ class Plan(NamedTuple):
             total = self.shape.width * self.shape.columns * max(4, self.shape.operand_bytes)
             words += f", and {total / 2**20:,.0f} MiB for the sum of a weight's gradient"
         share, additive = (value / self.seconds.bare for value in self.seconds[:2])
-        return f"{words}; a model of {self.machine.name} says {share:.2f} times the bare products ({additive:.2f} added up)"
+        model = f"a model of {self.machine.name} says {share:.2f} times the bare products ({additive:.2f} added up)"
+        return f"{words}; {model}"
 
 
 def plan_of(
@@ -136,11 +137,14 @@ def plan_of(
     memory_budget: int | None,
     gradient: bool = True,
     needs_weight: bool = True,
+    machine: Machine | None = None,
 ) -> Plan:
-    """The plan for logits like `like` `[*, V]` from hidden states of `width`; all of its rows count as active."""
+    """The plan for logits like `like` `[*, V]` from hidden states of `width`, timed on `machine`, by default one like
+    the device; all of its rows count as active."""
     shape = Shape(like.shape[:-1].numel(), width, like.shape[-1], operands.itemsize, like.dtype.itemsize)
-    machine, budget = machine_of(like.device), memory_budget_of(memory_budget, like.device)
-    rows = plan_rows(shape, budget, machine) if gradient else RowPlan(*(window_rows(shape, budget),) * 2)
+    usual, budget = machine_of(like.device), memory_budget_of(memory_budget, like.device)
+    rows = plan_rows(shape, budget, usual) if gradient else RowPlan(*(window_rows(shape, budget),) * 2)
+    machine = usual if machine is None else machine
     return Plan(rows, shape, machine, gradient, modelled_seconds(rows, shape, machine, needs_weight))
 
 

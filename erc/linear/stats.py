@@ -24,12 +24,21 @@ from erc.linear.head import (
     check_head,
     check_main_grad,
     needs_grad,
+    no_autocast,
     product_dtype,
     shape_of,
 )
 from erc.linear.plan import RowPlan, Shape, machine_of, memory_budget_of, plan_rows, window_rows
-from erc.ops import contiguous, refuse_double_backward, stats_dtype
-from erc.parallel import LOCAL_IGNORE_INDEX, VocabShard, agreement, check_shardable, merge_states, state_statistics
+from erc.ops import contiguous, refuse_double_backward, refuse_forward_mode, stats_dtype
+from erc.parallel import (
+    LOCAL_IGNORE_INDEX,
+    VocabShard,
+    agreement,
+    check_shardable,
+    merge_states,
+    poisoned,
+    state_statistics,
+)
 from erc.results import TokenStats
 from erc.rows import RowScaling, row_scaling, scaling_params
 
@@ -67,14 +76,13 @@ def linear_token_stats(
     >>> erc.linear_token_stats(torch.zeros(2, 3), torch.zeros(4, 3)).entropy
     tensor([1.3863, 1.3863])
     """
-    with agreement(vocab_shard, validate, hidden) as facts:
+    with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, logits_dtype, vocab_shard, facts)
         budget = memory_budget_of(memory_budget, like.device)
         check_main_grad(main_grad, weight)
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, False, facts)
-            facts |= {"memory_budget": budget, "logit_bytes": like.dtype.itemsize}
         leading = like.shape[:-1]
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         if labels is not None:
@@ -82,6 +90,8 @@ def linear_token_stats(
             if vocab_shard is not None:
                 check_label_values(labels.view(leading), like.shape[-1], ignore_index)
         active = active_rows(labels, leading.numel(), ignore_index, num_active)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
+        facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)
     with labels_explained(labels, leading, like.shape[-1], ignore_index):
         stats = linear_row_stats(
             hidden,
@@ -124,10 +134,11 @@ def linear_row_stats(
         rows, weight, bias = (t if t is None else t.to(operands).to(logits_dtype) for t in (rows, weight, bias))
         if main_grad is not None:
             weight = AddedToMainGrad.apply(weight, main_grad)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             logits = torch.nn.functional.linear(rows, weight, bias)[None]
         stats = operators(backend).stats_forward(logits, labels, scaling.temperature, params, ignore_index)
         return (None if labels is None else stats[0]), *stats[1:3]
+    refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         local = vocab_shard.local_rows
         weight, bias, main_grad = (None if t is None else local(t) for t in (weight, bias, main_grad))
@@ -166,7 +177,7 @@ class _LinearStats(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> tuple[Tensor, ...]:
         shard, real = rows.vocab_shard, stats_dtype(rows.logits_dtype)
         arguments = (rows.labels, rows.temperature, rows.params, rows.ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
             count = len(head.hidden)
             size = window_rows(rows.shape(head), rows.budget)
@@ -184,6 +195,8 @@ class _LinearStats(torch.autograd.Function):
             for index, parts in gathered:
                 temperature = None if rows.temperature is None else rows.temperature[index]
                 stats[:, index] = merge_states(parts.wait(), rows.params, temperature)
+        if shard is not None:
+            stats = poisoned(stats, rows.labels, rows.ignore_index, shard.vocab_size)
         saved = stats[3:] if shard is None else stats[:3]
         ctx.save_for_backward(hidden, weight, bias, saved)
         ctx.rows = rows
@@ -206,16 +219,13 @@ class _LinearStats(torch.autograd.Function):
         elif rows.vocab_shard is not None:
             labels, ignore_index = rows.vocab_shard.local_labels(labels, ignore_index, len(weight)), LOCAL_IGNORE_INDEX
         grads = tuple(map(contiguous, grads))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
-            needs_hidden, needs_weight, needs_bias = rows.needs
-            shard = rows.vocab_shard if needs_hidden else None
             shape = rows.shape(head)
             plan = plan_rows(shape, rows.budget, machine_of(hidden.device))
-            needs = (needs_hidden and shard is None, needs_weight, needs_bias)
-            gradients = HeadGradients(head, needs, plan.chunks(shape) > 1, rows.main_grad)
+            several = plan.chunks(shape) > 1
+            gradients = HeadGradients(head, rows.needs, several, rows.main_grad, rows.vocab_shard)
             buffers = Buffers(plan, head, rows.logits_dtype)
-            reduced = []
             for chunk in rows.active.chunks(plan.rows):
                 chunk_hidden = rows.active.of(head, chunk)
                 for logits, some, grad_logits in buffers.windows(head, chunk_hidden, chunk):
@@ -223,13 +233,6 @@ class _LinearStats(torch.autograd.Function):
                         logits, labels, rows.temperature, rows.params, ignore_index, some.row_index, some.first_token,
                         saved, *grads, grad_logits,
                     )  # fmt: skip
-                gradient = buffers.gradient[: len(chunk_hidden)]
-                if shard is not None:
-                    reduced.append((chunk.index, shard.reduce(gradient @ head.weight)))
-                gradients.add(head, chunk.index, chunk_hidden, gradient)
+                gradients.add(head, chunk.index, chunk_hidden, buffers.gradient[: len(chunk_hidden)])
             gradients.finish()
-            if shard is not None:
-                gradients.hidden = torch.zeros_like(head.hidden, dtype=torch.promote_types(rows.dtype, torch.float32))
-            for index, total in reduced:
-                gradients.hidden[index] = total.wait()
         return (*gradients.like((hidden, weight, bias)), None)

@@ -34,8 +34,10 @@ def problem(hidden_dtype, weight_dtype, bias=True):
     hidden = (4 * torch.randn(ROWS, WIDTH, generator=generator)).to(hidden_dtype).requires_grad_()
     weight = torch.randn(VOCAB, WIDTH, generator=generator).to(weight_dtype).requires_grad_()
     offset = torch.randn(VOCAB, generator=generator).to(weight_dtype).requires_grad_() if bias else None
+    logits = torch.nn.functional.linear(hidden.double(), weight.double(), offset if offset is None else offset.double())
+    logprob = erc.reference.token_stats(logits, LABELS).logprob.float().detach().view(1, ROWS)
     arguments = {
-        "old_logprob": -5 + 0.2 * torch.randn(1, ROWS, generator=generator),
+        "old_logprob": logprob + 0.2 * torch.randn(1, ROWS, generator=generator),
         "advantages": torch.randn(1, ROWS, generator=generator),
         "old_entropy": 1 + torch.rand(1, ROWS, generator=generator),
     }

@@ -21,7 +21,7 @@ from examples.recipes.verifier import compute_score, is_right, last_boxed, rewar
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, recipe: str, output: Path, timeout: int = 590) -> list[dict[str, float]]:
+def run(module: str, recipe: str, output: Path, timeout: int = 1500) -> list[dict[str, float]]:
     """The log of a recipe, a process of its own."""
     command = [sys.executable, "-m", f"examples.recipes.{module}", recipe, "--smoke", "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -59,7 +59,7 @@ def test_with_trl(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("recipe", ["erc-gppo-paper", "ic-dapo-paper"])
 @pytest.mark.skipif(bool(lacks()), reason=lacks() or "verl is there")
 def test_with_verl(recipe, tmp_path):

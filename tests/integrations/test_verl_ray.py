@@ -15,7 +15,7 @@ if reason := lacks():
 
 from tests.integrations.verl_ray import GROUP, PROMPTS, REPORTED, Run, Twin, make_data, run_under_ray, twin
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]
 PADDED = ["actor_rollout_ref.model.use_remove_padding=False"]
 PACKED = ["actor_rollout_ref.model.use_remove_padding=True"]
 ALL = tuple(REPORTED)

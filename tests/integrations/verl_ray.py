@@ -71,7 +71,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     return digits + float(ground_truth in solution_str)
 
 
-def run_under_ray(folder: Path, workers: int, overrides: list[str], timeout: int = 540) -> Run:
+def run_under_ray(folder: Path, workers: int, overrides: list[str], timeout: int = 1500) -> Run:
     """Train for `STEPS` steps of one batch, `EPOCHS` updates each; `overrides` of verl's settings come last."""
     record = folder / "record"
     record.mkdir()
