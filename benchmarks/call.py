@@ -92,14 +92,11 @@ class _Counter(TorchDispatchMode):
         for tensor in outputs:
             self._allocated(tensor)
         name = func.name()
-        tensors = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == "meta"]
         computes = not func.is_view and not name.split("::")[1].removeprefix("new_").startswith(_NOTHING)
-        if tensors and computes:
+        if computes and any(tensor.device.type == "meta" for tensor in (*inputs, *outputs)):
             kernels = LAUNCHES.get(name.split("::")[1], 1)
-            tensors = tensors[1:] if name == f"{_META}::scale_rows_" else tensors
-            moved = {(_storage(tensor), tensor.storage_offset(), tensor.shape): _bytes(tensor) for tensor in tensors}
-            moved["again"] = sum(map(_bytes, _written_again(func, args, outputs)))
-            self.cost.launches.append(Launch(name, kernels, sum(moved.values()), _flops(name, args)))
+            moved = _moved(func, args, kwargs or {}, outputs)
+            self.cost.launches.append(Launch(name, kernels, moved, _flops(name, args)))
         return result
 
     def _allocated(self, tensor: Tensor) -> None:
@@ -116,13 +113,29 @@ class _Counter(TorchDispatchMode):
         self.cost.live -= size
 
 
-def _written_again(func: Any, args: Any, outputs: list[Tensor]) -> list[Tensor]:
-    """What is read and written: the sum of products that another one is added to, and what PyTorch changes in place."""
-    name = func.name().removeprefix("aten::").split(".")[0]
-    if name == "addmm" and _storage(args[0]) == _storage(outputs[0]):
-        return outputs
-    in_place = func.name().startswith("aten::") and name.endswith("_") and name not in ("copy_", "zero_", "fill_")
-    return outputs if in_place else []
+def _moved(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
+    """Bytes of what is read and of what is written; what PyTorch changes in place is both."""
+    schema, name = func._schema.arguments, func.name()
+    fills = name.removeprefix("aten::").startswith(("copy_", "zero_", "fill_"))
+    changes = name.startswith("aten::") and not fills
+    given = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+    if name == f"{_META}::scale_rows_":
+        given = given[1:]
+    reads: dict[Any, int] = {}
+    writes: dict[Any, int] = {}
+    for argument, value in given:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in _tensors(value):
+            if written:
+                writes[_place(tensor)] = _bytes(tensor)
+            if not written or (changes and not argument.kwarg_only):
+                reads[_place(tensor)] = _bytes(tensor)
+    writes |= {_place(tensor): _bytes(tensor) for tensor in outputs}
+    return sum(reads.values()) + sum(writes.values())
+
+
+def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    return _storage(tensor), tensor.storage_offset(), tensor.shape
 
 
 def _flops(name: str, args: Any) -> int:
@@ -141,7 +154,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """An expanded tensor is read from what it repeats."""
+    """An expanded tensor is read from what it repeats; numbers on the CPU, `params` among them, do not count."""
+    if tensor.device.type != "meta":
+        return 0
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return tensor.element_size() * prod(sizes)
 
