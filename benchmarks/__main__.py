@@ -196,7 +196,7 @@ def hidden_states(
     _console.print(accuracy_table(results, "bfloat16", "hidden states"))
     if output is not None:
         results.save(output)
-        _console.print(f"wrote {output}")
+        _console.print("wrote " + ", ".join(str(path) for path in [output, *save_plots(results, output)]))
 
 
 @app.command()
@@ -256,7 +256,7 @@ def call() -> None:
 
 
 @app.command("linear-plans")
-def linear_plans() -> None:
+def linear_plans(output: Output = None) -> None:
     """The loss from hidden states by plan, ours and the peers': counted on meta tensors, with modelled GPU times."""
     _console.print(plans_of_heads.__doc__, highlight=False)
     for headings, rows in (
@@ -267,6 +267,9 @@ def linear_plans() -> None:
         for row in rows:
             table.add_row(*row)
         _console.print(table)
+    if output is not None:
+        plans_of_heads.save(output)
+        _console.print(f"wrote {output}")
 
 
 @app.command("step-share")

@@ -9,9 +9,12 @@ read of a tile (forward) and one read and write (backward), and Liger's float32 
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -105,8 +108,6 @@ def trl(given: Problem) -> None:
 @contextmanager
 def _trl_as_on_a_gpu(function: Any) -> Iterator[None]:
     """Its Triton kernels as one launch each, and its products with a float32 result, as where a GPU is found."""
-    import sys
-
     module = sys.modules[function.__module__]
     parts = {
         "_forward_tile": lambda tile, *_, **__: tile.amax(),
@@ -184,10 +185,17 @@ def count_rows() -> list[tuple[str, ...]]:
     return rows
 
 
-def linear_plans_block() -> str:
-    """The section of docs/benchmarks.md."""
-    times = markdown_table(list(HEADINGS), [list(row) for row in time_rows()])
-    counts = markdown_table(list(COUNT_HEADINGS), [list(row) for row in count_rows()])
+def save(path: Path) -> None:
+    path.write_text(json.dumps({"times": time_rows(), "counts": count_rows()}, indent=1) + "\n")
+
+
+def linear_plans_block(path: Path) -> str:
+    """The section of docs/benchmarks.md, from what `save` wrote."""
+    found = json.loads(path.read_text())
+    times, counts = (
+        markdown_table(list(HEADINGS), found["times"]),
+        markdown_table(list(COUNT_HEADINGS), found["counts"]),
+    )
     flops, bandwidth = H100.flops / ACCELERATORS[0].flops, H100.bandwidth / ACCELERATORS[0].bandwidth
     return (
         f"A model, nothing measured: the erc-dapo loss, forward and backward, from bfloat16 hidden states of {ROWS:,} "
@@ -197,5 +205,5 @@ def linear_plans_block() -> str:
         "1 GiB for them and their gradient; stored logits, TRL's and Liger's are rounded to 16 bit. In favour of the "
         "peers, TRL's kernels count as one read of a tile, or one read and write, and Liger's float32 products as "
         f"16-bit ones; Liger's has no entropy.\n\n{counts}\n\nCounted on meta tensors, with the peers' own code. "
-        "`python -m benchmarks linear-plans` prints both tables."
+        "`python -m benchmarks linear-plans` prints both tables; its `--output` is what this page reads."
     )

@@ -57,12 +57,12 @@ def explain(
     if weight is None:
         check_logits(logits)
         dtype = grad_dtype = logits.dtype
-        name, reason = select(logits, backend)
+        name, reason = _backend_of(logits, backend)
     else:
         like = check_head(logits, weight, None, logits_dtype, None, Facts())
         needs_grad = torch.is_grad_enabled() and (logits.requires_grad or weight.requires_grad)
         dtype, grad_dtype = like.dtype, narrowest_dtype(logits, weight)
-        name, reason = select(like, backend)
+        name, reason = _backend_of(like, backend)
         if name != "torch":
             plan = plan_of(
                 like, weight.shape[1], product_dtype(weight), memory_budget, needs_grad, weight.requires_grad
@@ -72,3 +72,9 @@ def explain(
         linear=weight is not None,
     )  # fmt: skip
     return Explanation(name, reason, path.name, path.reason, plan)
+
+
+def _backend_of(logits: Tensor, backend: str | None) -> tuple[str, str]:
+    if logits.device.type == "meta" and backend is None:
+        return "cuda", "what a GPU takes first, for which meta tensors stand"
+    return select(logits, backend)

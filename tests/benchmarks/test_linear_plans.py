@@ -1,5 +1,9 @@
 """The linear forms counted on meta tensors: what the plan says is what is launched, moved and held."""
 
+import json
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,8 +11,9 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import erc
+from benchmarks import linear_plans
 from benchmarks.call import count
-from benchmarks.linear_plans import H100, HEADS, ROWS, HeadShape, counted, ours, problem, seconds
+from benchmarks.linear_plans import H100, HEADS, ROWS, HeadShape, counted, ours, problem, seconds, stored
 from erc.linear.plan import plan_of
 
 SMALL = HeadShape("small", 64, 1000)
@@ -76,3 +81,13 @@ def test_large_heads_stay_near_three_bare_products_by_the_model(shape):
     given = problem(shape)
     accumulator = 2 * given.weight.nbytes
     assert cost.peak - accumulator <= 2**30 + given.returned + 2**20
+
+
+def test_the_page_shows_the_present_plan():
+    """Of erc; the peers' numbers change with their versions, and counting them takes a minute."""
+    found = json.loads(Path(__file__, "../../../results/benchmarks/linear_plans.json").resolve().read_text())
+    plans = {"erc": ours, "stored 16-bit logits": stored}
+    with mock.patch.object(linear_plans, "PLANS", plans):
+        times, counts = linear_plans.time_rows(), linear_plans.count_rows()
+    assert [row[: len(times[0])] for row in found["times"]] == [list(row) for row in times]
+    assert [row for row in found["counts"] if row[1] in plans] == [list(row) for row in counts]
