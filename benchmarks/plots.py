@@ -116,7 +116,7 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
     dtypes = list(dict.fromkeys(row.dtype for row in results.accuracy))
     if not dtypes:
         return None
-    of = "hidden states" if results.plan == "hidden" else "logits"
+    of = "hidden states" if results.name == "hidden" else "logits"
     figure, axes = plt.subplots(1, len(dtypes), figsize=(_WIDTH * len(dtypes), _HEIGHT), squeeze=False)
     for ax, dtype in zip(axes[0], dtypes, strict=True):
         rows = [row for row in results.accuracy if row.dtype == dtype and row.band != "all"]
