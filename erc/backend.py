@@ -51,7 +51,8 @@ def _load_library(name: str) -> str | None:
     path = library_path(name)
     if not path.exists():
         return f"{path.name} was not built: install with a C++ compiler{' and nvcc' if name == 'cuda' else ''}"
-    _libraries[name] = ops.define(_NAMESPACES[name])
+    if name not in _libraries:  # a namespace is defined once a process, however often somebody tries to load it
+        _libraries[name] = ops.define(_NAMESPACES[name])
     torch.ops.load_library(path)
     if _text_of(path, "erc_stamp") != ops.stamp():
         return f"{path.name} was built from other sources than this package: build it again"
