@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from benchmarks.call import call_block
+from benchmarks.linear_plans import linear_plans_block
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.readme import measured_sections, step_share_sentence
 from benchmarks.results import Results
@@ -27,6 +28,9 @@ def docs_block(folder: Path, document: Path) -> str:
             parts += [measured_sections(Results.load(measured), measured, document)]
     parts += ["## Share of a training step, H100, modelled", step_share_sentence(), step, assumed]
     parts += ["## Every call, counted; GPU times modelled", call_block()]
+    plans = folder / "linear_plans.json"
+    if plans.exists():
+        parts += ["## Plans from hidden states, counted and modelled", linear_plans_block(plans)]
     linear = folder / "linear.json"
     if linear.exists():
         parts += ["## The loss from hidden states", _linear_table(Results.load(linear))]

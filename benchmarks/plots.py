@@ -145,7 +145,8 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
         curves: dict[tuple[float, ...], list[str]] = {}
         for name in dict.fromkeys(row.implementation for row in rows):
             flips = {row.band: 100 * row.flipped for row in rows if row.implementation == name}
-            curves.setdefault(tuple(flips.get(band, 0.0) for band in bands), []).append(name)
+            if not any(value != value for value in flips.values()):  # a peer without entropies decides nothing
+                curves.setdefault(tuple(flips.get(band, 0.0) for band in bands), []).append(name)
         for values, names in sorted(curves.items(), key=lambda item: max(item[0]), reverse=True):
             for number, name in enumerate(names):  # equal curves share one line, dash by dash
                 dashes = (4 * number, (4, 4 * (len(names) - 1))) if len(names) > 1 else "-"

@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks.call import LENGTH, ROWS, VOCAB, calls, count
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.plots import PLOTS, plot_path
-from benchmarks.report import BASELINES, TARGETS, main_cases, milliseconds, rule_costs, speedup, times
-from benchmarks.results import AccuracyRow, Measurement, Results
+from benchmarks.report import BASELINES, TARGETS, flipped_share, main_cases, milliseconds, rule_costs, speedup, times
+from benchmarks.results import Measurement, Results
 from benchmarks.step_share import ACCELERATORS, HEADINGS, MODELS, step_share_rows
 
 _CAPTIONS = {
@@ -73,6 +73,25 @@ def _accuracy(results: Results) -> str:
         lines.append([name, *cells])
     return (
         markdown_table(header, lines) + f"\n\n{rows[0].rows} rows with entropies from 1e-6 to 12 nats, against float64."
+    )
+
+
+def _hidden_states(path: Path, readme: Path) -> str:
+    """Flips from hidden states on: of all rows, and of the bands in which most tokens that ERC gates lie."""
+    if not path.exists():
+        return ""
+    results = Results.load(path)
+    bands = list(dict.fromkeys(row.band for row in results.accuracy))
+    lines = []
+    for name in dict.fromkeys(row.implementation for row in results.accuracy):
+        mine = {row.band: row for row in results.accuracy if row.implementation == name}
+        lines.append([name, *(flipped_share(mine[band]) for band in bands), f"{mine['all'].logprob_max_error:.0e}"])
+    header = ["ERC decisions flipped from bfloat16 hidden states on, by entropy", *bands, "log-prob error"]
+    machine, link = results.machine, Path(os.path.relpath(path, readme.parent)).as_posix()
+    count = next(row.rows for row in results.accuracy if row.band == "all")
+    return markdown_table(header, lines) + (
+        f"\n\n{count:,} rows, against float64 products of the same operands; "
+        f"{machine['gpu'] or machine['cpu']}, commit {results.commit}, [{link}]({link})."
     )
 
 
@@ -143,7 +162,7 @@ def _overview(results: Results) -> str:
     for name in sorted(names, key=lambda n: (n in BASELINES, not n.startswith("erc"), n)):
         base = name.split(", ")[0]
         row = [f"a plain {name}" if name in BASELINES else name]
-        row += [_flipped(flips.get((base, dtype))) for dtype in dtypes] if flips else []
+        row += [flipped_share(flips[base, d]) if (base, d) in flips else "" for d in dtypes] if flips else []
         memory = _extra_memory(results, name, dtypes[-1])
         row += ["" if memory is None or name in BASELINES else f"{memory:.1f}x"]
         row += [milliseconds(measured[d][name].median) if name in measured[d] else "" for d in dtypes]
@@ -151,10 +170,6 @@ def _overview(results: Results) -> str:
     sizes = ", ".join(f"{cases[dtype][3]:,} tokens of {dtype}" for dtype in dtypes)
     words = f"{sizes}, V = {cases[dtypes[0]][4]:,}. Extra memory is the peak beyond the inputs, in units of the logits."
     return f"{markdown_table(header, rows)}\n\n{words}"
-
-
-def _flipped(row: AccuracyRow | None) -> str:
-    return "" if row is None else "0" if row.flipped == 0 else f"{100 * row.flipped:.1f} %"
 
 
 def _extra_memory(results: Results, variant: str, dtype: str) -> float | None:
@@ -206,7 +221,11 @@ def measured_sections(results: Results, results_path: Path, document: Path) -> s
         ],
         "Memory": [_memory(results), _plot(results_path, "memory_by_rows", document)],
         "Targets, measured": [_targets(results)],
-        "Flipped decisions": [_accuracy(results), _plot(results_path, "flips_by_entropy", document)],
+        "Flipped decisions": [
+            _accuracy(results),
+            _plot(results_path, "flips_by_entropy", document),
+            _hidden_states(results_path.parent / "hidden.json", document),
+        ],
     }
     parts = []
     for title, section in sections.items():
