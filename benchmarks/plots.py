@@ -8,18 +8,19 @@ from benchmarks import ours
 from benchmarks.report import BASELINES, main_cases
 from benchmarks.results import Measurement, Results
 from benchmarks.roofline import measured_roofline
-from examples.palette import figure, implementation_color, legend_below, plain_numbers, save
+from examples.palette import IMPLEMENTATIONS, figure, implementation_color, legend_below, plain_numbers, save
 
 _HEIGHT = 3.6
 
 
 def _style(name: str) -> dict:
-    style = {"color": implementation_color(name), "marker": "o", "markersize": 4}
+    """Ours are wide; a variant of an implementation has its colour, with dashes and squares."""
+    style = {"color": implementation_color(name), "marker": "o", "markersize": 4, "linestyle": "-", "linewidth": 1.2}
     if name in BASELINES:
         return style | {"linestyle": ":", "marker": "."}
-    if not name.startswith("erc"):
-        return style | {"linewidth": 1.2}
-    return style | {"linewidth": 2.4, "linestyle": "--" if "," in name else "-"}
+    if "," in name and name not in IMPLEMENTATIONS:
+        style |= {"linestyle": "--", "marker": "s"}
+    return style | ({"linewidth": 2.4} if name.startswith("erc") else {})
 
 
 def _sweep(results: Results, operator: str, x: str, *, needs_memory: bool = False) -> tuple[list[Measurement], str]:
@@ -149,8 +150,9 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
                 curves.setdefault(tuple(flips.get(band, 0.0) for band in bands), []).append(name)
         for values, names in sorted(curves.items(), key=lambda item: max(item[0]), reverse=True):
             for number, name in enumerate(names):  # equal curves share one line, dash by dash
-                dashes = (4 * number, (4, 4 * (len(names) - 1))) if len(names) > 1 else "-"
-                style = _style(name) | {"linestyle": dashes, "dash_capstyle": "butt", "linewidth": 2.2}
+                style = _style(name) | {"dash_capstyle": "butt", "linewidth": 2.2}
+                if len(names) > 1:
+                    style["linestyle"] = (4 * number, (4, 4 * (len(names) - 1)))
                 axis.plot(range(len(bands)), values, **style, clip_on=False, zorder=3)
                 axis.plot([], [], label=name, **_style(name))
         axis.set_yscale("symlog", linthresh=1)
