@@ -33,11 +33,12 @@ def explain(
     grad_scale: float | Tensor | None = None,
     linear: bool = False,
     sharded: bool = False,
+    support: bool = False,
     backend: str | None = None,
 ) -> Explanation:
     """What `policy_loss(logits, ..., objective=objective)` would run, and why; with `linear` what `linear_policy_loss`
-    would, of whose logits `logits` have dtype and device, and with `sharded` either of them under `vocab_shard`. Runs
-    nothing.
+    would, of whose logits `logits` have dtype and device, and with `sharded` or `support` either of them with
+    `vocab_shard=` or `support=`. Runs nothing.
 
     >>> import torch, erc
     >>> print(erc.explain(torch.zeros(2, 5), "gspo", backend="torch"))
@@ -49,6 +50,6 @@ def explain(
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     path = choose_route(
         name, resolve_objective(objective), logits.dtype,
-        needs_grad=needs_grad, grad_scale=grad_scale, sharded=sharded, linear=linear,
+        needs_grad=needs_grad, grad_scale=grad_scale, sharded=sharded, linear=linear, support=support,
     )  # fmt: skip
     return Explanation(name, reason, path.name, path.reason)

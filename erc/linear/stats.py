@@ -77,7 +77,7 @@ def linear_token_stats(
         stats = linear_row_stats(
             hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
         )
-    return TokenStats(*(None if stat is None else stat.view(leading) for stat in stats))
+    return TokenStats.of_rows(*stats, None, leading)
 
 
 def linear_row_stats(

@@ -134,6 +134,12 @@ class Objective:
         )
 
     @property
+    def reads_full_logprob(self) -> bool:
+        """Whether a term compares log-probs over the full vocabulary where those of the ratio are over a support."""
+        estimated = self.kl is not None and self.kl.kind != "full" and self.kl.over == "full"
+        return estimated or (self.nll_coef != 0 and self.nll_over == "full")
+
+    @property
     def needs_batch(self) -> bool:
         """Whether a token's loss depends on statistics of all tokens of the call."""
         quantile = self.high_entropy is not None and self.high_entropy.threshold is None

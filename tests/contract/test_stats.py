@@ -44,8 +44,8 @@ def compare(logits, labels, **scaling):
     generator = torch.Generator().manual_seed(5)
     upstream = [torch.randn(stats.entropy.shape, generator=generator) for _ in range(3)]
     dtype = stats.entropy.dtype
-    (gradient,) = torch.autograd.grad(list(stats), tested, [u.to(dtype) for u in upstream])
-    (expected,) = torch.autograd.grad(list(exact), exact_logits, [u.to(dtype).double() for u in upstream])
+    (gradient,) = torch.autograd.grad(list(stats[:3]), tested, [u.to(dtype) for u in upstream])
+    (expected,) = torch.autograd.grad(list(exact[:3]), exact_logits, [u.to(dtype).double() for u in upstream])
     assert_gradient_and_mutations(gradient, expected, softcap)
 
 
