@@ -20,6 +20,9 @@ except ImportError as missing:
 
 from benchmarks import ours, plans, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
+from benchmarks.call import HEADINGS as CALL_HEADINGS
+from benchmarks.call import __doc__ as call_doc
+from benchmarks.call import call_rows
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
 from benchmarks.machine_code.report import machine_code_table
@@ -225,6 +228,16 @@ def readme(
         _console.print(str(error))
         raise typer.Exit(2) from None
     _console.print(f"rewrote the benchmarks of {path.name} and {docs.name} from {results}")
+
+
+@app.command()
+def call() -> None:
+    """Launches, bytes and memory of every public call, counted on meta tensors, with modelled GPU times."""
+    _console.print(call_doc, highlight=False)
+    table = Table(*CALL_HEADINGS)
+    for row in call_rows():
+        table.add_row(*row)
+    _console.print(table)
 
 
 @app.command("step-share")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from benchmarks.call import call_block
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.results import Results
 from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, step_share_rows
@@ -19,6 +20,7 @@ def docs_block(folder: Path, document: Path) -> str:
         "`python -m benchmarks step-share` prints the formulas and takes other assumptions."
     )
     parts = [BEGIN, "## Share of a training step, H100", step, assumed]
+    parts += ["## Every call, counted", call_block()]
     linear = folder / "linear.json"
     if linear.exists():
         parts += ["## The loss from hidden states", _linear_table(Results.load(linear))]

@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 PART_SECONDS = 570
-_GPU_TESTS = "tests/contract/test_cuda_gpu.py"  # by its name every test of it matches "cuda"
-_SMALL = "not triton and (forbidden or few_rows or in_place or runs_repeat or cluster)"
+_SUITE = "tests/contract"
+_ON_A_GPU = "tests/contract/test_cuda_gpu.py"  # by its name every test of it matches "cuda"
+_SMALL = "not triton and (forbidden or few_rows or in_place or runs_repeat)"
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,15 @@ def steps(output: Path) -> list[Step]:
         Step("build", "triton kernels", run("benchmarks.gpu_steps", "compile"), figures="kernels for"),
         Step("check", "info", run("erc", "info"), figures="backend"),
         Step("check", "contract", run("erc", "check"), figures="holds|BROKEN"),
-        Step("tests-cuda", "suite", _pytest(_GPU_TESTS, "not triton and not bandwidth"), figures=tests),
-        Step("tests-cuda", "two GPUs", _pytest("tests/contract/test_two_gpus.py", "cuda"), figures=tests),
-        Step("tests-triton", "suite", _pytest(_GPU_TESTS, "triton and not bandwidth"), figures=tests),
-        Step("tests-triton", "two GPUs", _pytest("tests/contract/test_two_gpus.py", "triton"), figures=tests),
-        Step("tests-triton", "kernels", _pytest("tests/contract/test_triton.py", "not every_rule"), figures=tests),
-        Step("bandwidth", "bandwidth", _pytest(_GPU_TESTS, "bandwidth", "-s"), figures=f"{tests}|GB/s"),
+        Step("tests-cuda", "suite", _pytest(_SUITE, "not triton and not bandwidth"), figures=tests),
+        Step("tests-triton", "suite", _pytest(_SUITE, "triton and not bandwidth"), figures=tests),
+        Step("bandwidth", "bandwidth", _pytest(_ON_A_GPU, "bandwidth", "-s"), figures=f"{tests}|GB/s"),
         Step("benchmarks", "quick", run("benchmarks.gpu_steps", "bench", str(output / "gpu.json")), figures=r"^\|"),
         Step("host", "host time", run("benchmarks.gpu_steps", "host"), figures=r"^\|"),
         *(
             Step(
                 "sanitizer", tool,
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_pytest(_GPU_TESTS, _SMALL)),
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_pytest(_ON_A_GPU, _SMALL)),
                 limit=PART_SECONDS // 3, tool="compute-sanitizer", figures="ERROR SUMMARY|passed|failed|skipped",
             )
             for tool in ("memcheck", "racecheck", "synccheck")

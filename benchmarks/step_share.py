@@ -56,6 +56,7 @@ MODELS = (
     Model("Qwen2.5-7B", 6.53e9, 28, 3584, 152_064),
 )
 H100 = Accelerator("H100 SXM", 989e12, 3.35e12)
+ACCELERATORS = (H100, Accelerator("H200 SXM", 989e12, 4.8e12), Accelerator("B200", 2.25e15, 8.0e12))
 TRAFFIC = (
     LossTraffic(
         "eager PyTorch",

@@ -34,6 +34,7 @@ from erc.surrogate.reductions import reduction_id
 from erc.surrogate.sequences import Sequences
 from erc.surrogate.token_loss import TokenBatch
 from erc.surrogate.token_table import sequences_of, token_table
+from erc.surrogate.validation import values_are_readable
 
 # ---- the route -------------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,12 @@ class LossCall:
     @property
     def sequences(self) -> Sequences | None:
         return sequences_of(self.count, self.sequence_length, self.tokens.cu_seqlens, self.arguments.sequence_group)
+
+    def add_facts(self, facts: dict[str, Any]) -> None:
+        """What must be the same on every rank that holds a part of the vocabulary."""
+        tokens, scaling = self.tokens, self.scaling
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, objective=self.objective)
+        facts.add(labels=tokens.labels, mask=tokens.mask, ignore_index=tokens.ignore_index)
 
     def explain(self, error: RuntimeError) -> None:
         """Raise what an operator that reads the tokens has found as what it is, if that is what `error` is about."""
@@ -396,6 +403,11 @@ def _sequences(
     return None, leading[-1]
 
 
+def _are_single_tokens(offsets: Tensor) -> bool:
+    """Whether every packed sequence is known to hold one token."""
+    return values_are_readable(offsets) and bool((offsets.diff() == 1).all())
+
+
 def _advantages(
     advantages: Tensor, leading: tuple[int, ...], device: torch.device, offsets: Tensor | None
 ) -> tuple[Tensor, int]:
@@ -408,11 +420,17 @@ def _advantages(
     if not advantages.dtype.is_floating_point:
         raise TypeError(f"advantages must be floating point, got {advantages.dtype}")
     shape, rows = advantages.shape, advantages.contiguous()
-    # Packed rows that have as many sequences as tokens: one per sequence, which is the same unless some are empty.
-    if offsets is not None and shape == (offsets.shape[0] - 1,):
-        return rows, 0
+    if offsets is not None:
+        count = offsets.shape[0] - 1
+        if shape == leading == (count,) and not _are_single_tokens(offsets):
+            raise ValueError(
+                f"advantages of shape {tuple(shape)} may be one per token or one per sequence, of which there are as "
+                f"many: pass [{count}, 1] for one per sequence, or [1, {count}] rows for one per token"
+            )
+        if shape != leading and shape in ((count,), (count, 1)):
+            return (rows, 0) if prod(leading) else (rows.reshape(-1)[:0], 1)
+    elif len(leading) > 1 and shape in (leading[:1], (leading[0], *(1,) * (len(leading) - 1))):
+        return (rows, prod(leading[1:])) if prod(leading) else (rows.reshape(-1)[:0], 1)
     if shape == leading:
         return rows, 1
-    if len(leading) > 1 and shape in (leading[:1], (leading[0], *(1,) * (len(leading) - 1))):
-        return (rows, prod(leading[1:])) if prod(leading) else (rows.reshape(-1)[:0], 1)
     raise ValueError(f"advantages must have shape {tuple(leading)}, or one value per sequence, got {tuple(shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,19 @@ from erc.stats import token_stats
 from erc.surrogate.presets import objective
 
 VOCAB_SIZE = 50_257  # GPT-2's: odd, so that rows are misaligned and end in a tail
-ROWS = 64
+ROWS = 32
+SEEDS = 4
 TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest deviations from the oracle on the same inputs; `flips` counts ERC keep/drop decisions that differ."""
+    """Largest deviations from the oracle on the same inputs; `flips` counts ERC keep/drop decisions that differ.
+
+    `gradient` is what exceeds the rounding of the log-prob itself: a ratio is the exponential of a difference of
+    log-probs, so half a unit in the last place of the log-prob is a relative error of the gradient that no kernel can
+    avoid (1e-6 at a log-prob of -20 in float32).
+    """
 
     backend: str
     dtype: str
@@ -45,9 +51,22 @@ def peaked_logits(rows: int, vocab_size: int, generator: torch.Generator) -> Ten
     return logits.scatter_add(1, top, lead)
 
 
-def check_backend(name: str, dtype: torch.dtype, device: str) -> Agreement:
-    """Compare statistics, fused gradient and ERC decisions of backend `name` with the oracle."""
-    generator = torch.Generator().manual_seed(0)
+def half_ulp(values: Tensor) -> Tensor:
+    """The largest error of rounding to these values."""
+    magnitude = values.abs()
+    return (torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf)) - magnitude).double() / 2
+
+
+def check_backend(name: str, dtype: torch.dtype, device: str, seeds: int = SEEDS) -> Agreement:
+    """Compare statistics, fused gradient and ERC decisions of backend `name` with the oracle, on several batches."""
+    found = [_check_batch(name, dtype, device, seed) for seed in range(seeds)]
+    worst = {field: max(getattr(one, field) for one in found) for field in ("logprob", "entropy", "gradient")}
+    totals = {field: sum(getattr(one, field) for one in found) for field in ("flips", "rows")}
+    return replace(found[0], **worst, **totals)
+
+
+def _check_batch(name: str, dtype: torch.dtype, device: str, seed: int) -> Agreement:
+    generator = torch.Generator().manual_seed(seed)
     logits = peaked_logits(ROWS, VOCAB_SIZE, generator).to(dtype)
     labels = torch.where(
         torch.rand(ROWS, generator=generator) < 0.5,
@@ -84,7 +103,7 @@ def check_backend(name: str, dtype: torch.dtype, device: str) -> Agreement:
     gradient_error = (tested.grad.cpu().double() - exact_logits.grad).abs().amax(-1)
     largest = exact_logits.grad.abs().amax(-1)
     # Scale 1 plus 1e-12, as in the contract: a row may have no gradient at all.
-    gradient = (gradient_error / (largest + 1e-6)).max()
+    gradient = (gradient_error / (largest + 1e-6) - half_ulp(out.logprob.cpu())).max()
     row_scale = exact_logits.detach().abs().amax(-1) / TEMPERATURE
     gate = chosen.entropy_ratio
     dropped = [

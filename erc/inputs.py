@@ -22,9 +22,23 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 EXACT_DTYPES = (torch.float32, torch.float64)
 
 
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse what is no one strided tensor, and say how to pass what it holds."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.to_local() with vocab_shard= where it is sharded by vocabulary, "
+            f"else {name}.full_tensor()"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: pass {name}.values() as packed rows, with cu_seqlens={name}.offsets()"
+        )
+
+
 def check_logits(logits: Tensor, name: str = "logits") -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    check_plain(name, logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from erc.backend import operators, select
 from erc.call import LossCall, TokenArguments, choose_route, loss_call
 from erc.inputs import resolve_objective
-from erc.ops import no_graph, refuse_double_backward
+from erc.ops import no_graph, refuse_double_backward, refuse_forward_mode
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable
 from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, tokens_of, two_phase_result
 from erc.rows import as_rows, check_inplace, row_scaling
@@ -129,7 +129,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
         nll_normalizer=nll_normalizer, grad_scale=grad_scale, generator=generator, sequence_group=sequence_group,
     )  # fmt: skip
-    with agreement(vocab_shard, validate, logits) as facts:
+    with agreement(vocab_shard, validate) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
         objective = resolve_objective(objective)
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -148,10 +148,12 @@ def policy_loss(
         )  # fmt: skip
         fused = route.name == "fused"
         call = loss_call(objective, arguments, labels, ignore_index, logits, scaling, vocab_size, fused=fused)
-    backend_operators = operators(name)
+        backend_operators = operators(name)
+        if not fused:
+            table = call.token_table(backend_operators)
+        call.add_facts(facts)
     if fused:
         return fused_loss(call, backend_operators, logits, needs_grad, inplace_backward)
-    table = call.token_table(backend_operators)
     logprob, entropy, _, logprob_full = row_statistics(
         backend_operators, logits, table[1], scaling, ignore_index, support, vocab_shard
     )
@@ -160,6 +162,7 @@ def policy_loss(
 
 def fused_loss(call: LossCall, backend_operators: Any, logits: Tensor, needs_grad: bool, inplace: bool) -> PolicyLoss:
     """Table, rows and summary by one operator, and the gradient with them."""
+    refuse_forward_mode(logits)
     per_row = call.objective.reduction == "none"
     arguments = (call.scaling.temperature, *call.tokens, per_row, needs_grad)
     try:

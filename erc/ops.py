@@ -15,8 +15,9 @@ Conventions:
 * `token_table` and `policy_loss` take per-token tensors as callers have them, in any dtype.
 * `params` is a small CPU float64 tensor that the launcher reads on the host: whatever a user may change from step to
   step travels there, so nothing recompiles and nothing synchronises. `erc.constants.Param` is its layout.
-* A label equal to `ignore_index` marks a row that is not read; `ABSENT_LABEL` one whose label another vocabulary shard
-  holds; any other label outside `[0, V)` is an error on the CPU and makes the row NaN on a GPU.
+* A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` is an error on the CPU
+  and makes the row NaN on a GPU. `partial_stats_` takes labels of the whole vocabulary, and the backward that follows
+  it `ABSENT_LABEL` where another shard holds the labelled column.
 * A gradient's memory is the logits' own, or other memory of their dtype, or, of float32 logits, of a 16-bit dtype.
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from erc.constants import PAIRED_OUTPUTS, PAIRED_SAVED, Column, Metric, header
 
@@ -194,6 +196,17 @@ def refuse_double_backward(function: str) -> None:
         raise RuntimeError(
             f"{function} has no second derivative, which would be dropped without a word: call backward without "
             "create_graph"
+        )
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            'erc\'s kernels have no forward-mode derivative: use reverse mode, or backend="torch" for token_stats and '
+            "entropy_ratio"
         )
 
 

@@ -8,6 +8,7 @@ each chunk of rows while the next one is computed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erc.backend import NAMES
 from erc.constants import ABSENT_LABEL, Param
 from erc.inputs import check_logits
 from erc.ops import refuse_double_backward, stats_dtype
-
-_BACKENDS = (*NAMES, "another one")
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
@@ -104,84 +102,100 @@ class VocabShard:
         return ReducedRows(total, dist.all_reduce(total, group=self.group, async_op=True))
 
     @contextmanager
-    def agreement(self, validate: bool, device: torch.device) -> Iterator[dict[str, int]]:
-        """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed.
-
-        The body enters its number of `rows` and of local `columns`, its `backend`, whose order of summation is its own,
-        and a linear form its `memory_budget`, on which the number of collectives depends.
+    def agreement(self, validate: bool) -> Iterator[Facts]:
+        """Around a rank's own argument checks: with `validate`, no rank goes on, or hangs, where another one failed, or
+        where what must be the same on every rank is not.
 
         Raises:
-            ValueError: on every rank, naming the mismatch, where a rank's checks failed, rows, backends or budgets
-                differ, or shards do not tile the vocabulary.
+            ValueError: on every rank, naming the mismatch, where a rank's checks failed, facts differ, or shards do not
+                tile the vocabulary.
         """
-        facts = {"rows": 0, "columns": 0, "memory_budget": 0, "backend": 0}
+        facts = Facts(wanted=validate)
         try:
             yield facts
-        except (ValueError, TypeError, IndexError):
+        except Exception as error:
             if validate:
-                self._exchange({"failed": 1, **facts}, device)
+                self._exchange(facts, f"{type(error).__name__}: {error}")
             raise
         if not validate:
             return
-        ranks = self._exchange({"failed": 0, **facts}, device)
-        problem = self._mismatch(ranks)
+        problem = _mismatch(self._exchange(facts, None))
         if problem:
             raise ValueError(f"vocab_shard: {problem}")
 
-    def _exchange(self, facts: dict[str, int], device: torch.device) -> list[dict[str, int]]:
-        facts = {**facts, "start": self.start, "vocab_size": self.vocab_size}
-        mine = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, mine, group=self.group)
-        return [dict(zip(facts, part.tolist(), strict=True)) for part in parts]
-
-    @staticmethod
-    def _mismatch(ranks: list[dict[str, int]]) -> str | None:
-        failed = [rank for rank, facts in enumerate(ranks) if facts["failed"]]
-        if failed:
-            return f"the arguments of rank(s) {failed} did not pass their checks"
-        for name in ("rows", "vocab_size", "memory_budget"):
-            values = [facts[name] for facts in ranks]
-            if len(set(values)) > 1:
-                return f"{name} must be the same on every rank, got {values}"
-        backends = [facts["backend"] for facts in ranks]
-        if len(set(backends)) > 1:
-            return f"backend must be the same on every rank, got {[_BACKENDS[number] for number in backends]}"
-        expected, vocab_size = 0, ranks[0]["vocab_size"]
-        for rank, facts in enumerate(ranks):
-            start, columns = facts["start"], max(0, min(facts["columns"], vocab_size - facts["start"]))
-            if columns and start != expected:
-                kind = "gap" if start > expected else "overlap"
-                return f"{kind} between shards: rank {rank} must start at {expected}, got {start}"
-            expected += columns
-        if expected != vocab_size:
-            return f"shards must cover all {vocab_size} columns, together they hold {expected}"
-        return None
+    def _exchange(self, facts: Facts, failure: str | None) -> list[dict[str, Any]]:
+        """The facts of every rank, as objects: a rank whose checks failed knows fewer than the others."""
+        mine = {"failure": failure, "start": self.start, "vocab_size": self.vocab_size, **facts}
+        ranks: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(ranks, mine, group=self.group)
+        return ranks
 
 
-def agreement(shard: VocabShard | None, validate: bool, like: Any) -> AbstractContextManager[dict[str, int]]:
+class Facts(dict[str, Any]):
+    """What the ranks of a sharded call compare; empty unless `wanted`, since looking at values synchronises."""
+
+    def __init__(self, wanted: bool = False) -> None:
+        super().__init__()
+        self.wanted = wanted
+
+    def add(self, **values: Any) -> None:
+        if self.wanted:
+            self.update({name: _comparable(value) for name, value in values.items()})
+
+
+def _comparable(value: Any) -> Any:
+    """A tensor as its dtype, shape and a digest of its bytes."""
+    if not isinstance(value, Tensor):
+        return value if value is None or isinstance(value, (int, float, str)) else repr(value)
+    values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()
+    return f"{value.dtype} {tuple(value.shape)} of digest {digest}"
+
+
+def _mismatch(ranks: list[dict[str, Any]]) -> str | None:
+    failures = {rank: facts["failure"] for rank, facts in enumerate(ranks) if facts["failure"] is not None}
+    if failures:
+        return f"the arguments of rank(s) {list(failures)} did not pass their checks: {failures}"
+    for name in ranks[0]:
+        values = [facts.get(name) for facts in ranks]
+        if name not in ("failure", "start", "columns") and len(set(values)) > 1:
+            return f"{name} must be the same on every rank, got {values}"
+    expected, vocab_size = 0, ranks[0]["vocab_size"]
+    for rank, facts in enumerate(ranks):
+        start, columns = facts["start"], max(0, min(facts["columns"], vocab_size - facts["start"]))
+        if columns and start != expected:
+            kind = "gap" if start > expected else "overlap"
+            return f"{kind} between shards: rank {rank} must start at {expected}, got {start}"
+        expected += columns
+    if expected != vocab_size:
+        return f"shards must cover all {vocab_size} columns, together they hold {expected}"
+    return None
+
+
+def agreement(shard: VocabShard | None, validate: bool) -> AbstractContextManager[Facts]:
     """`shard.agreement`, or nothing to agree on without a shard."""
     if shard is None:
-        return nullcontext({})
+        return nullcontext(Facts())
     if not isinstance(shard, VocabShard):
         raise TypeError(f"vocab_shard must be an erc.VocabShard or None, got {type(shard).__name__}")
-    return shard.agreement(validate, like.device)
+    return shard.agreement(validate)
 
 
-def check_columns(logits: Tensor, shard: VocabShard | None, facts: dict[str, int]) -> int:
+def check_columns(logits: Tensor, shard: VocabShard | None, facts: Facts) -> int:
     """Check the logits, of which a shard may hold no column at all; returns the size of the vocabulary."""
     if shard is None:
         check_logits(logits)
         return logits.shape[-1]
     if not isinstance(logits, Tensor) or logits.dim() < 1 or logits.shape[-1] > 0:
         check_logits(logits)
-    facts |= {"rows": logits.shape[:-1].numel(), "columns": logits.shape[-1]}
+    facts.add(rows=logits.shape[:-1].numel(), columns=logits.shape[-1], dtype=logits.dtype)
     return shard.vocab_size
 
 
-def check_shardable(backend: str, inplace_backward: bool, facts: dict[str, int]) -> None:
-    """Refuse what a sharded call does not do; enter the backend into what the ranks agree on."""
-    facts["backend"] = _BACKENDS.index(backend) if backend in _BACKENDS else len(_BACKENDS) - 1
+def check_shardable(backend: str, inplace_backward: bool, facts: Facts) -> None:
+    """Refuse what a sharded call does not do; enter the backend, whose order of summation is its own, into what the
+    ranks agree on."""
+    facts.add(backend=backend)
     if backend == "torch":
         raise ValueError("vocab_shard needs a backend with kernels: the torch backend has no partial statistics")
     if inplace_backward:
@@ -228,6 +242,16 @@ def state_statistics(
     return tuple(stat.to(state.dtype) for stat in results)
 
 
+def poisoned(state: Tensor, labels: Tensor | None, ignore_index: int, vocab_size: int) -> Tensor:
+    """The state of whole rows, NaN where the label is no column of the vocabulary. No shard can tell that alone, and
+    where nobody reads labels (on a GPU, in compiled code) nothing else does."""
+    if labels is None:
+        return state
+    labels = labels.reshape(-1)
+    valid = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
+    return torch.where(valid, state, torch.nan)
+
+
 def sharded_stats(
     rows: Tensor,
     labels: Tensor | None,
@@ -255,6 +279,7 @@ def sharded_state(
     state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
     backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
     state = merge_states(shard.gather(state).wait(), params, temperature)
+    state = poisoned(state, labels, ignore_index, shard.vocab_size)
     ignored = None if labels is None else labels == ignore_index
     local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
     return state_statistics(state, params, temperature, ignored), local, state[:3].contiguous()

@@ -102,7 +102,7 @@ class OPERATORS:
         if values_are_readable(labels) and bool((active & ~in_range).any()):
             raise RuntimeError(INVALID_VALUE)
         x = torch.where(active[:, None], x, 0.0)  # an ignored row is not read, whatever it holds
-        x = torch.where((in_range | ~active)[:, None], x, nan)
+        x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
         row = Row(scaling.apply(x))
         logprob = row.logprob(torch.where(in_range, labels, 0))
         stats = (torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
@@ -153,9 +153,13 @@ def support_statistics(
     full = Row(x)
     broken = full.logsumexp.detach().isnan()  # over the full vocabulary: NaN over any part of it, too
     kept = support.to_mask(vocab_size) | ~cut[:, None]
-    part = Row(torch.where(kept, torch.where(broken[:, None], nan, x), -torch.inf))
+    # A row that was not cut takes its gradient from `full` alone, whose order of summation is that without a support.
+    of_cut = torch.where(cut[:, None], torch.where(broken[:, None], nan, x), 0.0)
+    part = Row(torch.where(kept, of_cut, -torch.inf))
     column = torch.where(active & ~invalid, labels, 0)
-    stats = (part.logprob(column), full.entropy, full.logsumexp, full.logprob(column))
+    logprob_full = full.logprob(column)
+    logprob = torch.where(cut, part.logprob(column), logprob_full)
+    stats = (logprob, full.entropy, full.logsumexp, logprob_full)
     return tuple(torch.where(active, stat, 0.0).to(stats_dtype(logits.dtype)) for stat in stats)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 
 import torch
 from torch import Tensor
@@ -30,14 +31,26 @@ def check_inplace(logits: Tensor) -> None:
     """Refuse to overwrite logits that somebody may still need, or that the kernel would not really overwrite.
 
     Raises:
-        ValueError: for a leaf, overlapping rows, or a layout that `as_rows` would copy.
+        ValueError: for a leaf or a view of one, overlapping rows, or a layout that `as_rows` would copy.
     """
-    if logits.is_leaf:
-        raise ValueError("inplace_backward overwrites logits with their gradient, so logits must not be a leaf tensor")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("inplace_backward needs logits whose rows do not overlap, got an expanded tensor")
+    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf):
+        raise ValueError(
+            "inplace_backward overwrites logits with their gradient: logits must be neither a leaf nor a view of one"
+        )
+    if _may_overlap(logits):
+        raise ValueError(f"inplace_backward needs logits whose rows do not overlap, got strides {logits.stride()}")
     if as_rows(logits).data_ptr() != logits.data_ptr():
         raise ValueError("inplace_backward needs logits whose rows are contiguous in memory")
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: expanded tensors, sliding windows."""
+    span = 1  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += max(0, size - 1) * stride
+    return False
 
 
 @dataclass(frozen=True)
@@ -68,24 +81,44 @@ UNSCALED = RowScaling((1.0, 0.0, 1.0), None)
 def row_scaling(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, leading: tuple[int, ...], like: Tensor
 ) -> RowScaling:
-    """Check and collect the scaling of `like`, the logits."""
+    """Check and collect the scaling of `like`, the logits. A temperature that nobody reads makes a bad row NaN."""
     if softcap is None and logit_scale == 1.0 and isinstance(temperature, float) and temperature == 1.0:
         return UNSCALED
     softcap = 0.0 if softcap is None else positive("softcap", softcap)
     logit_scale = positive("logit_scale", logit_scale)
-    if not isinstance(temperature, Tensor):
-        return RowScaling((positive("temperature", temperature), softcap, logit_scale), None)
+    limit, by_row = _factor_limit(like.dtype), isinstance(temperature, Tensor)
+    constant = 1.0 if by_row else positive("temperature", temperature)
+    for factor in (logit_scale / constant, *((logit_scale / softcap, 1 / constant) if softcap else ())):
+        if not torch.compiler.is_compiling() and not 1 / limit <= factor <= limit:
+            raise ValueError(
+                f"temperature, softcap and logit_scale must scale the logits by 2^-{log2(limit):.0f} to "
+                f"2^{log2(limit):.0f} for {like.dtype} logits, got a factor of {factor:.3g}"
+            )
+    if not by_row:
+        return RowScaling((temperature, softcap, logit_scale), None)
     check_constant("temperature", temperature)
     if temperature.dim() == 0:
         temperature = temperature.to(like.device, non_blocking=True).expand(leading)
     temperature = row_tensor("temperature", temperature, leading, like.device)
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
-    if values_are_readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-        raise ValueError("temperature must be positive and finite in every row")
-    return RowScaling(
-        (1.0, softcap, logit_scale), temperature.detach().reshape(-1).to(stats_dtype(like.dtype)).contiguous()
-    )
+    rows = temperature.detach().reshape(-1).to(stats_dtype(like.dtype))
+    valid = (rows >= max(1.0, logit_scale) / limit) & (rows <= min(1.0, logit_scale) * limit)
+    if not values_are_readable(temperature):
+        rows = torch.where(valid, rows, torch.nan)
+    elif not bool(valid.all()):
+        bad = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"temperature must be positive and finite in every row, and scale the logits by 2^-{log2(limit):.0f} to "
+            f"2^{log2(limit):.0f} for {like.dtype} logits, got {float(temperature.reshape(-1)[bad])} at row {bad}"
+        )
+    return RowScaling((1.0, softcap, logit_scale), rows.contiguous())
+
+
+def _factor_limit(dtype: torch.dtype) -> float:
+    """What logits may be multiplied or divided by: the statistics dtype has room for its square beside a logit and an
+    upstream gradient."""
+    return 2.0**400 if dtype == torch.float64 else 2.0**40
 
 
 # ---- the numbers of a call ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from erc.backend import operators, select
 from erc.call import labels_explained
 from erc.inputs import check_constant, check_label_values, check_logits, label_rows
 from erc.kept import KeptTokens, support_statistics
-from erc.ops import contiguous, no_graph, refuse_double_backward
+from erc.ops import contiguous, no_graph, refuse_double_backward, refuse_forward_mode
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import EntropyRatio, TokenStats
 from erc.rows import RowScaling, as_rows, check_inplace, row_scaling, scaling_params
@@ -72,7 +72,7 @@ def token_stats(
     >>> stats.entropy
     tensor([1.3863, 1.3863], grad_fn=<ViewBackward0>)
     """
-    with agreement(vocab_shard, validate, logits) as facts:
+    with agreement(vocab_shard, validate) as facts:
         vocab_size = check_columns(logits, vocab_shard, facts)
         name, _ = select(logits, backend)
         if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
@@ -87,6 +87,7 @@ def token_stats(
             check_shardable(name, inplace_backward, facts)
             if labels is not None:
                 check_label_values(labels, vocab_size, ignore_index)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
     with labels_explained(labels, leading, vocab_size, ignore_index):
         stats = row_statistics(
             operators(name), logits, labels, scaling, ignore_index, support, vocab_shard, inplace_backward
@@ -108,8 +109,10 @@ def row_statistics(
     differentiable in `logits`."""
     rows, params = as_rows(logits), scaling_params(scaling)
     arguments = (labels, scaling.temperature, params, ignore_index)
-    differentiable = logits.requires_grad and torch.is_grad_enabled()
     by_autograd = backend_operators is operators("torch")
+    if not by_autograd:
+        refuse_forward_mode(logits)
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
     if support is not None:
         if by_autograd:
             return reference.support_statistics(rows, *arguments, support)
@@ -198,6 +201,8 @@ def entropy_ratio(
             f"{logits.device}, got {tuple(old_logits.shape)} {old_logits.dtype} {old_logits.device}"
         )
     name, _ = select(logits, backend)
+    if name != "torch":
+        refuse_forward_mode(logits, old_logits)
     leading = logits.shape[:-1]
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     stats, _ = operators(name).paired_forward(

@@ -84,6 +84,13 @@ def every_form(request) -> Backend:
     return _backend(request.param)
 
 
+def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` as a kernel stores them: rounded once. Triton's interpreter cuts float32 off to bfloat16."""
+    if not (INTERPRETED and dtype == torch.bfloat16):
+        return values.to(dtype)
+    return (values.float().view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
+
+
 _DEFAULTS = {
     Param.TEMPERATURE: 1.0,
     Param.LOGIT_SCALE: 1.0,

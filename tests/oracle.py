@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import erc
+from erc.check import half_ulp
 
 # Triton's interpreter cuts bfloat16 off instead of rounding it.
 BFLOAT16 = 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8
@@ -50,17 +51,26 @@ def assert_entropy(tested: Tensor, exact: Tensor, softcap: float | None = None) 
     assert ((tested.double() - exact).abs() <= bound).all()
 
 
-def assert_gradient(tested: Tensor, exact: Tensor, softcap: float | None = None, relative: float = 1e-6) -> None:
+def assert_gradient(
+    tested: Tensor,
+    exact: Tensor,
+    softcap: float | None = None,
+    relative: float = 1e-6,
+    logprob: Tensor | None = None,
+) -> None:
     """float32 within `relative` (with softcap c: 2e-6 + 2^-23 c) of the row's largest gradient, 16-bit that rounded
     once.
 
-    A loss whose coefficient is itself a difference of log-probs, each within 1e-6 of its size, needs a larger
+    A coefficient that is the exponential of a difference of log-probs adds half a unit in the last place of `logprob`,
+    the float32 one that the loss used: `erc.check` says why. One that is a difference of log-probs needs a larger
     `relative`.
     Raises where the expected gradient is zero everywhere: it would test nothing.
     """
     largest = exact.abs().amax(-1, keepdim=True)
     assert (largest > 0).any(), "the expected gradient is zero everywhere"
     relative = relative if softcap is None else 2e-6 + 2**-23 * softcap
+    if logprob is not None:
+        relative = relative + half_ulp(logprob)[..., None]
     rounding = 0.0 if tested.dtype in (torch.float32, torch.float64) else ROUNDING[tested.dtype]
     subnormal = 2.0**-24 if tested.dtype == torch.float16 else 0.0
     bound = relative * largest + 1e-12 + rounding * exact.abs() * (1 + 1e-6) + subnormal
@@ -77,13 +87,17 @@ def gradients_that_must_fail(gradient: Tensor) -> list[Tensor]:
 
 
 def assert_gradient_and_mutations(
-    tested: Tensor, exact: Tensor, softcap: float | None = None, relative: float = 1e-6
+    tested: Tensor,
+    exact: Tensor,
+    softcap: float | None = None,
+    relative: float = 1e-6,
+    logprob: Tensor | None = None,
 ) -> None:
     """`assert_gradient` holds, and fails for every deliberately wrong gradient."""
-    assert_gradient(tested, exact, softcap, relative)
+    assert_gradient(tested, exact, softcap, relative, logprob)
     for wrong in gradients_that_must_fail(tested):
         try:
-            assert_gradient(wrong, exact, softcap, relative)
+            assert_gradient(wrong, exact, softcap, relative, logprob)
         except AssertionError:
             continue
         raise RuntimeError("the bound does not notice a wrong gradient")

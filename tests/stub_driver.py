@@ -98,10 +98,10 @@ def stub_driver(arch: str, on_launch: Callable[[Launch], None] | None = None) ->
             on_launch(launches[-1])
         return kernel
 
-    device, active = device_like(arch), driver._active  # `driver.active` looks for a GPU
+    active = driver._active  # `driver.active` looks for a GPU
     driver.set_active(_Driver(arch))
     try:
-        with mock.patch.object(JITFunction, "run", run), mock.patch.object(tuning, "device_of", lambda _: device):
+        with mock.patch.object(JITFunction, "run", run), tuning.cpu_as(device_like(arch)):
             yield launches
     finally:
         driver.set_active(active)

@@ -13,7 +13,7 @@ import torch
 import triton
 from rich.console import Console
 
-from benchmarks.machine_code import cuda_variants, peers
+from benchmarks.machine_code import cuda_variants, expectation, peers
 from benchmarks.machine_code.report import CompiledKernel, machine_code_table, measure, triton_kernels
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         "--peers", type=Path, metavar="FOLDER",
         help="a folder with unpacked wheels of trl and liger-kernel (default: where they are installed)",
     )  # fmt: skip
+    options.add_argument(
+        "--no-model", action="store_true", help="leave out the model of blocks in flight, which takes minutes"
+    )
     return options
 
 
@@ -71,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"left out: {name}: {reason}")
     kernels += peers.peer_kernels(archs, options.peers)
     measurements = [measure(kernel) for kernel in kernels]
-    report = {"toolchain": toolchain(options.peers), "kernels": [m.json() for m in measurements]}
+    expected = [] if options.no_model else expectation.expect(k for k in kernels if k.work)
+    versions = toolchain(options.peers)
+    report = {"toolchain": versions, "kernels": [m.json() for m in measurements], "expected": expected}
     figures = json.dumps(report, indent=1)
     if options.json and str(options.json) != "-":
         options.json.write_text(figures + "\n")

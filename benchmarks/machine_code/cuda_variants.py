@@ -11,8 +11,11 @@ import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from benchmarks.machine_code import cuda_arguments
+from benchmarks.machine_code.emulator.machine import Launch
 from benchmarks.machine_code.report import CompiledKernel
 from benchmarks.machine_code.sass import disassemble_file
 
@@ -22,8 +25,9 @@ _CACHE = _ROOT / "build" / "machine_code"
 SOURCES = ("stats", "policy_loss", "paired", "scale", "tokens")
 _FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as setup.py
 
-# bfloat16, without softcap, aligned rows: the variant that a training step runs, by its template arguments.
-_TRAINING = "8bfloat16ELb0ELb1E"
+# bfloat16 by its template arguments (softcap, aligned): what most training steps run, Gemma's softcap, and rows that
+# do not start at a multiple of 16 bytes.
+_VARIANTS = {"": "8bfloat16ELb0ELb1E", "softcap": "8bfloat16ELb1ELb1E", "unaligned": "8bfloat16ELb1ELb0E"}
 _ELEMENTS = 32  # of a thread in one pass of a main loop: four 16-byte loads
 
 
@@ -39,6 +43,7 @@ class CudaKernel:
     archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     threads: int = 256
     cluster: int = 1
+    variant: str = ""
 
 
 MAIN = (
@@ -46,9 +51,14 @@ MAIN = (
     CudaKernel("stats of a segment", "stats", "segment_kernel", 3_088),
     CudaKernel("stats gradient", "stats", "stats_gradient_kernel", 24),
     CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", 41_296, ("sm_90", "sm_100"), cluster=8),
-    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 24_728),
+    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 24_728, threads=512),
     CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel", 24),
-)
+    CudaKernel("stats, softcap", "stats", "stats_row_kernel", 24_704, variant="softcap"),
+    CudaKernel("loss, cluster, softcap", "policy_loss", "loss_cluster_kernel", 41_296, ("sm_90", "sm_100"), cluster=8,
+               variant="softcap"),
+    CudaKernel("stats, unaligned", "stats", "stats_row_kernel", 24_704, variant="unaligned"),
+    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 24_728, variant="unaligned"),
+)  # fmt: skip
 
 
 def nvcc() -> str | None:
@@ -102,9 +112,14 @@ def cuda_kernels(archs: Iterable[str], kernels: Iterable[CudaKernel] = MAIN) -> 
     for kernel, arch in wanted:
         path = compiled[kernel.source, arch]
         names = [found.name for found in disassemble_file(path)]
-        (function,) = (name for name in names if kernel.function in name and _TRAINING in name)
-        launch = {"threads": kernel.threads, "dynamic_shared": kernel.shared, "cluster": kernel.cluster}
+        (function,) = (name for name in names if kernel.function in name and _VARIANTS[kernel.variant] in name)
+        launch = Launch(kernel.threads, kernel.shared, kernel.cluster, kernel.cluster)
         chosen.append(
-            CompiledKernel(kernel.name, arch, path, function, (_ELEMENTS, _ELEMENTS), source="cuda", **launch)
-        )
+            CompiledKernel(
+                kernel.name, arch, path, function, (_ELEMENTS, _ELEMENTS), source="cuda", threads=kernel.threads,
+                dynamic_shared=kernel.shared, cluster=kernel.cluster, softcap=kernel.variant == "softcap",
+                offset=2 if kernel.variant == "unaligned" else 0,
+                work=partial(cuda_arguments.work, kernel.function, launch),
+            )
+        )  # fmt: skip
     return chosen

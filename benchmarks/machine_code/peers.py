@@ -8,20 +8,22 @@ plain GRPO step without a KL term, the vocabulary Qwen's 151,936, launch shapes 
 from __future__ import annotations
 
 import importlib.util
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton
 from triton.compiler import ASTSource
 
+from benchmarks.machine_code.emulator.machine import Launch
+from benchmarks.machine_code.ordinary_row import VOCABULARY, OrdinaryRow, Work
 from benchmarks.machine_code.report import CompiledKernel, from_triton
 from benchmarks.machine_code.triton_variants import TARGETS
-
-VOCABULARY = 151_936
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,28 @@ class PeerKernel:
             divisible[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(function, signature, constants, divisible)
         compiled = triton.compile(source, target=TARGETS[arch], options=dict(self.options))
-        return from_triton(self.name, arch, compiled, elements=(None, self.elements), source="peer")
+        return from_triton(
+            self.name,
+            arch,
+            compiled,
+            elements=(None, self.elements),
+            source="peer",
+            work=partial(self._work, signature),
+        )
+
+    def _work(self, signature: Mapping[str, str], launch: Launch, row: OrdinaryRow) -> Work:
+        """The first program on the ordinary row. What it writes is not looked at: a peer's results are the peer's."""
+        addresses = {"logits_ptr": "logits", "index_ptr": "labels", "INPUT_IDS": "labels", "LOGITS": "logits"}
+        addresses |= {"grad_logits_ptr": "gradient", "DLOGITS": "gradient"}
+        ones, packed = row.memory.put(np.ones(64, np.float32)), bytearray()
+        for name, kind in signature.items():
+            if kind == "i32":
+                packed += b"\0" * (-len(packed) % 4) + struct.pack("<i", VOCABULARY if "logits" in name else 1)
+            elif kind != "constexpr":
+                address = row.address[addresses[name]] if name in addresses else ones
+                packed += b"\0" * (-len(packed) % 8) + struct.pack("<Q", address)
+        packed += b"\0" * (-len(packed) % 8) + bytes(16)
+        return Work(bytes(packed), launch, self.elements * launch.threads if self.elements else VOCABULARY)
 
 
 @cache

@@ -1,16 +1,21 @@
-"""The machine-code report: every kernel's main loops, by element, and the bandwidth they leave reachable."""
+"""The machine-code report: by element, what a kernel's whole life costs (executed on the ordinary row) and what its
+main loops cost, and the share of the bandwidth that the whole leaves reachable."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from benchmarks.machine_code.emulator.machine import Executed, Launch
 from benchmarks.machine_code.occupancy import Occupancy
+from benchmarks.machine_code.ordinary_row import OrdinaryRow, Work, execute
 from benchmarks.machine_code.roofline import GPUS, Reachable
 from benchmarks.machine_code.sass import Kernel, Loop, disassemble, disassemble_file
 
@@ -23,7 +28,8 @@ class CompiledKernel:
     one). `elements` are the elements that one thread takes in an iteration of the statistics and of the gradient loop;
     None reads them off the bytes that the loop loads from global memory; a kernel without a loop needs them for its
     gradient. `itemsize` is that of a logit in bytes. A launch has blocks of `threads` threads with `dynamic_shared`
-    bytes of shared memory each, `cluster` of them in a cluster.
+    bytes of shared memory each, `cluster` of them in a cluster. `work` says what to execute for the kernel's whole
+    life, on a row that is `softcap` or not and starts `offset` bytes behind a multiple of 16.
     """
 
     name: str
@@ -36,6 +42,9 @@ class CompiledKernel:
     threads: int | None = None
     dynamic_shared: int = 0
     cluster: int = 1
+    work: Callable[[OrdinaryRow], Work] | None = None
+    softcap: bool = False
+    offset: int = 0
 
     def kernel(self) -> Kernel:
         """Raises LookupError if `function` is not in the cubin, or is needed to choose."""
@@ -44,6 +53,16 @@ class CompiledKernel:
         if len(found) != 1:
             raise LookupError(f"{self.name}: {self.function!r} does not name one of {[k.name for k in kernels]}")
         return found[0]
+
+    def execute(self) -> tuple[Executed, int]:
+        """One block (or cluster) on the ordinary row, and the columns that it works on.
+
+        Raises:
+            ArithmeticError: if its results are not the oracle's.
+        """
+        row = OrdinaryRow(self.softcap, self.offset)
+        work = self.work(row)
+        return execute(self.cubin, self.function, row, work), work.elements
 
 
 @dataclass(frozen=True)
@@ -79,8 +98,40 @@ class LoopCost:
 
 
 @dataclass(frozen=True)
+class WholeCost:
+    """A kernel's whole life by element: the issue slots of every warp, weighted by how often it issued, in threads.
+
+    `main_loops` is the part of `instructions` that was issued in the main loops.
+    """
+
+    elements: int
+    instructions: float
+    main_loops: float
+    mufu: float
+    pipes: dict[str, float]
+
+    @classmethod
+    def of(cls, compiled: CompiledKernel, kernel: Kernel, loops: Iterable[Loop]) -> WholeCost | None:
+        """Executes the kernel; None where nothing says with which arguments.
+
+        Raises:
+            ArithmeticError: if its results are not the oracle's.
+        """
+        if compiled.work is None:
+            return None
+        executed, elements = compiled.execute()
+        slots = executed.issues.sum(1) * 32 / elements
+        pipes: Counter[str] = Counter()
+        for instruction, count in zip(kernel.instructions, slots, strict=True):
+            pipes[instruction.pipe()] += float(count)
+        inside = sum(float(slots[loop.begin : loop.begin + len(loop.instructions)].sum()) for loop in loops)
+        used = {pipe: count for pipe, count in sorted(pipes.items()) if count}
+        return cls(elements, float(slots.sum()), inside, used.get("mufu", 0.0), used)
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """A line of the report. `reachable`: by GPU of this architecture."""
+    """A line of the report. `reachable`: by GPU of this architecture, from the whole kernel where it was executed."""
 
     name: str
     source: str
@@ -92,8 +143,10 @@ class Measurement:
     cluster: int
     occupancy: Occupancy | None
     spills: bool
+    device_barriers: int
     statistics: LoopCost | None
     gradient: LoopCost | None
+    whole: WholeCost | None
     reachable: dict[str, Reachable] = field(default_factory=dict)
 
     def instructions(self) -> float:
@@ -106,17 +159,17 @@ class Measurement:
         return {**asdict(self), "instructions": self.instructions(), "mufu": self.mufu()}
 
 
-def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> LoopCost | None:
+def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> tuple[LoopCost, Loop] | None:
     """The main loop is the one with the fewest instructions an element: guarded and masked twins have more.
 
     Given `elements`, a loop must take as many exponentials: others are tails and merges.
     """
     costs = [
-        LoopCost.of(loop, elements or loop.reads() / itemsize)
+        (LoopCost.of(loop, elements or loop.reads() / itemsize), loop)
         for loop in loops
         if elements is None or loop.count("MUFU") >= elements
     ]
-    return min(costs, key=lambda cost: cost.instructions, default=None)
+    return min(costs, key=lambda found: found[0].instructions, default=None)
 
 
 def _whole_code(kernel: Kernel) -> list[Loop]:
@@ -126,7 +179,7 @@ def _whole_code(kernel: Kernel) -> list[Loop]:
 
 
 def measure(compiled: CompiledKernel) -> Measurement:
-    """Main loops, resources and reachable bandwidth of one kernel.
+    """The whole kernel, its main loops, resources and reachable bandwidth.
 
     The fused loss reads DRAM once and writes it once for both of its loops: its second read is one of the L2 cache.
     """
@@ -136,12 +189,14 @@ def measure(compiled: CompiledKernel) -> Measurement:
     if not gradient_loops and compiled.elements[1] and not statistics:
         gradient_loops = _whole_code(kernel)
     gradient = _main_loop(gradient_loops, compiled.elements[1], compiled.itemsize)
-    loops = [loop for loop in (statistics, gradient) if loop]
+    found = [each for each in (statistics, gradient) if each]
+    whole = WholeCost.of(compiled, kernel, [loop for _, loop in found])
     reachable = {}
-    if loops:
+    if found:
         traffic = compiled.itemsize * (2 if gradient else 1)
-        names = {pipe for loop in loops for pipe in loop.pipes}
-        demand = {pipe: sum(loop.pipes.get(pipe, 0.0) for loop in loops) for pipe in names}
+        demand: Counter[str] = Counter()
+        for pipes in [whole.pipes] if whole else [cost.pipes for cost, _ in found]:
+            demand.update(pipes)
         reachable = {gpu.name: gpu.reachable(demand, traffic) for gpu in GPUS if gpu.arch == compiled.arch}
     occupancy = compiled.threads and Occupancy.of(
         compiled.arch, compiled.threads, kernel.registers, kernel.shared_bytes, compiled.dynamic_shared
@@ -157,8 +212,10 @@ def measure(compiled: CompiledKernel) -> Measurement:
         cluster=compiled.cluster,
         occupancy=occupancy or None,
         spills=kernel.spills(),
-        statistics=statistics,
-        gradient=gradient,
+        device_barriers=kernel.device_barriers(),
+        statistics=statistics and statistics[0],
+        gradient=gradient and gradient[0],
+        whole=whole,
         reachable=reachable,
     )
 
@@ -168,17 +225,25 @@ def triton_kernels(archs: Iterable[str], dtype: torch.dtype = torch.bfloat16) ->
     from benchmarks.machine_code.triton_variants import main_variants
 
     return [
-        from_triton(variant.name, arch, variant.compile(arch), itemsize=dtype.itemsize, source="triton")
+        from_triton(
+            variant.name, arch, variant.compile(arch), itemsize=dtype.itemsize, source="triton",
+            softcap=variant.softcap, offset=0 if variant.aligned else 2,
+            work=variant.work if dtype == torch.bfloat16 else None,
+        )
         for variant in main_variants(dtype)
         for arch in archs
-    ]
+    ]  # fmt: skip
 
 
 def from_triton(name: str, arch: str, compiled: Any, **options: Any) -> CompiledKernel:
     """A kernel that Triton compiled; it knows its own block."""
     metadata = compiled.metadata
-    threads = metadata.num_warps * 32
-    return CompiledKernel(name, arch, compiled.asm["cubin"], threads=threads, dynamic_shared=metadata.shared, **options)
+    launch = Launch(metadata.num_warps * 32, metadata.shared)
+    if work := options.pop("work", None):
+        options["work"] = partial(work, launch)
+    return CompiledKernel(
+        name, arch, compiled.asm["cubin"], threads=launch.threads, dynamic_shared=launch.dynamic_shared, **options
+    )
 
 
 def _cell(cost: dict | None) -> str:
@@ -190,13 +255,16 @@ def _cell(cost: dict | None) -> str:
 
 def machine_code_table(document: dict) -> Table:
     """The report: `{"toolchain": versions by name, "kernels": `Measurement.json` of every kernel}`."""
-    table = Table(title="Main loops by element; the share of peak bandwidth that the instruction mix leaves reachable")
+    table = Table(
+        title="Instructions by element; the share of peak bandwidth that the instruction mix leaves reachable"
+    )
     table.add_column("kernel")
     for column in (
         "arch",
         "statistics",
         "gradient",
-        "total",
+        "main loops",
+        "whole kernel",
         "MUFU",
         "barriers",
         "regs",
@@ -216,7 +284,8 @@ def machine_code_table(document: dict) -> Table:
             _cell(m["statistics"]),
             _cell(m["gradient"]),
             f"{m['instructions']:.2f}",
-            f"{m['mufu']:.3f}",
+            f"{m['whole']['instructions']:.2f}" if m["whole"] else "-",
+            f"{(m['whole'] or m)['mufu']:.3f}",
             str(sum(loop["barriers"] + loop["shuffles"] for loop in loops)),
             str(m["registers"]),
             f"{m['occupancy']['blocks']} x {m['threads']}" if m["occupancy"] else "-",

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 class GPU:
     """A data sheet. Rates are thread-level operations a clock and multiprocessor.
 
-    `clock` is the sustained boost clock in Hz, `bandwidth` in bytes/s.
+    `clock` is the sustained boost clock in Hz, `bandwidth` in bytes/s, `cache_bandwidth` that of the L2 cache, of
+    which `cache_bytes` are there; clusters of eight blocks find room on `clustered` of the multiprocessors.
     """
 
     name: str
@@ -24,6 +25,9 @@ class GPU:
     clock: float
     bandwidth: float
     fma: int
+    cache_bandwidth: float
+    cache_bytes: int
+    clustered: int = 0
     alu: int = 64
     mufu: int = 16
     issue: int = 128
@@ -59,11 +63,13 @@ class Reachable:
     headroom: float
 
 
-# SM counts, boost clocks and bandwidths of NVIDIA's data sheets (SXM parts); pipe widths of the tuning guides. An A100
-# executes 64 float32 operations a clock, half of what its issue slots suggest.
+# SM counts, boost clocks, caches and bandwidths of NVIDIA's data sheets (SXM parts); pipe widths of the tuning guides.
+# An A100 executes 64 float32 operations a clock, half of what its issue slots suggest. Bandwidths of the L2 cache are
+# assumptions: about what chipsandcheese.com measured on A100 and H100, and for a B200 in proportion to its memory's. A
+# GPC of 16 or 18 multiprocessors holds two clusters side by side.
 GPUS = (
-    GPU("A100", "sm_80", 108, 1.41e9, 2.039e12, fma=64),
-    GPU("H100", "sm_90", 132, 1.83e9, 3.35e12, fma=128),
-    GPU("H200", "sm_90", 132, 1.83e9, 4.8e12, fma=128),
-    GPU("B200", "sm_100", 148, 1.85e9, 8.0e12, fma=128),
+    GPU("A100", "sm_80", 108, 1.41e9, 2.039e12, fma=64, cache_bandwidth=4.4e12, cache_bytes=40 << 20),
+    GPU("H100", "sm_90", 132, 1.83e9, 3.35e12, fma=128, cache_bandwidth=5.6e12, cache_bytes=50 << 20, clustered=128),
+    GPU("H200", "sm_90", 132, 1.83e9, 4.8e12, fma=128, cache_bandwidth=5.6e12, cache_bytes=50 << 20, clustered=128),
+    GPU("B200", "sm_100", 148, 1.85e9, 8.0e12, fma=128, cache_bandwidth=10e12, cache_bytes=126 << 20, clustered=144),
 )

@@ -62,9 +62,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop, first instruction to the branch back."""
+    """An innermost loop, first instruction to the branch back; `begin` is where it starts in the kernel."""
 
     instructions: tuple[Instruction, ...]
+    begin: int = 0
 
     def count(self, *names: str) -> int:
         return sum(i.name in names for i in self.instructions)
@@ -113,6 +114,11 @@ class Kernel:
         """Whether it touches local memory, by its resources or by an instruction."""
         return bool(self.stack_bytes or self.local_bytes) or any(i.name in {"LDL", "STL"} for i in self.instructions)
 
+    def device_barriers(self) -> int:
+        """Barriers that wait until all of the GPU sees what a thread has written: hundreds of cycles each."""
+        scopes = {"GPU", "SYS", "VC"}
+        return sum(i.name == "MEMBAR" and bool(scopes & set(i.opcode.split("."))) for i in self.instructions)
+
     def load_loops(self) -> list[Loop]:
         """Innermost loops that read logits, from global memory or where a bulk copy put them, and write none: sweeps
         for statistics."""
@@ -131,7 +137,7 @@ def tool(name: str) -> str:
     return str(carried) if carried.exists() else name
 
 
-def _run(*command: str) -> str:
+def run_tool(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -144,8 +150,8 @@ def disassemble(cubin: bytes) -> list[Kernel]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        listing = _run(tool("nvdisasm"), "-c", str(path))
-        usage = _run(tool("cuobjdump"), "--dump-resource-usage", str(path))
+        listing = run_tool(tool("nvdisasm"), "-c", str(path))
+        usage = run_tool(tool("cuobjdump"), "--dump-resource-usage", str(path))
     resources: dict[str, dict[str, int]] = {}
     for name, line in re.findall(r"Function ([\w$.]+):\s*\n\s*(.*)", usage):
         resources[name] = {key: int(value) for key, value in _RESOURCE.findall(line)}
@@ -193,4 +199,4 @@ def _innermost_loops(instructions: list[Instruction], label_at: dict[str, int]) 
             if begin < at:  # a branch to itself is the padding behind EXIT
                 spans.append((begin, at))
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [Loop(tuple(instructions[begin : end + 1])) for begin, end in sorted(inner)]
+    return [Loop(tuple(instructions[begin : end + 1]), begin) for begin, end in sorted(inner)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.machine_code.emulator.machine import Launch
+from benchmarks.machine_code.ordinary_row import NUMBERS, SOFTCAP, TEMPERATURE, VOCABULARY, OrdinaryRow, Work
 from erc.triton_kernels import params, tuning
 from erc.triton_kernels.launch import sweep_lanes_kernel
 from erc.triton_kernels.paired import paired_backward_kernel, paired_forward_kernel
@@ -70,6 +74,38 @@ class Variant:
         target = TARGETS[arch]
         options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, self.softcap)
         return triton.compile(self.source(), target=target, options=options)
+
+    def work(self, launch: Launch, row: OrdinaryRow) -> Work:
+        """What the first program does with the ordinary row."""
+        segment = params.segment_columns(params.make_layout(self.dtype))
+        whole = self.kernel in (stats_forward_kernel, policy_loss_kernel, partial_stats_kernel)
+        known = self._arguments(row)
+        packed = bytearray()
+        for name, kind in self.source().signature.items():
+            if kind == "constexpr":
+                continue
+            form = _FORMATS.get(kind, "Q")
+            packed += b"\0" * (-len(packed) % struct.calcsize(form)) + struct.pack("<" + form, known[name])
+        packed += b"\0" * (-len(packed) % 8) + bytes(16)  # two scratch buffers that nobody uses
+        there = {name for name, kind in self.source().signature.items() if kind != "constexpr"}
+        outputs = sorted(there & {"logprob", "entropy"})
+        if "out" in there:
+            outputs.append("gradient" if there & {"entropy_weight", "grad_entropy"} else "gradient without entropy")
+        return Work(bytes(packed), launch, VOCABULARY if whole else segment, tuple(outputs))
+
+    def _arguments(self, row: OrdinaryRow) -> dict[str, float]:
+        """Every argument by name: a tensor's address, a size, a stride, a number of the objective."""
+        scratch = row.memory.put(np.zeros(3 * 8 * tuning.LANES, np.float32))
+        softcap = SOFTCAP if self.softcap else 0.0
+        numbers = torch.tensor([TEMPERATURE, softcap, 1.0, *[0.0] * 9], dtype=torch.float64)
+        sizes = {"N": 1, "programs": 1, "V": VOCABULARY, "segments": 5, "inner": 1, "ignore_index": -100, "start": 0}
+        strides = (f"{of}stride_{which}" for of in ("", "out_") for which in ("outer", "inner"))
+        values = {**row.address, **NUMBERS, **params.read_scaling(numbers)._asdict(), **sizes}
+        values.update(dict.fromkeys(strides, VOCABULARY), out=row.address["gradient"], state=scratch, lanes=scratch)
+        return values | {"token_value": row.address["token_loss"]}
+
+
+_FORMATS = {"i32": "i", "i64": "q", "fp64": "d"}
 
 
 _LOSS_ONLY_SHARED = frozenset({"saved", "grad_logprob", "grad_entropy"})

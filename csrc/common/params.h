@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/constants.h"
+#include "common/host_device.h"
 
 namespace erc {
 
@@ -40,6 +41,19 @@ struct LossParams {
             Real(p[Param::kGateEps]),
             Real(p[Param::kKLCoef]),
             Real(p[Param::kKLClamp])};
+  }
+
+  ERC_HOST_DEVICE static LossParams from(const LossParams<double>& p) {
+    return {p.rule_id,
+            p.kl,
+            p.gate,
+            p.present,
+            {Real(p.rule[0]), Real(p.rule[1]), Real(p.rule[2]), Real(p.rule[3])},
+            Real(p.beta_low),
+            Real(p.beta_high),
+            Real(p.gate_eps),
+            Real(p.kl_coef),
+            Real(p.kl_clamp)};
   }
 };
 

@@ -59,7 +59,7 @@ ERC_HOST_DEVICE Real clamp(Real x, Real low, Real high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-// coefficient * logprob where a zero coefficient silences an infinite log-prob.
+// coefficient * logprob where a zero coefficient silences an infinite log-prob, or the loss that it gives.
 template <class Real>
 ERC_HOST_DEVICE Real scaled_logprob(Real coefficient, Real logprob) {
   return coefficient == 0 ? Real(0) : coefficient * logprob;
@@ -154,7 +154,8 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logp
       break;
     case RuleId::kDRO: {
       const Real difference = log_difference(logprob, old_logprob);
-      term = {scaled_logprob(-advantage, logprob) + p[0] / 2 * difference * difference, p[0] * difference - advantage, 0};
+      term = {scaled_logprob(-advantage, logprob) + scaled_logprob(p[0] / 2, difference * difference),
+              scaled_logprob(p[0], difference) - advantage, 0};
       break;
     }
     case RuleId::kNoClip:
@@ -237,8 +238,8 @@ template <class Real>
 ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const TokenInputs<Real>& in, Term<Real> policy,
                                            Real logprob, Real entropy) {
   TokenLoss<Real> out;
-  policy.value *= in.policy_weight;
-  policy.d_logprob *= in.policy_weight;
+  policy.value = scaled_logprob(in.policy_weight, policy.value);
+  policy.d_logprob = scaled_logprob(in.policy_weight, policy.d_logprob);
   out.flags = policy.flags;
   if (params.gate != Gate::kNone) {
     const int32_t dropped = entropy_ratio_flags(params, entropy, in.old_entropy);
@@ -249,8 +250,8 @@ ERC_HOST_DEVICE TokenLoss<Real> token_loss(const LossParams<Real>& params, const
     }
   }
   const Term<Real> penalty = kl_penalty(params, logprob, in.old_logprob, in.ref_logprob);
-  out.value = policy.value + params.kl_coef * penalty.value;
-  out.d_logprob = in.weight * (policy.d_logprob + params.kl_coef * penalty.d_logprob) + in.logprob_weight;
+  out.value = policy.value + scaled_logprob(params.kl_coef, penalty.value);
+  out.d_logprob = in.weight * (policy.d_logprob + scaled_logprob(params.kl_coef, penalty.d_logprob)) + in.logprob_weight;
   out.d_entropy = in.entropy_weight;
   // A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
   if (!(entropy >= 0)) out.value = out.d_logprob = entropy;

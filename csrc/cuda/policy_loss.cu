@@ -12,20 +12,6 @@ namespace erc {
 namespace cuda {
 
 template <class Real>
-ERC_DEVICE LossParams<Real> converted(const LossParams<double>& p) {
-  return {p.rule_id,
-          p.kl,
-          p.gate,
-          p.present,
-          {Real(p.rule[0]), Real(p.rule[1]), Real(p.rule[2]), Real(p.rule[3])},
-          Real(p.beta_low),
-          Real(p.beta_high),
-          Real(p.gate_eps),
-          Real(p.kl_coef),
-          Real(p.kl_clamp)};
-}
-
-template <class Real>
 ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token, Real loss, Real token_loss, Real logprob, Real entropy,
                               int32_t flags) {
   put(call.loss, token, loss);
@@ -45,7 +31,7 @@ ERC_DEVICE GradientPlan<Real> finish_token(const PolicyLoss& call, int64_t token
     entropy = result.state.entropy();
   }
   const auto in = TokenInputs<Real>::read(call.table, token, call.params.present, logprob);
-  const TokenLoss<Real> loss = token_loss(converted<Real>(call.params), in, logprob, entropy);
+  const TokenLoss<Real> loss = token_loss(LossParams<Real>::from(call.params), in, logprob, entropy);
   if (writes) write_outputs(call, token, weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags);
   const StatGrads<Real> grads{loss.d_logprob, loss.d_entropy, Real(0)};
   return GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded);

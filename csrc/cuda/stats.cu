@@ -39,7 +39,8 @@ ERC_DEVICE void write_row(const StatsForward& call, int64_t token, const Label& 
                           RowState<Real> state, Real label_value) {
   const Real nan = Real(NAN);
   const bool shard = call.label_value != nullptr;
-  if (label.kind == LabelKind::kOutOfRange && !shard) state.row_max = state.sum_rest = state.weighted_sum = nan;
+  const bool nowhere = call.rows.labels != nullptr && label.kind != LabelKind::kHere;
+  if (nowhere && !shard) state.row_max = state.sum_rest = state.weighted_sum = nan;
   if (label.kind != LabelKind::kHere) label_value = -Real(INFINITY);
   const Real logprob = state.logprob(label_value, scale.scale);
   if (state.is_valid()) {

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erc.inputs import LOGITS_DTYPES
+from erc.inputs import LOGITS_DTYPES, check_plain
 from erc.ops import stats_dtype
-from erc.parallel import VocabShard
+from erc.parallel import Facts, VocabShard
 from erc.surrogate.validation import values_are_readable
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
@@ -157,21 +157,13 @@ def _bounded_rows(active: Tensor, num_active: int | None) -> ActiveRows:
     return ActiveRows(count, torch.where(index < 0, active.to(torch.uint8).argmin(), index), ~active)
 
 
-def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard | None, facts: dict[str, int]
-) -> Tensor:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard | None, facts: Facts) -> Tensor:
     """Check the head; returns what later checks look at: shape, dtype and device of the logits that will never
     exist."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor: pass {name}.to_local() with vocab_shard= where it is sharded by vocabulary, "
-                f"else {name}.full_tensor()"
-            )
+        check_plain(name, tensor)
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
@@ -188,7 +180,9 @@ def check_head(
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != hidden.dtype:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-    facts |= {"rows": hidden.shape[:-1].numel(), "columns": weight.shape[0]}
+    facts.add(rows=hidden.shape[:-1].numel(), columns=weight.shape[0], dtype=gemm_dtype(hidden))
+    # The backward reduces the gradient of hidden over the ranks, or on none of them.
+    facts.add(hidden_requires_grad=needs_grad(hidden)[0], has_bias=bias is not None)
     vocab_size = weight.shape[0] if shard is None else shard.vocab_size
     return torch.empty((), dtype=gemm_dtype(hidden), device=hidden.device).expand(*hidden.shape[:-1], vocab_size)
 

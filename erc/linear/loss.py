@@ -20,7 +20,7 @@ from erc.call import LossCall, TokenArguments, choose_route, loss_call
 from erc.inputs import resolve_objective
 from erc.linear.head import ActiveRows, HeadGradients, active_rows, cast_head, check_head, chunk_rows, needs_grad
 from erc.linear.stats import linear_row_stats
-from erc.ops import refuse_double_backward, stats_dtype
+from erc.ops import refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
 from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, two_phase_result
 from erc.rows import row_scaling
@@ -92,13 +92,12 @@ def linear_policy_loss(
     >>> weight.grad.shape
     torch.Size([11, 8])
     """
-    with agreement(vocab_shard, validate, hidden) as facts:
+    with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, vocab_shard, facts)
         objective = resolve_objective(objective)
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, False, facts)
-            facts["memory_budget"] = memory_budget or 0
         arguments = TokenArguments(
             old_logprob=old_logprob, advantages=advantages, mask=mask, old_entropy=old_entropy,
             ref_logprob=ref_logprob, rollout_logprob=rollout_logprob, nll_mask=nll_mask,
@@ -116,11 +115,14 @@ def linear_policy_loss(
         call = loss_call(objective, arguments, labels, ignore_index, like, scaling, like.shape[-1], fused=fused)
         table = call.token_table(operators(name))
         active = active_rows(table[1], call.count, ignore_index, num_active)
+        call.add_facts(facts)
+        facts.add(memory_budget=memory_budget, num_active=num_active)
     if not fused:
         logprob, entropy, _ = linear_row_stats(
             hidden, weight, bias, table[1], scaling, ignore_index, name, vocab_shard, memory_budget, active
         )
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy))
+    refuse_forward_mode(hidden, weight, bias)
     rows = _Rows(
         operators(name), call, table, active, chunk_rows(len(weight), like.dtype, memory_budget), like.dtype, needs
     )

@@ -23,8 +23,16 @@ from erc.linear.head import (
     gemm_dtype,
     needs_grad,
 )
-from erc.ops import contiguous, refuse_double_backward, stats_dtype
-from erc.parallel import LOCAL_IGNORE_INDEX, VocabShard, agreement, check_shardable, merge_states, state_statistics
+from erc.ops import contiguous, refuse_double_backward, refuse_forward_mode, stats_dtype
+from erc.parallel import (
+    LOCAL_IGNORE_INDEX,
+    VocabShard,
+    agreement,
+    check_shardable,
+    merge_states,
+    poisoned,
+    state_statistics,
+)
 from erc.results import TokenStats
 from erc.rows import RowScaling, row_scaling, scaling_params
 
@@ -60,12 +68,11 @@ def linear_token_stats(
     >>> erc.linear_token_stats(torch.zeros(2, 3), torch.zeros(4, 3)).entropy
     tensor([1.3863, 1.3863])
     """
-    with agreement(vocab_shard, validate, hidden) as facts:
+    with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, vocab_shard, facts)
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, False, facts)
-            facts["memory_budget"] = memory_budget or 0
         leading = like.shape[:-1]
         scaling = row_scaling(temperature, softcap, logit_scale, leading, like)
         if labels is not None:
@@ -73,6 +80,8 @@ def linear_token_stats(
             if vocab_shard is not None:
                 check_label_values(labels.view(leading), like.shape[-1], ignore_index)
         active = active_rows(labels, leading.numel(), ignore_index, num_active)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
+        facts.add(memory_budget=memory_budget, num_active=num_active)
     with labels_explained(labels, leading, like.shape[-1], ignore_index):
         stats = linear_row_stats(
             hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
@@ -101,6 +110,7 @@ def linear_row_stats(
         logits = torch.nn.functional.linear(rows, weight, bias)[None]
         stats = operators(backend).stats_forward(logits, labels, scaling.temperature, params, ignore_index)
         return (None if labels is None else stats[0]), *stats[1:3]
+    refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         weight, bias = vocab_shard.local_rows(weight), None if bias is None else vocab_shard.local_rows(bias)
     dtype = gemm_dtype(hidden)
@@ -159,6 +169,8 @@ class _LinearStats(torch.autograd.Function):
             for index, parts in gathered:
                 temperature = None if rows.temperature is None else rows.temperature[index]
                 stats[:, index] = merge_states(parts.wait(), rows.params, temperature)
+        if shard is not None:
+            stats = poisoned(stats, rows.labels, rows.ignore_index, shard.vocab_size)
         saved = stats[3:] if shard is None else stats[:3]
         ctx.save_for_backward(hidden, weight, bias, saved)
         ctx.rows = rows

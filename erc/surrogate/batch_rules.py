@@ -21,24 +21,30 @@ from erc.surrogate.ratio_rules import (
     check_widths,
     log_difference,
     ratio_and_slope,
+    widened,
 )
 from erc.surrogate.validation import check_band
 
 
 def _covariance(inputs: RatioInputs) -> Tensor:
-    """`(A - mean A) (logprob - mean logprob)` of each token, without graph."""
-    active = inputs.mask != 0
-    count = active.sum().clamp(min=1)
+    """`(A - mean A) (logprob - mean logprob)` of each token, without graph.
+
+    In float64, then rounded to float32: what is equal but for rounding, as for two tokens it always is, compares so.
+    """
+    logprob = inputs.logprob.detach()
+    counted = (inputs.mask != 0) & logprob.isfinite()  # a forbidden token has no covariance
+    count = counted.sum().clamp(min=1)
 
     def centred(values: Tensor) -> Tensor:
-        return values - torch.where(active, values, 0.0).sum() / count
+        values = torch.where(counted, widened(values), 0.0)
+        return values - values.sum() / count
 
-    return centred(inputs.advantage) * centred(inputs.logprob.detach())
+    return torch.where(counted, centred(inputs.advantage) * centred(logprob), -torch.inf).float()
 
 
 def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float) -> Tensor:
-    """The candidates with the largest scores: a `fraction` of the active tokens, at least one. Nothing is read by the
-    host."""
+    """The candidates with the largest scores, of equal ones the first: a `fraction` of the active tokens, at least one.
+    Nothing is read by the host."""
     allowed = (fraction * active.sum()).floor().clamp(min=1)
     order = torch.where(candidates, score, -torch.inf).argsort(descending=True, stable=True)
     return candidates & (order.argsort() < allowed)

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from erc.constants import IMPORTANCE_WEIGHTED_KL, KLKind
-from erc.surrogate.ratio_rules import MAX_LOG_RATIO, expm1, importance_ratio, log_difference, widened
+from erc.surrogate.ratio_rules import MAX_LOG_RATIO, importance_ratio, log_difference, widened
 from erc.surrogate.validation import is_number, require
-
-
-class _K3(torch.autograd.Function):
-    """`expm1(x) - x`, where autograd would make the derivative `(expm1(x) + 1) - 1`: where policy and reference all but
-    agree, float32 rounds that to nothing, and most of the value too."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        wide = widened(x)
-        return (torch.expm1(wide) - wide).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * expm1(ctx.saved_tensors[0])
 
 
 def k3(x: Tensor) -> Tensor:
     """`exp(x) - 1 - x >= 0` of `x = logprob_q - logprob_p`: an unbiased estimate of KL(p || q) from a sample of p
-    (Schulman 2020), accurate for small `x` too, and so is its gradient."""
-    return _K3.apply(x)
+    (Schulman 2020). In float64, where small `x` keep their value, and their derivative `(expm1(x) + 1) - 1` too."""
+    wide = widened(x)
+    return (torch.expm1(wide) - wide).to(x.dtype)
 
 
 KL_KINDS = ("k1", "k2", "k3", "abs", "k3+", "full")

@@ -83,8 +83,14 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
     return log_difference(logprob, old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def squared_distance(difference: Tensor) -> Tensor:
+    """Of two log-probs; an infinite one has no gradient, so that a weight of 0 silences it: 0 * inf is NaN."""
+    infinite = difference.isinf()
+    return difference.masked_fill(infinite, 0.0).square().masked_fill(infinite, torch.inf)
+
+
 def scaled_logprob(coefficient: Tensor, logprob: Tensor) -> Tensor:
-    """`coefficient * logprob`, where a zero coefficient silences an infinite log-prob."""
+    """`coefficient * logprob`, where a zero coefficient silences an infinite log-prob, or the loss that it gives."""
     return torch.where(coefficient == 0, 0.0, coefficient * logprob)
 
 
@@ -394,7 +400,9 @@ class DRO(RatioRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         difference = log_difference(inputs.logprob, inputs.old_logprob)
-        loss = scaled_logprob(-inputs.advantage, inputs.logprob) + self.beta / 2 * difference.square()
+        loss = scaled_logprob(-inputs.advantage, inputs.logprob)
+        if self.beta:
+            loss = loss + self.beta / 2 * squared_distance(difference)
         return RatioTerms(loss, nowhere(loss), nowhere(loss))
 
 
@@ -434,7 +442,7 @@ class IPO(RatioRule):
         high, low = (advantage != 0) & (moved > self.eps), (advantage != 0) & (moved < -self.eps)
         loss = torch.where(high | low, 0.0, -importance_ratio(logprob, old_logprob) * advantage)
         if self.tau > 0:
-            loss = loss + self.tau * log_difference(logprob, old_logprob).square()
+            loss = loss + self.tau * squared_distance(log_difference(logprob, old_logprob))
         return RatioTerms(loss, low, high)
 
 

@@ -15,6 +15,19 @@ from erc.surrogate.ratio_rules import check_value, log_difference
 from erc.surrogate.sequences import Sequences
 
 
+def _quantile(values: Tensor, counted: Tensor, fraction: float) -> Tensor:
+    """The quantile of the counted values, 0-d, linearly interpolated; inf without any. `torch.nanquantile` takes no
+    empty tensor, and none of more than 2^24 values."""
+    if not len(values):
+        return values.new_full((), torch.inf)
+    ascending = torch.where(counted, values, torch.inf).sort().values
+    # To 2^-20: what lies on a value but for the rounding of the product is that value.
+    at = ((counted.sum() - 1).clamp(min=0).double() * fraction * 2**20).round() / 2**20
+    low = ascending[at.floor().long()]
+    share = (at - at.floor()).to(values.dtype)
+    return torch.where(share == 0, low, low + share * (ascending[at.ceil().long()] - low))
+
+
 @dataclass(frozen=True)
 class HighEntropyMask:
     """Only the `fraction` of the active tokens with the highest entropy keeps its policy term (0.2: arXiv 2506.01939).
@@ -34,8 +47,7 @@ class HighEntropyMask:
         """bool `[N]`."""
         if self.threshold is not None:
             return entropy < self.threshold
-        of_active = torch.where(active, entropy, torch.nan)
-        return entropy < torch.nanquantile(of_active, 1 - self.fraction)
+        return entropy < _quantile(entropy, active & ~entropy.isnan(), 1 - self.fraction)
 
 
 @dataclass(frozen=True)

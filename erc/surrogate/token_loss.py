@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from erc.constants import Column, Present, TokenFlag
+from erc.ops import refuse_double_backward, refuse_forward_mode
 from erc.surrogate.objective import Objective
-from erc.surrogate.ratio_rules import RatioInputs
+from erc.surrogate.ratio_rules import RatioInputs, scaled_logprob
 from erc.surrogate.sequences import Sequences
 
 
@@ -76,7 +77,8 @@ def with_derivatives(
     value: Tensor, d_logprob: Tensor, d_entropy: Tensor | None, logprob: Tensor, entropy: Tensor
 ) -> Tensor:
     """`value`, whose gradient by log-prob and entropy is what was computed beside it. `value` is `[N]`, or a sum over
-    its tokens."""
+    its tokens. There is no derivative but this one."""
+    refuse_forward_mode(logprob, entropy)
     return _WithDerivatives.apply(value, d_logprob, d_entropy, logprob, entropy)
 
 
@@ -90,6 +92,7 @@ class _WithDerivatives(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("a two-phase loss")
         d_logprob, d_entropy = ctx.saved_tensors
         needs_logprob, needs_entropy = ctx.needs_input_grad[3:]
         return (
@@ -128,7 +131,7 @@ def token_losses(
     if terms.derivative is not None:
         policy = with_derivatives(policy, terms.derivative, None, logprob, entropy)
     if objective.rollout_correction is not None:
-        policy = policy * batch.policy_weight
+        policy = scaled_logprob(batch.policy_weight, policy)
     flags = torch.zeros_like(active, dtype=torch.int32)
     for clipped, flag in ((terms.clip_low, TokenFlag.CLIP_LOW), (terms.clip_high, TokenFlag.CLIP_HIGH)):
         if clipped is not None:
@@ -146,7 +149,7 @@ def token_losses(
         flags = flags + dropped * TokenFlag.ERC_DROPPED + below * TokenFlag.ERC_LOW + above * TokenFlag.ERC_HIGH
 
     token_loss = policy
-    if objective.kl is not None and objective.kl.kind != "full":
+    if objective.kl is not None and objective.kl.kind != "full" and objective.kl.coef:
         token_loss = token_loss + objective.kl.coef * objective.kl.estimate(
             logprob, inputs.old_logprob, batch.ref_logprob, logprob_full
         )

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .elementary import LN2
 from .rows import carrier_and_chain, load_label, load_tile, row_mask, tile_offsets
-from .sweep import EMPTY_REFERENCE, is_tame
+from .sweep import EMPTY_REFERENCE
 
 
 class StatGrads(NamedTuple):
@@ -21,23 +21,15 @@ class StatGrads(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """`d/dv_j = exp2(d) * (constant + slope * d)` with `d = fma(v_j, scale2, -reference)`."""
+    """`d/dv_j = exp2(d) * (constant + slope * d)` with `d = (v_j - row_max) * scale2`.
 
-    reference: tl.tensor
+    d is centred before it is scaled, one operation more than a fused multiply-add: what rounding would leave of the
+    maximum's own d is all of a peaked row's entropy gradient, and more than a gradient bears of huge logits.
+    """
+
+    row_max: tl.tensor
     constant: tl.tensor
     slope: tl.tensor
-
-
-@triton.jit
-def exact_scale(row_max, scale2):
-    """scale2; for huge logits a power of two, by which row_max does not round: there neighbouring numbers are so far
-    apart that only equal ones share the row's probability."""
-    most = tl.minimum(scale2, 1.0)
-    if most.dtype == tl.float64:  # the exponent's bits alone
-        power = (most.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-    else:
-        power = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(is_tame(row_max, scale2), scale2, power)
 
 
 @triton.jit
@@ -54,25 +46,20 @@ def label_gradient(state, grads, scale, label_value):
 
 
 @triton.jit
-def column_coefficients(state, grads, scale, scale2):
+def column_coefficients(state, grads, scale):
     inverse_sum = 1.0 / (1.0 + state.sum_rest)
-    mean = state.weighted_sum * inverse_sum
-    reference = state.row_max * scale2
-    offset = tl.fma(state.row_max, scale2, -reference)  # d of the maximum: what rounding left of it
-    factor = inverse_sum * scale * tl.exp2(-offset)
-    slope = -grads.entropy * LN2 * factor
-    constant = (grads.logsumexp - grads.logprob + grads.entropy * mean) * factor - slope * offset
-    return Coefficients(reference, constant, slope)
+    factor = inverse_sum * scale
+    constant = (grads.logsumexp - grads.logprob + grads.entropy * (state.weighted_sum * inverse_sum)) * factor
+    return Coefficients(state.row_max, constant, -grads.entropy * LN2 * factor)
 
 
 @triton.jit
 def _gradient_tile(
-    start, out, first, V, scaling, scale2, c, MASKED: tl.constexpr, SLOPE: tl.constexpr, POLICY: tl.constexpr,
-    L: tl.constexpr,
+    start, out, first, V, scaling, c, MASKED: tl.constexpr, SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
     z = load_tile(start, first, V, MASKED, POLICY, L)
     v, chain = carrier_and_chain(z, scaling, L)
-    d = tl.fma(v, scale2, -c.reference)
+    d = (v - c.row_max) * scaling.scale2
     e = tl.exp2(d)
     if SLOPE:
         # exp(-inf) * -inf would be NaN; a NaN stays in e.
@@ -91,7 +78,7 @@ def _gradient_tile(
 
 @triton.jit
 def gradient_sweep(
-    start, out, begin, end, V, scaling, scale2, c, SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr
+    start, out, begin, end, V, scaling, c, SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
     """Write the gradient of columns `[begin, end)`; `out` may be `start`, since a thread stores what it has loaded."""
     LOAD: tl.constexpr = L.LANES * L.VEC
@@ -99,9 +86,9 @@ def gradient_sweep(
     for tile in range(full):
         for load in tl.static_range(L.LOADS):
             first = begin + (tile * L.LOADS + load) * LOAD
-            _gradient_tile(start, out, first, V, scaling, scale2, c, False, SLOPE, POLICY, L)
+            _gradient_tile(start, out, first, V, scaling, c, False, SLOPE, POLICY, L)
     for first in range(begin + full * (LOAD * L.LOADS), end, LOAD):
-        _gradient_tile(start, out, first, V, scaling, scale2, c, True, SLOPE, POLICY, L)
+        _gradient_tile(start, out, first, V, scaling, c, True, SLOPE, POLICY, L)
 
 
 @triton.jit
@@ -116,16 +103,15 @@ def write_zeros(out, begin, end, L: tl.constexpr):
 @triton.jit
 def write_gradient(start, out, begin, end, V, label, state, grads, scaling, SLOPE: tl.constexpr, L: tl.constexpr):
     """The gradient of columns `[begin, end)`, the labelled one by its own formula."""
-    scale2 = exact_scale(state.row_max, scaling.scale2)
     # Read before the sweep: `out` may be `start`, and another program may be writing columns outside [begin, end).
     inside = label.inside & (label.column >= begin) & (label.column < end)
     label_value, label_chain = load_label(start, label.column, inside, scaling, L)
     at_label = label_gradient(state, grads, scaling.scale, label_value)
     at_label *= scaling.scale * label_chain
     at_label = tl.where(label_value == float("-inf"), 0.0, at_label)
-    c = column_coefficients(state, grads, scaling.scale, scale2)
+    c = column_coefficients(state, grads, scaling.scale)
     tl.debug_barrier()
-    gradient_sweep(start, out, begin, end, V, scaling, scale2, c, SLOPE, "evict_first", L)
+    gradient_sweep(start, out, begin, end, V, scaling, c, SLOPE, "evict_first", L)
     # Whoever wrote the label's column in the sweep is another thread.
     tl.debug_barrier()
     tl.store(out + label.column, at_label.to(out.dtype.element_ty), mask=inside)

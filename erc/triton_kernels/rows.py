@@ -12,12 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from erc import constants
-
 from .elementary import LOG2E, real, tanh_and_slope
-
-# The label of a row whose labelled column another vocabulary shard holds.
-ABSENT_LABEL = tl.constexpr(constants.ABSENT_LABEL)
 
 
 class Layout(NamedTuple):
@@ -88,8 +83,7 @@ def label_of(labels_ptr, token, ignore_index, V):
     if labels_ptr is not None:
         label = tl.load(labels_ptr + token, mask=token >= 0, other=ignore_index)
         inside = (label >= 0) & (label < V)
-        error = (label != ABSENT_LABEL) & (inside == 0)
-        return Label(tl.where(inside, label, 0), inside, error, label == ignore_index)
+        return Label(tl.where(inside, label, 0), inside, inside == 0, label == ignore_index)
     else:
         return Label(token * 0, token < token, token < token, token < 0)
 

@@ -93,7 +93,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def scaled_logprob(coefficient, logprob):
-    """coefficient * logprob, where a zero coefficient silences an infinite log-prob."""
+    """coefficient * logprob, where a zero coefficient silences an infinite log-prob, or the loss that it gives."""
     return tl.where(coefficient == 0.0, 0.0, coefficient * logprob)
 
 
@@ -192,8 +192,8 @@ def ratio_term(RULE: tl.constexpr, params, logprob, old_logprob, advantage):
         value = scaled_logprob(d_logprob, logprob)
     elif RULE == DRO:
         difference = log_difference(logprob, old_logprob)
-        value = scaled_logprob(-advantage, logprob) + p0 / 2.0 * difference * difference
-        d_logprob = p0 * difference - advantage
+        value = scaled_logprob(-advantage, logprob) + scaled_logprob(p0 / 2.0, difference * difference)
+        d_logprob = scaled_logprob(p0, difference) - advantage
     elif RULE == IPO:
         moved = tl.exp(logprob) - tl.exp(old_logprob)
         flags = tl.where(moved > p0, CLIP_HIGH, tl.where(moved < -p0, CLIP_LOW, 0))
@@ -258,8 +258,8 @@ def entropy_ratio_flags(params, entropy, old_entropy):
 @triton.jit
 def token_loss_of(KL: tl.constexpr, GATE: tl.constexpr, params, inputs, value, d_logprob, flags, logprob, entropy):
     """(unweighted value, derivative of the weighted loss by the log-prob, flags) of a token with this policy term."""
-    value *= inputs.policy_weight
-    d_logprob *= inputs.policy_weight
+    value = scaled_logprob(inputs.policy_weight, value)
+    d_logprob = scaled_logprob(inputs.policy_weight, d_logprob)
     if GATE != GATE_NONE:
         dropped = entropy_ratio_flags(params, entropy, inputs.old_entropy)
         flags = flags | dropped
@@ -268,8 +268,8 @@ def token_loss_of(KL: tl.constexpr, GATE: tl.constexpr, params, inputs, value, d
             value = tl.where(dropped != 0, 0.0, value)
     if KL != KL_NONE:
         penalty, d_penalty = kl_penalty(KL, params.kl_clamp, logprob, inputs.old_logprob, inputs.ref_logprob)
-        value += params.kl_coef * penalty
-        d_logprob += params.kl_coef * d_penalty
+        value += scaled_logprob(params.kl_coef, penalty)
+        d_logprob += scaled_logprob(params.kl_coef, d_penalty)
     d_logprob = inputs.weight * d_logprob + inputs.logprob_weight
     # A row without a distribution stays NaN, also where a clip, a zero advantage or the gate would hide it.
     valid = entropy >= 0.0

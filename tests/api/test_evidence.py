@@ -142,6 +142,8 @@ def test_prefix_is_computed_once_a_trace_and_plain_logprobs_once_until_the_weigh
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
     evidence = EvidenceGain(model, character_tokenizer(), DEMOS, batch_size=1)
     trace = "x" * 100
+    answer_logprobs(model, [[1]], [[2]])  # the head is measured once per model
+    tokens.clear()
     first = evidence.gains(QUERY, [trace])
     plain, shown = sum(tokens[:3]), sum(tokens[3:])
     assert tokens[3] > 100 and max(tokens[4:]) < 20, "the prefix, then what differs between the experts"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,17 @@ def kernels(env: Environment, archs: tuple[str, ...], *options: str) -> dict[str
         return dict(zip(archs, pool.map(one, archs), strict=True))
 
 
+def executed(env: Environment) -> list[str]:
+    """Tests of the numerics contract that fail where the PTX of this Triton's kernels is executed (tests/ptx)."""
+    command = ["-m", "pytest", str(ROOT / "tests" / "ptx" / "test_contract.py"), "-k", "triton", "-q", "-c", os.devnull]
+    try:
+        env.run(*command, "--import-mode=importlib", "-p", "no:cacheprovider", ERC_PTX="90")
+    except subprocess.CalledProcessError as error:
+        failed = [line for line in error.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return failed or [last_line(error)]
+    return []
+
+
 def try_pair(pair: Pair, wheels: Path, tried: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One row of the report. The first pair that is there builds the wheel; each Triton release compiles once."""
     row: dict[str, Any] = {"torch": pair.torch, "triton": pair.triton, "problems": []}
@@ -62,6 +74,7 @@ def try_pair(pair: Pair, wheels: Path, tried: dict[str, Any], options: argparse.
             say(f"PyTorch {pair.torch}: wheel loaded, {len(broken)} problems")
             if pair.triton not in tried:
                 tried[pair.triton] = kernels(env, options.arch or ARCHS)
+                row["problems"] += executed(env)
             row["kernels"] = tried[pair.triton]
             for arch, result in row["kernels"].items():
                 row["problems"] += [f"{arch}: {call}: {error}" for call, error in result["errors"].items()]
@@ -132,9 +145,9 @@ def main() -> int:
         for pair in PAIRS:
             if pair.torch in (options.torch or [pair.torch]):
                 rows.append(try_pair(pair, Path(folder), tried, options))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (options.output / "report.md").write_text(table(rows) + "\n")
+                options.output.mkdir(parents=True, exist_ok=True)
+                (options.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
+                (options.output / "report.md").write_text(table(rows) + "\n")
     print(table(rows))
     print(f"The wheel was built on PyTorch {tried.get('wheel', '-')}. Everything: {options.output / 'report.json'}")
     return int(any(row["problems"] for row in rows))

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "compat"
 # What `import torch` and torch.compile import, and this package's own dependency.
 PURE = ("typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "numpy")
+# What executes kernels under pytest (tests/ptx).
+PYTEST = ("pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiongroup", "tomli")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 
 
@@ -133,7 +135,8 @@ def environment(pair: Pair) -> Iterator[Environment]:
     """PyTorch, Triton and what they import, unpacked into a folder that is removed at the end."""
     python = interpreter(pair.python)
     version = minor_version(python)
-    wheels = [wheel(name, version) for name in (f"torch=={pair.torch}", f"triton=={pair.triton}", *PURE)]
+    names = (f"torch=={pair.torch}", f"triton=={pair.triton}", *PURE, *PYTEST)
+    wheels = [wheel(name, version) for name in names]
     with TemporaryDirectory(prefix="erc-compat-") as folder:
         for path in wheels:
             unpack(path, Path(folder))

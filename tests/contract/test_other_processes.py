@@ -1,4 +1,4 @@
-"""The modules whose tests take the fixture `kernels`, again: in Triton's interpreter, and on other instruction sets."""
+"""The modules whose tests take a fixture of backends, again: in Triton's interpreter, and on other instruction sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import erc
 from erc.backend import cpu_isa
 
 HERE = Path(__file__).parent
-EVERY_BACKEND = ("test_extreme_rows.py", "test_linear_rows.py")
+EVERY_BACKEND = (
+    "test_extreme_rows.py",
+    "test_linear_rows.py",
+    "test_opcheck.py",
+    "test_row_operators.py",
+    "test_token_operators.py",
+    "test_small_differences.py",
+    "test_unread_values.py",
+)
 pytestmark = pytest.mark.skipif(
     "ERC_CPU_ISA" in os.environ or os.environ.get("TRITON_INTERPRET") == "1", reason="one of the other processes"
 )

@@ -1,4 +1,5 @@
-"""The machine code of csrc/cuda, by nvcc and without a GPU: no spills, and no more instructions than the targets allow.
+"""The machine code of csrc/cuda, by nvcc and without a GPU: no spills, no device-wide barriers, and no more
+instructions than the targets allow, in the main loops and over a kernel's whole life, which an emulator executes.
 
 A fresh machine compiles four files for three architectures, a few minutes of processor time; the cubins are kept by a
 hash of their sources.
@@ -29,6 +30,13 @@ KERNELS = {"stats": 30, "policy_loss": 30, "scale": 10, "tokens": 6}
 STATISTICS = {"sm_80": 6.5, "sm_90": 6.3, "sm_100": 5.0}
 LOSS = {"sm_80": 13.0, "sm_90": 13.0, "sm_100": 10.0}
 MUFU = 1.04
+# Of the whole kernel: issue slots an element.
+WHOLE = {
+    ("loss, cluster", "sm_90"): 17.0,
+    ("loss, cluster", "sm_100"): 14.0,
+    ("stats, softcap", "sm_90"): 30.0,
+}
+NOT_YET = pytest.mark.xfail(strict=True, reason="the kernels are not that far yet")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,27 @@ def test_statistics_take_few_instructions(name, arch, measured):
     assert 3 < loop.instructions <= STATISTICS[arch]
     assert 1 <= loop.mufu <= MUFU
     assert loop.load_bits == (128,) and loop.barriers == 0 and loop.shuffles == 0
+
+
+@NOT_YET
+@pytest.mark.parametrize(("name", "arch"), WHOLE)
+def test_whole_kernels_take_few_instructions(name, arch, measured):
+    whole = measured[name, arch].whole
+    assert whole.main_loops < whole.instructions <= WHOLE[name, arch]
+
+
+def test_most_of_a_whole_kernel_is_executed_in_its_main_loops(measured):
+    """What a count of main loops leaves out; and no kernel was executed for nothing."""
+    for (name, _), found in measured.items():
+        assert found.whole.instructions > 0.8 * found.whole.main_loops, name
+    assert measured["stats", "sm_90"].whole.main_loops > 0.5 * measured["stats", "sm_90"].whole.instructions
+
+
+@NOT_YET
+@pytest.mark.parametrize("arch", ARCHS[1:])
+def test_no_kernel_waits_for_the_whole_gpu(arch, measured):
+    kernels = [kernel for file in FILES for kernel in disassemble_file(cuda_variants.cubin(file, arch))]
+    assert [kernel.name for kernel in kernels if kernel.device_barriers()] == []
 
 
 FUSED = [("loss, block", "sm_80"), ("loss, cluster", "sm_90"), ("loss, cluster", "sm_100")]
@@ -97,9 +126,10 @@ def test_registers_and_shared_memory_allow_two_resident_blocks(arch, measured):
     """Blocks of 256 threads; four where latency is hidden by other blocks alone. Of clusters of eight blocks, as many
     share eight multiprocessors."""
     for (name, of), found in measured.items():
-        if of == arch:
+        if of == arch and "unaligned" not in name:
             least = 4 if name in ("stats", "stats of a segment", "loss, cluster") else 2
-            assert found.occupancy.blocks >= least, f"{name}: {found.occupancy}"
+            resident = found.occupancy.blocks * found.threads // 256
+            assert resident >= least, f"{name}: {found.occupancy}"
 
 
 def test_the_checked_in_report_is_what_the_sources_compile_to(measured):

@@ -1,7 +1,8 @@
 """What the contract is tested on: a backend, an architecture, and the form in which rows are spread over blocks.
 
-All of them with ERC_PTX=all (`make ptx`). Otherwise one architecture for each kernel, chosen by a hash of the sources:
-every change of a kernel may choose another, the same tree always chooses the same. ERC_PTX=90 chooses by hand.
+ERC_PTX=all (`make ptx`) takes everything, ERC_PTX=90 everything for sm_90. Without it, beside the other tests, there is
+one architecture for each backend, and `conftest` takes some cases of each test. A hash of the kernels' sources chooses:
+every change of a kernel may choose others, the same tree always chooses the same.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Subject(NamedTuple):
 
             host = build.load()
             register_namespace("ptx_cuda", build.NAMESPACE)
-            host.configure(clusters=self.form == "cluster", multiprocessors=multiprocessors)
+            clusters, architecture = self.form == "cluster", self.architecture
+            host.configure(clusters=clusters, compiled_for=architecture, multiprocessors=multiprocessors)
             engine = CudaEngine(host, _library(self.architecture), checks)
         with engine.running():
             yield engine
@@ -74,9 +76,10 @@ def _register_triton() -> object:
 
 @cache
 def _library(architecture: int) -> nvcc.Library:
-    """All that a launcher of this architecture may launch, compiled two files at a time."""
+    """Kernels are compiled when they are asked for; two files at a time where all of them will be."""
     library = nvcc.Library(architecture)
-    nvcc.compile_all((source, architecture) for source in library.sources)
+    if architecture in architectures("cuda"):
+        nvcc.compile_all((source, architecture) for source in library.sources)
     return library
 
 
@@ -95,7 +98,8 @@ def why_not(backend: str) -> str | None:
 
 
 @cache
-def _digest(backend: str) -> int:
+def digest(backend: str) -> int:
+    """Of the sources of a backend's kernels."""
     folder, pattern = ("csrc", "**/*") if backend == "cuda" else ("erc/triton_kernels", "*.py")
     files = sorted(path for path in (_ROOT / folder).glob(pattern) if path.is_file())
     return int.from_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()[:4], "big")
@@ -106,20 +110,26 @@ def architectures(backend: str) -> tuple[int, ...]:
     choice = os.environ.get("ERC_PTX", "")
     if choice == "all":
         return ARCHITECTURES
-    return (int(choice) if choice else ARCHITECTURES[_digest(backend) % len(ARCHITECTURES)],)
+    return (int(choice) if choice else ARCHITECTURES[digest(backend) % len(ARCHITECTURES)],)
+
+
+def cluster_architecture() -> int:
+    """One that has clusters, and whose kernels are compiled anyhow if there is one."""
+    able = [architecture for architecture in architectures("cuda") if architecture >= 90]
+    return able[0] if able else 90 + 10 * (digest("cuda") % 2)
 
 
 def subjects(family: str) -> list:
     """Parameters for a test of a family of kernels; each carries its reason to be skipped, if there is one."""
-    found = []
+    found: list[Subject] = []
     for backend in ("cuda", "triton"):
         for architecture in architectures(backend):
             forms = ("block",) if family in ("pairs", "scale") else ("block", "split")
             if backend == "cuda" and family == "loss" and architecture >= 90:
                 forms = ("cluster", *forms)
             found += [Subject(backend, architecture, form) for form in forms]
-    if family == "loss" and not any(s.form == "cluster" for s in found):
-        found.append(Subject("cuda", 90 + 10 * (_digest("cuda") % 2), "cluster"))
+    if family == "loss" and not any(subject.form == "cluster" for subject in found):
+        found.append(Subject("cuda", cluster_architecture(), "cluster"))
     parameters = []
     for subject in found:
         reason = why_not(subject.backend)
@@ -129,5 +139,5 @@ def subjects(family: str) -> list:
 
 
 def is_whole() -> bool:
-    """Whether everything is tested (`make ptx`), not what fits beside the other tests."""
-    return os.environ.get("ERC_PTX") == "all"
+    """Whether every case is tested, not only what fits beside the other tests."""
+    return "ERC_PTX" in os.environ

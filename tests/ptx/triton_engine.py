@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.ptx.machine import Checks, Counts, Regions, Shape, launch
+from tests.ptx.machine import SHARED_LIMIT, Checks, Counts, Regions, Shape, launch
 from tests.ptx.native import BUILD_DIR
 from tests.ptx.program import Program
 from tests.ptx.source import parse
@@ -25,11 +25,6 @@ FORMATS = {
     "fp32": "f", "fp64": "d",
 }  # fmt: skip
 """How each type of argument lies in parameter memory."""
-PROPERTIES = {  # of an A100, an H100 and a B200: multiprocessors, L2 cache, shared memory of a block
-    80: (108, 40 << 20, 166_912),
-    90: (132, 50 << 20, 232_448),
-    100: (148, 126 << 20, 232_448),
-}
 
 
 @dataclass
@@ -57,9 +52,11 @@ class TritonEngine:
         from triton.runtime import driver
 
         from erc.triton_kernels import tuning
+        from tests.stub_driver import device_like
 
-        multiprocessors, cache, _ = PROPERTIES[self.architecture]
-        device = tuning.Device(f"sm_{self.architecture}", self.multiprocessors or multiprocessors, 32, cache)
+        device = device_like(f"sm_{self.architecture}")
+        if self.multiprocessors is not None:
+            device = device._replace(multiprocessors=self.multiprocessors)
         active, folder = driver._active, knobs.cache.dir
         driver.set_active(_Driver(self))
         _engines.append(self)
@@ -116,8 +113,7 @@ class _Utils:
         self.engine = engine
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        multiprocessors, _, shared = PROPERTIES[self.engine.architecture]
-        return {"max_shared_mem": shared, "multiprocessor_count": multiprocessors, "warpSize": 32}
+        return {"max_shared_mem": SHARED_LIMIT[self.engine.architecture] * 1024}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, Program, int, int, int]:
         (path,) = _loading

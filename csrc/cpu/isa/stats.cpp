@@ -21,7 +21,8 @@ void stats_forward(const StatsForward& call, int64_t begin, int64_t end) {
       const Label label = token_label(in, token);
       double logprob = 0, entropy = 0, logsumexp = 0, label_value = -INFINITY;
       RowState<double> state{shard ? -INFINITY : 0, 0, 0};
-      if (label.kind == LabelKind::kOutOfRange && !shard) {
+      const bool absent = label.kind == LabelKind::kAbsent && in.labels != nullptr;  // of all columns that is nowhere
+      if ((label.kind == LabelKind::kOutOfRange || absent) && !shard) {
         logprob = entropy = logsumexp = NAN;
         state = {NAN, NAN, NAN};
       } else if (label.kind != LabelKind::kIgnored) {

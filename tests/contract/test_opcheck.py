@@ -1,0 +1,84 @@
+"""PyTorch's own checks of every operator on every backend: schema, autograd registration, fakes, functionalization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import erc
+from erc.call import TokenArguments, loss_call
+from erc.constants import NUM_PARAMS, PAIRED_OUTPUTS
+from erc.ops import SCHEMAS
+from erc.rows import row_scaling
+from tests.backends import OnDevice, operators  # noqa: F401
+
+OUTER, INNER, VOCAB = 2, 3, 37
+ROWS = OUTER * INNER
+
+
+def a_call(logits):
+    """A fused loss with every term that a kernel knows, past its checks."""
+    shape = logits.shape[:-1]
+    arguments = TokenArguments(
+        old_logprob=torch.full(shape, -3.0),
+        advantages=torch.ones(OUTER),
+        mask=torch.rand(shape),
+        old_entropy=torch.full(shape, 3.0),
+        ref_logprob=torch.full(shape, -3.0),
+        nll_mask=torch.ones(shape),
+        grad_scale=torch.tensor(2.0),
+    )
+    objective = erc.objective("erc-dapo", kl=erc.KLPenalty(), entropy_coef=0.1, nll_coef=0.1)
+    scaling = row_scaling(torch.ones(shape), None, 1.0, shape, logits)
+    return loss_call(objective, arguments, torch.randint(VOCAB, shape), -100, logits, scaling, VOCAB, fused=True)
+
+
+def operator_arguments(name: str, ops) -> tuple:
+    """Arguments of an operator of `ops`, on the CPU."""
+    logits = torch.randn(OUTER, INNER, VOCAB)
+    call = a_call(logits)
+    labels = torch.randint(VOCAB, (ROWS,))
+    params = torch.tensor([0.9, 20.0, 1.1] + [0.0] * (NUM_PARAMS - 3), dtype=torch.float64)
+    rows = (logits, labels, None, params, -100)
+    some = (torch.tensor([5, -1, 0, 2, 3, 1]), 0)
+    saved = ops.stats_forward(*rows)[3]
+    paired = ops.paired_forward(logits, logits * 0.9, None, params)[1]
+    grads = [torch.randn(ROWS) for _ in range(3)]
+    loss = (call.scaling.temperature, *call.tokens, False, True)
+    table, labels_left, counter = call.token_table(ops)
+    per_token, flags = torch.zeros(4, ROWS), torch.zeros(ROWS, dtype=torch.int32)
+    return {
+        "stats_forward": rows,
+        "stats_forward_": (*rows, *some, torch.zeros(6, ROWS)),
+        "stats_backward": (*rows, saved, *grads),
+        "stats_backward_": (*rows, *some, saved, *grads, torch.zeros_like(logits, dtype=torch.bfloat16)),
+        "partial_stats_": (*rows, None, 0, 0, torch.zeros(4, ROWS)),
+        "token_table": (*call.tokens, VOCAB, False),
+        "loss_rows_": (
+            *(logits, labels_left, call.scaling.temperature, call.tokens.params, -100),
+            *(*some, table, per_token, flags, torch.zeros_like(logits)),
+        ),
+        "token_losses": (
+            *(-torch.rand(ROWS), torch.rand(ROWS), table, labels_left, call.tokens.params, -100),
+            *(torch.randn(ROWS), torch.randn(ROWS), torch.rand(ROWS) < 0.5, None, torch.rand(ROWS) < 0.5),
+        ),
+        "token_summary": (per_token, flags, table, labels_left, counter, call.tokens.params, -100),
+        "policy_loss": (logits, *loss),
+        "policy_loss_": (logits, *loss),
+        "scale_rows": (logits, torch.randn(ROWS)),
+        "scale_rows_": (logits, torch.randn(())),
+        "paired_forward": (logits, logits * 0.9, None, params),
+        "paired_backward": (logits, logits * 0.9, None, params, paired, torch.randn(len(PAIRED_OUTPUTS), ROWS)),
+    }[name]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(name, requires_grad, operators):  # noqa: F811
+    arguments = operator_arguments(name, operators.ops)
+    if isinstance(operators.ops, OnDevice):
+        pytest.skip("copies to a device are no operator")
+    if requires_grad and name in ("stats_forward", "policy_loss", "paired_forward"):
+        arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    opcheck(getattr(operators.ops, name), arguments)
