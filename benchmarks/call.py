@@ -153,12 +153,18 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
     def gradients(value: Tensor | list[Tensor], *upstream: Tensor) -> None:
         torch.autograd.grad(value, logits, upstream or None)
 
-    def loss(name: str) -> Callable[[], Any]:
+    def loss(name: str, **more: Any) -> Callable[[], Any]:
         nll = {"nll_mask": rewarded, "nll_normalizer": tensor()} if erc.objective(name).nll_coef else {}
-        return lambda: gradients(erc.policy_loss(logits, labels, objective=name, **arguments, **nll).loss)
+        return lambda: gradients(erc.policy_loss(logits, labels, objective=name, **arguments, **nll, **more).loss)
 
     def stats() -> None:
         found = erc.token_stats(logits, labels, backend="meta")
+        gradients([found.logprob, found.entropy], rewarded, rewarded)
+
+    kept = erc.SamplingSupport.from_ids(tensor(rows, length, 64, dtype=torch.long))
+
+    def kept_stats() -> None:
+        found = erc.token_stats(logits, labels, support=kept, backend="meta")
         gradients([found.logprob, found.entropy], rewarded, rewarded)
 
     def ratio() -> None:
@@ -168,7 +174,10 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
     return {
         "token_stats": lambda: erc.token_stats(logits.detach(), labels, backend="meta"),
         "token_stats and backward": stats,
+        "token_stats over a support and backward": kept_stats,
         "entropy_ratio and backward": ratio,
+        "policy_loss over a support and backward: erc-dapo": loss("erc-dapo", support=kept),
+        "policy_loss over a support and backward: gspo": loss("gspo", support=kept),
         **{f"policy_loss and backward: {name}": loss(name) for name in erc.objectives()},
     }
 

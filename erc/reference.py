@@ -149,12 +149,12 @@ def support_statistics(
     cut, invalid = support.cut_rows(labels, vocab_size, ignore_index)
     invalid = invalid | (active & ((labels < 0) | (labels >= vocab_size)))
     x = torch.where(active[:, None], _widened(logits), 0.0)
-    x = _scaling(params, temperature).apply(torch.where(invalid[:, None], nan, x))
+    x = _scaling(params, temperature).apply(x * torch.where(invalid, nan, 1.0)[:, None])  # NaN, and so is its gradient
     full = Row(x)
     broken = full.logsumexp.detach().isnan()  # over the full vocabulary: NaN over any part of it, too
     kept = support.to_mask(vocab_size) | ~cut[:, None]
     # A row that was not cut takes its gradient from `full` alone, whose order of summation is that without a support.
-    of_cut = torch.where(cut[:, None], torch.where(broken[:, None], nan, x), 0.0)
+    of_cut = torch.where(cut[:, None], x * torch.where(broken, nan, 1.0)[:, None], 0.0)
     part = Row(torch.where(kept, of_cut, -torch.inf))
     column = torch.where(active & ~invalid, labels, 0)
     logprob_full = full.logprob(column)

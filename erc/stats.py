@@ -12,7 +12,7 @@ from erc import reference
 from erc.backend import operators, select
 from erc.call import labels_explained
 from erc.inputs import check_constant, check_label_values, check_logits, label_rows
-from erc.kept import KeptTokens, support_statistics
+from erc.kept import support_statistics
 from erc.ops import contiguous, no_graph, refuse_double_backward, refuse_forward_mode
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
 from erc.results import EntropyRatio, TokenStats
@@ -116,12 +116,10 @@ def row_statistics(
     if support is not None:
         if by_autograd:
             return reference.support_statistics(rows, *arguments, support)
-        vocab_size = rows.shape[-1]
-        if vocab_shard is not None:
-            rows, vocab_size = rows[..., : vocab_shard.real_columns(vocab_size)], vocab_shard.vocab_size
-        kept = KeptTokens.of(support, labels.reshape(-1), vocab_size, ignore_index)
         inplace = inplace_backward and differentiable
-        return support_statistics(backend_operators, rows, kept, scaling, params, ignore_index, vocab_shard, inplace)
+        return support_statistics(
+            backend_operators, rows, labels, scaling, params, ignore_index, support, vocab_shard, inplace
+        )
     if vocab_shard is not None:
         stats = sharded_stats(rows, *arguments, vocab_shard, backend_operators)
     elif inplace_backward and differentiable and not by_autograd:

@@ -28,9 +28,9 @@ class SamplingSupport:
     Within a row, ids rise strictly; entries of -1 before them are skipped, so that padded forms need no compaction. A
     row without a token was not cut: it means the full vocabulary.
 
-    `token_ids` is `[K]`, int32 or int64, `offsets` `[N + 1]`, int64. Rows are in the order of the flattened labels.
-    The class methods read other forms and sort; this constructor takes what is sorted already. On the CPU it checks the
-    values; on a GPU nothing is read here, and a row that breaks the rule is NaN.
+    `token_ids` is `[K]`, `offsets` `[N + 1]`; int32 or int64, held as int64. Rows are in the order of the flattened
+    labels. The class methods read other forms and sort; this constructor takes what is sorted already. On the CPU it
+    checks the values; on a GPU nothing is read here, and a row that breaks the rule is NaN.
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected.
@@ -49,7 +49,8 @@ class SamplingSupport:
                 raise TypeError(f"{name} must be a 1-D int32 or int64 tensor, got {_described(tensor)}")
         if self.token_ids.device != self.offsets.device:
             raise ValueError(f"offsets must be on {self.token_ids.device} like token_ids, got {self.offsets.device}")
-        object.__setattr__(self, "offsets", self.offsets.to(torch.int64))
+        for name in ("token_ids", "offsets"):
+            object.__setattr__(self, name, getattr(self, name).to(torch.int64).contiguous())
         _check_offsets(self.offsets, len(self.token_ids))
         if not values_are_readable(self.token_ids):
             return

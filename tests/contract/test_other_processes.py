@@ -21,6 +21,7 @@ EVERY_BACKEND = (
     "test_row_operators.py",
     "test_token_operators.py",
     "test_small_differences.py",
+    "test_support_rows.py",
     "test_unread_values.py",
 )
 pytestmark = pytest.mark.skipif(

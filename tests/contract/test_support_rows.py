@@ -12,10 +12,13 @@ from torch import Tensor
 
 import erc
 from erc import SamplingSupport
+from tests.backends import INTERPRETED
 from tests.oracle import assert_entropy, assert_gradient_and_mutations, assert_logprob
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SCALINGS = [{}, {"temperature": 0.7}, {"temperature": 1.3, "softcap": 30.0, "logit_scale": 1.2}]
+# Triton's interpreter takes seconds for each: it gets what differs most.
+DTYPES = [torch.bfloat16, torch.float64] + ([] if INTERPRETED else [torch.float32, torch.float16])
+SCALINGS = [{"temperature": 1.3, "softcap": 30.0, "logit_scale": 1.2}]
+SCALINGS += [] if INTERPRETED else [{}, {"temperature": 0.7}]
 V = 67
 
 
@@ -225,17 +228,18 @@ def test_any_shape_stride_and_support_gives_the_oracles_answer(seed, dtype, shap
         support = SamplingSupport.from_ids(columns)
     else:
         support = SamplingSupport.from_mask(mask)
-    temperature = 0.5 + torch.rand(shape, generator=generator)
+    temperature = (0.5 + torch.rand(shape, generator=generator)).double()
     weights = torch.randn(2, *shape, generator=generator)
     tested, exact = logits.detach().requires_grad_(), logits.detach().double().requires_grad_()
     grads = []
     for leaf, function in ((tested, erc.token_stats), (exact, erc.reference.token_stats)):
-        stats = function(leaf, labels, support=support, temperature=temperature.to(leaf.dtype).double())
+        stats = function(leaf, labels, support=support, temperature=temperature)
         weighed = stats.logprob.double() * weights[0] + stats.entropy.double() * weights[1]
         grads.append(torch.autograd.grad(weighed.sum(), leaf)[0])
     scale = exact.detach().abs().amax(-1, keepdim=True).clamp(min=1)
     largest = grads[1].abs().amax(-1, keepdim=True)
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    half_ulp = 2.0**-7 if INTERPRETED else 2.0**-8  # Triton's interpreter cuts bfloat16 off
+    rounding = half_ulp if dtype == torch.bfloat16 else 0.0
     bound = 2e-6 * scale * largest + rounding * 1.00001 * grads[1].abs() + 1e-12
     assert ((grads[0].double() - grads[1]).abs() <= bound).all()
 
@@ -256,7 +260,7 @@ def test_losses_and_their_gradients_meet_the_definition(name, kernels):
     logits, labels, support, _ = problem()
     logits, labels = logits.view(2, 4, V), labels.view(2, 4)
     generator = torch.Generator().manual_seed(1)
-    old = erc.reference.token_stats(logits.double(), labels, support=support)
+    old = erc.reference.token_stats(logits.double(), labels, support=support, temperature=0.9)
     noise = 0.3 * torch.randn(5, 2, 4, generator=generator, dtype=torch.float64)
     given = {
         "old_logprob": old.logprob + noise[0],
@@ -323,6 +327,8 @@ def test_what_does_not_fit_is_named(kernels):
             function(logits, labels, support=unpadded(kept[:-1]), **arguments)
         with pytest.raises(TypeError, match=r"support must be an erc\.SamplingSupport or None, got list"):
             function(logits, labels, support=kept, **arguments)
+        if kernels not in ("cpu", "torch"):
+            continue  # they read no values on the host: see the next test
         wrong = labels.clone()
         wrong[1] = next(column for column in range(V) if column not in kept[1].tolist())
         with pytest.raises(IndexError, match=f"that of row 1 lacks {int(wrong[1])}"):
