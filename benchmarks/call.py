@@ -3,7 +3,8 @@
 The calls run as on a GPU, with operators that only know shapes. A launch is an operator of PyTorch that computes or
 fills, even where PyTorch takes several kernels for it; for ours it is the number of kernels in `LAUNCHES`, which a test
 holds to the CUDA sources. An operator moves each of its tensors once: logits that a gradient sweep reads again come
-from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. Memory is
+from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. A support has
+64 ids a token, padding included; its kernels move those, and not the rows that they lie in. Memory is
 what lives at once beyond the inputs, gradients included.
 
 Modelled time of a launch: max(LAUNCH, bytes / (bandwidth * efficiency)); the host is assumed to queue ahead.
@@ -34,6 +35,7 @@ LAUNCH = 2e-6
 """Seconds that a launch takes at least."""
 ROWS, LENGTH, VOCAB = 16, 512, 151_936
 _META = "erc_meta"
+_SPARSE = ("support_forward_", "support_backward_")
 _NOTHING = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view", "_reshape_alias", "unbind", "split")
 
 
@@ -92,6 +94,8 @@ class _Counter(TorchDispatchMode):
         if tensors and computes:
             kernels = LAUNCHES.get(name.split("::")[1], 1)
             tensors = tensors[1:] if name == f"{_META}::scale_rows_" else tensors
+            if name.split("::")[1] in _SPARSE:  # of the rows they touch what `values` [K] holds, and nothing else
+                tensors = [tensor for tensor in tensors if tensor.dim() < 3]
             moved = {(_storage(tensor), tensor.storage_offset(), tensor.shape): _bytes(tensor) for tensor in tensors}
             self.cost.launches.append(Launch(name, kernels, sum(moved.values())))
         return result

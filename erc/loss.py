@@ -138,6 +138,7 @@ def policy_loss(
         name, _ = select(logits, backend)
         if support is not None:
             check_support(support, logits.shape[:-1], logits.device, labels)
+            facts.add(token_ids=support.token_ids, offsets=support.offsets)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward, facts)
         scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)

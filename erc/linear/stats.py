@@ -85,6 +85,7 @@ def linear_token_stats(
                 check_label_values(labels.view(leading), like.shape[-1], ignore_index)
         if support is not None:
             check_support(support, leading, hidden.device, labels)
+            facts.add(token_ids=support.token_ids, offsets=support.offsets)
         active = active_rows(labels, leading.numel(), ignore_index, num_active)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
         facts.add(memory_budget=memory_budget, num_active=num_active)

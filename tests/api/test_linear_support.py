@@ -110,7 +110,18 @@ def _on_rank(rank: int, world: int) -> list:
     start, end = ENDS[world][rank : rank + 2]
     local = torch.cat([weight, weight.new_full((5, WIDTH), 7.0)])[start:end]
     shard = erc.VocabShard(None, start, VOCAB)
-    return [outcome(form, hidden, local, given, vocab_shard=shard) for form in ("logits", "linear")]
+    mine = given
+    if rank == 1:
+        ids = given["support"].token_ids.view(ROWS, -1).clone()
+        ids[1, -1] = given["labels"][1]  # a row that the other ranks leave uncut
+        mine = given | {"support": erc.SamplingSupport.from_ids(ids)}
+    messages = []
+    for form in ("logits", "linear"):
+        try:
+            outcome(form, hidden, local, mine, vocab_shard=shard, validate=True)
+        except ValueError as error:
+            messages.append(str(error))
+    return [*(outcome(form, hidden, local, given, vocab_shard=shard) for form in ("logits", "linear")), messages]
 
 
 @pytest.mark.parametrize("world", ENDS)
@@ -118,7 +129,8 @@ def test_shards_merge_to_the_result_of_one_process(world):
     hidden, weight, given = problem()
     expected = outcome("logits", hidden, weight, given)
     ranks = processes.on_ranks(world, _on_rank, world)
-    for rank, forms in enumerate(ranks):
+    for rank, (*forms, messages) in enumerate(ranks):
+        assert len(messages) == 2 and all("token_ids must be the same on every rank" in text for text in messages)
         start, end = ENDS[world][rank : rank + 2]
         for form, results in zip(("logits", "linear"), forms, strict=True):
             for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
