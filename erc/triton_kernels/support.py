@@ -118,7 +118,7 @@ def support_forward_kernel(
                     at = first + tl.arange(0, BLOCK)
                     ids = tl.load(ids_ptr + at, mask=at < end, other=-1)
                     z = tl.load(values_ptr + at, mask=at < end, other=float("-inf")).to(tl.float64)
-                    x, _ = _scaled(z, row_slope, inner, SOFTCAP)
+                    x, _slopes = _scaled(z, row_slope, inner, SOFTCAP)  # `_` is the scalar above
                     u = x - center
                     rest += tl.where((ids >= 0) & (ids != label), tl.exp(u), 0.0)
                     shift += tl.where(ids == label, u, 0.0)
