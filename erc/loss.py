@@ -95,7 +95,8 @@ def policy_loss(
             loss runs two-phase. Ratio rules, rollout corrections and `approx_kl` take the log-prob over them, and old
             and rollout log-probs must be over the same; gate, entropy bonus and exact KL are of the full vocabulary; KL
             estimates and the NLL say which they take (`KLPenalty(over=)`, `Objective.nll_over`). The metric
-            `kept_mass` is the mean probability that the full distribution gives the kept tokens.
+            `kept_mass` is the mean probability that the full distribution gives the kept tokens; with
+            `rollout_logprob`, `mismatch_kl` is the k3 estimate of KL(engine || old policy), both over them.
         temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs
             two-phase. Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo
             compiles again for every new Python float.

@@ -12,6 +12,7 @@ from erc.inputs import EXACT_DTYPES, resolve_objective, row_tensor
 from erc.rows import UNSCALED
 from erc.surrogate.metrics import metrics_by_name
 from erc.surrogate.objective import Objective
+from erc.surrogate.ratio_rules import MAX_LOG_RATIO, log_difference
 from erc.surrogate.token_loss import TokenBatch, TokenLosses, filtered_tokens, token_losses, with_derivatives
 
 
@@ -135,16 +136,21 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
 
 @torch.no_grad()
 def _with_support(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
-    """What a support adds: the log-prob over the full vocabulary, the mean kept mass, and the KL estimate over what the
-    objective compares. The summary of the tokens knows the log-probs over the support alone."""
+    """What a support adds: the log-prob over the full vocabulary, the mean kept mass, how far the engine's log-probs are
+    from those of the old policy (k3 of their KL), and the KL estimate over what the objective compares. The summary of
+    the tokens knows the log-probs over the support alone."""
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
 
     metrics = out.metrics | {"kept_mass": mean((tokens.logprob_full - tokens.logprob).exp())}
-    kl = tokens.call.objective.kl
+    kl, rollout = tokens.call.objective.kl, tokens.call.arguments.rollout_logprob
+    old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
+    if rollout is not None:
+        log_ratio = log_difference(old_logprob, rollout.reshape(-1).to(old_logprob.dtype))
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        metrics["mismatch_kl"] = mean(log_ratio.expm1() - log_ratio)
     if kl is not None and kl.kind != "full":
-        old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
         metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, tokens.logprob_full))
     return out._replace(metrics=metrics, logprob_full=tokens.logprob_full.detach().view(tokens.call.leading))
 

@@ -238,6 +238,8 @@ def test_each_term_of_a_loss_takes_its_own_log_prob(over):
     torch.testing.assert_close(out.logprob, cut.detach())
     torch.testing.assert_close(out.metrics["kl"], k3.mean().detach())
     torch.testing.assert_close(out.metrics["kept_mass"], (full - cut).exp().mean().detach())
+    mismatch = given["old_logprob"] - given["rollout_logprob"]
+    torch.testing.assert_close(out.metrics["mismatch_kl"], (mismatch.expm1() - mismatch).mean())
     other = erc.KLPenalty("k3", 0.3, over="full" if over == "support" else "support")
     swapped, same = (
         erc.reference.policy_loss(logits, labels, support=support_of(kept), objective=erc.Objective(kl=kl), **given)
