@@ -136,9 +136,9 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
 
 @torch.no_grad()
 def _with_support(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
-    """What a support adds: the log-prob over the full vocabulary, the mean kept mass, how far the engine's log-probs are
-    from those of the old policy (k3 of their KL), and the KL estimate over what the objective compares. The summary of
-    the tokens knows the log-probs over the support alone."""
+    """What a support adds: the log-prob over the full vocabulary, the mean kept mass, how far the engine's log-probs
+    are from those of the old policy (k3 of their KL), and the KL estimate over what the objective compares. The summary
+    of the tokens knows the log-probs over the support alone."""
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)

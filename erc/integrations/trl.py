@@ -235,12 +235,13 @@ class ERCTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         """TRL's method; what the sampler kept of each rollout is kept, too."""
-        *generated, fields, images, tool_images = super()._generate(prompts)
+        generated = super()._generate(prompts)
+        fields = next((part for part in generated if isinstance(part, dict) and SAMPLING_MASK in part), {})
         self._masks, self._tool_mask = fields.pop(SAMPLING_MASK, None), generated[2]
         # TRL asks for log-probs of the rollout policy first, where it wants them, and for those of the reference then.
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         self._masks_old = self._masks is not None and (corrects or self._leaves_the_rollout_policy())
-        return (*generated, fields, images, tool_images)
+        return generated
 
     def _sampling_ids(self, present: Tensor) -> Tensor:
         """int32 `[B, T, k]` of the completions `[B, T]`: one row per token that the engine generated."""
