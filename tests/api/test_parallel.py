@@ -167,7 +167,7 @@ MISMATCHES = {
     "rows": "rows must be the same",
     "vocab_size": "vocab_size must be the same",
     "memory_budget": "memory_budget must be the same",
-    "backend": "backend must be the same on every rank, got ['cpu', 'another one']",
+    "backend": "backend must be the same on every rank, got ['cpu', 'the same by another name']",
     "failed": "rank(s) [1] did not pass",
 }
 
