@@ -205,7 +205,7 @@ def test_no_second_derivative_and_no_rows(kernels):
     nothing.logprob.sum().backward()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=3 if INTERPRETED else 25, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
