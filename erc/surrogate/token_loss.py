@@ -45,7 +45,7 @@ class TokenBatch:
     @classmethod
     def of_table(cls, table: Tensor, present: int, mask: Tensor, **others: Any) -> TokenBatch:
         """The batch of a token table, whose columns `present` says which are given."""
-        columns = dict(zip(Column, table.unbind(1), strict=True))
+        columns = table.unbind(1)
         return cls(
             mask=mask,
             weight=columns[Column.WEIGHT],
