@@ -273,7 +273,7 @@ def test_statistics_and_their_gradients(kernels):
         assert_rows(stats.logprob[~forbidden], logprob[~forbidden], bound[~forbidden], "logprob")
         upstream = drawn.weights(3, drawn.rows).to(stats.entropy.dtype)
         at_forbidden = torch.tensor(forbidden & np.isneginf(numbers(logits)[np.arange(drawn.rows), labels.numpy()]))
-        (gradient,) = torch.autograd.grad(list(stats), logits, list(upstream))
+        (gradient,) = torch.autograd.grad(list(stats[:3]), logits, list(upstream))
         error, least = relative_error(drawn), floor(exact, upstream)
         assert_gradient(gradient, exact.gradient(*numbers(upstream), labels), error, least)
         assert not gradient[torch.arange(drawn.rows), labels][at_forbidden].any()
