@@ -95,7 +95,7 @@ def with_table(text: str, name: str) -> str:
     Raises:
         ValueError: where it does not have the markers of the block, once each.
     """
-    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    begin, end = f"<!-- {name}:begin -->\n\n", f"\n\n<!-- {name}:end -->"
     new, count = re.subn(
         f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: markdown(BLOCKS[name][1]()), text, flags=re.DOTALL
     )
