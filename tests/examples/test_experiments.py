@@ -200,6 +200,7 @@ def test_experiments_with_transformers_write_finite_results(name, tmp_path, monk
     if name == "erc_transformer":
         monkeypatch.setattr(module, "REUSE", 1)
         monkeypatch.setattr(module, "CELLS", module.CELLS[:1])
+        monkeypatch.setattr(module, "RATES", (1e-3,))
     module.main(**small, threads=1, output=tmp_path)
     numbers = [
         value for value in _numbers(json.loads((tmp_path / f"{name}.json").read_text())) if not isinstance(value, str)
