@@ -60,6 +60,27 @@ def regimes() -> Table:
     return ["rule, uses of a token", "gain over the warm start", *gates], rows
 
 
+def transformer() -> Table:
+    """The final reward of each arm at both learning rates, with the difference that the gate makes."""
+    found = results("erc_transformer")
+    rates = found["settings"]["learning_rates"]
+    rows = []
+    arms = [
+        ("dapo", "no gate"),
+        ("dapo", "gate 0.05"),
+        *(("gppo", gate) for gate in ("no gate", "gate 0.05", "gate 0.2")),
+    ]
+    for rule, gate in arms:
+        row = [f"{rule}, {gate}"]
+        for rate in rates:
+            gap = found["differences of the final reward"].get(f"{rule}, {gate} - no gate, learning rate {rate:g}")
+            level = shown(found["final reward"][f"{rule}, {gate}, learning rate {rate:g}"])
+            row += [level, shown(gap) if gap else ""]
+        rows.append(row)
+    header = [title for rate in rates for title in (f"reward, learning rate {rate:g}", "difference")]
+    return ["rule, gate", *header], rows
+
+
 def in_context() -> Table:
     """Soundness after RL in the three settings, with differences to DAPO."""
     found = results("in_context")
@@ -78,6 +99,7 @@ def in_context() -> Table:
 BLOCKS: dict[str, tuple[Path, Callable[[], Table]]] = {
     "drift": (ROOT / "docs/entropy_ratio_clipping.md", drift),
     "regimes": (ROOT / "docs/entropy_ratio_clipping.md", regimes),
+    "transformer": (ROOT / "docs/entropy_ratio_clipping.md", transformer),
     "in-context": (ROOT / "docs/in_context_rlvr.md", in_context),
 }
 
