@@ -3,7 +3,8 @@
 The calls run as on a GPU, with operators that only know shapes. A launch is an operator of PyTorch that computes or
 fills, even where PyTorch takes several kernels for it; for ours it is the number of kernels in `LAUNCHES`, which a test
 holds to the CUDA sources. An operator moves each of its tensors once: logits that a gradient sweep reads again come
-from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. Memory is
+from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. A support has
+64 ids a token, padding included; its kernels move those, and not the rows that they lie in. Memory is
 what lives at once beyond the inputs, gradients included.
 
 Modelled time of a launch: max(LAUNCH, bytes / (bandwidth * efficiency)); the host is assumed to queue ahead.
@@ -34,16 +35,18 @@ LAUNCH = 2e-6
 """Seconds that a launch takes at least."""
 ROWS, LENGTH, VOCAB = 16, 512, 151_936
 _META = "erc_meta"
+_SPARSE = ("support_forward_", "support_backward_")
 _NOTHING = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view", "_reshape_alias", "unbind", "split")
 
 
 @dataclass
 class Launch:
-    """One operator's kernels and the bytes that its tensors move."""
+    """One operator's kernels, the bytes that its tensors move, and the flops of a matrix product."""
 
     name: str
     kernels: int
     bytes: int
+    flops: int = 0
 
     def seconds(self, device: Accelerator) -> float:
         moving = self.bytes / (device.bandwidth * EFFICIENCY)
@@ -70,6 +73,10 @@ class Cost:
     def bytes(self) -> int:
         return sum(launch.bytes for launch in self.launches)
 
+    @property
+    def flops(self) -> int:
+        return sum(launch.flops for launch in self.launches)
+
     def seconds(self, device: Accelerator) -> float:
         return sum(launch.seconds(device) for launch in self.launches)
 
@@ -87,13 +94,11 @@ class _Counter(TorchDispatchMode):
         for tensor in outputs:
             self._allocated(tensor)
         name = func.name()
-        tensors = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == "meta"]
         computes = not func.is_view and not name.split("::")[1].removeprefix("new_").startswith(_NOTHING)
-        if tensors and computes:
+        if computes and any(tensor.device.type == "meta" for tensor in (*inputs, *outputs)):
             kernels = LAUNCHES.get(name.split("::")[1], 1)
-            tensors = tensors[1:] if name == f"{_META}::scale_rows_" else tensors
-            moved = {(_storage(tensor), tensor.storage_offset(), tensor.shape): _bytes(tensor) for tensor in tensors}
-            self.cost.launches.append(Launch(name, kernels, sum(moved.values())))
+            moved = _moved(func, args, kwargs or {}, outputs)
+            self.cost.launches.append(Launch(name, kernels, moved, _flops(name, args)))
         return result
 
     def _allocated(self, tensor: Tensor) -> None:
@@ -110,6 +115,41 @@ class _Counter(TorchDispatchMode):
         self.cost.live -= size
 
 
+def _moved(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
+    """Bytes of what is read and of what is written; what PyTorch changes in place is both."""
+    schema, name = func._schema.arguments, func.name()
+    fills = name.removeprefix("aten::").startswith(("copy_", "zero_", "fill_"))
+    changes = name.startswith("aten::") and not fills
+    sparse = name.split("::")[1] in _SPARSE  # of the rows they touch what `values` [K] holds, and nothing else
+    given = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+    if name == f"{_META}::scale_rows_":
+        given = given[1:]
+    reads: dict[Any, int] = {}
+    writes: dict[Any, int] = {}
+    for argument, value in given:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if sparse and argument.name in ("logits", "grad_logits"):
+            continue
+        for tensor in _tensors(value):
+            if written:
+                writes[_place(tensor)] = _bytes(tensor)
+            if not written or (changes and not argument.kwarg_only):
+                reads[_place(tensor)] = _bytes(tensor)
+    writes |= {_place(tensor): _bytes(tensor) for tensor in outputs}
+    return sum(reads.values()) + sum(writes.values())
+
+
+def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    return _storage(tensor), tensor.storage_offset(), tensor.shape
+
+
+def _flops(name: str, args: Any) -> int:
+    if name.removeprefix("aten::").split(".")[0] not in ("mm", "addmm", "addmm_"):
+        return 0
+    left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -119,7 +159,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """An expanded tensor is read from what it repeats."""
+    """An expanded tensor is read from what it repeats; numbers on the CPU, `params` among them, do not count."""
+    if tensor.device.type != "meta":
+        return 0
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return tensor.element_size() * prod(sizes)
 
@@ -134,9 +176,7 @@ def count(call: Callable[[], Any]) -> Cost:
 def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[str, Callable[[], Any]]:
     """Every public call that reads logits, in bfloat16, with a mask, advantages per sequence and a
     normalizer on the device; with its backward where it says so."""
-    if _META not in _LIBRARIES:
-        _LIBRARIES[_META] = ops.define(_META)
-        register_namespace("meta", _META)
+    register()
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
@@ -153,12 +193,18 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
     def gradients(value: Tensor | list[Tensor], *upstream: Tensor) -> None:
         torch.autograd.grad(value, logits, upstream or None)
 
-    def loss(name: str) -> Callable[[], Any]:
+    def loss(name: str, **more: Any) -> Callable[[], Any]:
         nll = {"nll_mask": rewarded, "nll_normalizer": tensor()} if erc.objective(name).nll_coef else {}
-        return lambda: gradients(erc.policy_loss(logits, labels, objective=name, **arguments, **nll).loss)
+        return lambda: gradients(erc.policy_loss(logits, labels, objective=name, **arguments, **nll, **more).loss)
 
     def stats() -> None:
         found = erc.token_stats(logits, labels, backend="meta")
+        gradients([found.logprob, found.entropy], rewarded, rewarded)
+
+    kept = erc.SamplingSupport.from_ids(tensor(rows, length, 64, dtype=torch.long))
+
+    def kept_stats() -> None:
+        found = erc.token_stats(logits, labels, support=kept, backend="meta")
         gradients([found.logprob, found.entropy], rewarded, rewarded)
 
     def ratio() -> None:
@@ -168,9 +214,19 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
     return {
         "token_stats": lambda: erc.token_stats(logits.detach(), labels, backend="meta"),
         "token_stats and backward": stats,
+        "token_stats over a support and backward": kept_stats,
         "entropy_ratio and backward": ratio,
+        "policy_loss over a support and backward: erc-dapo": loss("erc-dapo", support=kept),
+        "policy_loss over a support and backward: gspo": loss("gspo", support=kept),
         **{f"policy_loss and backward: {name}": loss(name) for name in erc.objectives()},
     }
+
+
+def register() -> None:
+    """Make `backend="meta"` known."""
+    if _META not in _LIBRARIES:
+        _LIBRARIES[_META] = ops.define(_META)
+        register_namespace("meta", _META)
 
 
 _LIBRARIES: dict[str, torch.library.Library] = {}  # a library handle that is freed takes its operators along

@@ -5,12 +5,14 @@ from erc.backend import backends, use_backend
 from erc.diagnosis import Diagnosis, diagnose
 from erc.explanation import explain
 from erc.labels import shifted_labels
+from erc.linear.entropy_ratio import linear_entropy_ratio
 from erc.linear.loss import linear_policy_loss
 from erc.linear.stats import linear_token_stats
 from erc.loss import objective_loss, policy_loss
 from erc.parallel import VocabShard
 from erc.results import EntropyRatio, PolicyLoss, TokenStats
 from erc.stats import entropy_ratio, token_stats
+from erc.support import SamplingSupport
 from erc.surrogate.batch_rules import ClipCov, KLCov
 from erc.surrogate.entropy_control import AdaptiveEntropyCoef
 from erc.surrogate.entropy_ratio import EntropyRatioClip
@@ -69,12 +71,14 @@ __all__ = [
     "RatioTerms",
     "Reinforce",
     "RolloutCorrection",
+    "SamplingSupport",
     "TokenStats",
     "VocabShard",
     "backends",
     "diagnose",
     "entropy_ratio",
     "explain",
+    "linear_entropy_ratio",
     "linear_policy_loss",
     "linear_token_stats",
     "objective",

@@ -1,4 +1,4 @@
-"""Layer 2: the front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
+"""The front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
 and chooses the route.
 
 The route of a call, station by station: here -> token table -> rows -> token summary -> result (docs/architecture.md).
@@ -57,6 +57,7 @@ def choose_route(
     sharded: bool = False,
     split: bool = False,
     linear: bool = False,
+    support: bool = False,
 ) -> Route:
     """The route of a call. Everything that decides it is here, for the logits forms, the linear forms and `explain`.
 
@@ -66,6 +67,8 @@ def choose_route(
         return Route("reference", "plain PyTorch: several tensors as large as the logits")
     if sharded:
         return Route("two-phase", "a sharded row needs the other ranks' columns before any gradient")
+    if support:
+        return Route("two-phase", "the log-prob over a support is not what the sweep over the full vocabulary leaves")
     if not objective.fused:
         return Route("two-phase", objective.two_phase_reason)
     if split and not linear:
@@ -274,12 +277,9 @@ def loss_call(
     if fused and given.grad_scale is not None:
         scale = grad_scale if scale_tensor is None else scale_tensor
     shares = objective.entropy_reduction == "loss" or objective.reduction == "none"
-    if given.normalizer is not None and objective.reduction != "none":
-        for name, coef, own in (
-            ("entropy_normalizer", 0.0 if shares else objective.entropy_coef, given.entropy_normalizer),
-            ("nll_normalizer", objective.nll_coef, given.nll_normalizer),
-        ):
-            if coef and own is None:
+    if given.normalizer is not None:
+        for name in objective.own_normalizers:
+            if getattr(given, name) is None:
                 raise ValueError(
                     f"{name} must be given with normalizer: the term is a mean of its own, and k accumulated "
                     "micro-batches would give k times its gradient"

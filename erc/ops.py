@@ -1,4 +1,4 @@
-"""Layer 1: the operators every backend implements, one schema for all, one namespace a backend.
+"""The operators every backend implements, one schema for all, one namespace per backend.
 
 `erc_cpu::stats_forward`, `erc_triton::stats_forward` and `erc_cuda::stats_forward` are the same operator on different
 machinery; `erc.backend` picks the namespace, and nothing else in the package knows which one runs.
@@ -17,7 +17,7 @@ Conventions:
   step travels there, so nothing recompiles and nothing synchronises. `erc.constants.Param` is its layout.
 * A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` is an error on the CPU
   and makes the row NaN on a GPU. `partial_stats_` takes labels of the whole vocabulary, and the backward that follows
-  it `ABSENT_LABEL` where another shard holds the labelled column.
+  it `ABSENT_LABEL` where another shard holds the labelled column; `stats_backward` also takes `CUT_LABEL`.
 * A gradient's memory is the logits' own, or other memory of their dtype, or, of float32 logits, of a 16-bit dtype.
 """
 
@@ -55,6 +55,18 @@ SCHEMAS = {
     "stats_backward_": f"({_ROWS}, {_SOME}, {_GRADIENTS}, Tensor(a!) grad_logits) -> ()",
     # State of a vocabulary shard that starts at column `start`: [4, N] (row_max, sum_rest, weighted_sum, label value).
     "partial_stats_": f"({_ROWS}, {_SOME}, int start, Tensor(a!) state) -> ()",
+    # What a sampler kept of each token: `token_ids` [K] of the whole vocabulary, token t's from offsets[t] on, rising
+    # strictly after padding of -1. The rows' statistics become NaN where they break that or lack the label (an error on
+    # the CPU). `values` [K] are the kept logits, which `gathered` says are there already; state [3, N]; `dense_labels`
+    # are the labels for the backward of the full vocabulary, `CUT_LABEL` where `support_backward_` does the rest.
+    "support_forward_": f"({_ROWS.replace('Tensor? labels', 'Tensor labels')}, {_SOME}, int start, int vocab_size, "
+    "Tensor token_ids, Tensor offsets, bool gathered, Tensor(a!) values, Tensor(b!) logprob_full, Tensor(c!) entropy, "
+    "Tensor(d!) logsumexp, Tensor(e!) saved, Tensor(f!) logprob, Tensor(g!) state, Tensor(h!) dense_labels) -> ()",
+    # Overwrites the kept columns of cut rows in what `stats_backward` left.
+    "support_backward_": f"(Tensor labels, Tensor? temperature, Tensor params, {_SOME}, int start, Tensor token_ids, "
+    "Tensor offsets, Tensor values, Tensor saved, Tensor logprob_full, Tensor state, Tensor dense_labels, "
+    "Tensor grad_logprob, Tensor? grad_logprob_full, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+    "Tensor(a!) grad_logits) -> ()",
     # All that is known of a token before its logits are read: [N, 8] (`erc.constants.Column`), the labels that remain,
     # and what the summary of the same tokens counts with.
     "token_table": f"({_TOKENS}, int vocab_size, bool wide) -> (Tensor table, Tensor labels, Tensor counter)",
@@ -78,8 +90,10 @@ SCHEMAS = {
     # Multiply row i by scale[i], or every row by a 0-d scale; in place, a row whose scale is 1 is not touched.
     "scale_rows": "(Tensor grad, Tensor scale) -> Tensor",
     "scale_rows_": "(Tensor(a!) grad, Tensor scale) -> ()",
-    # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs.
-    "paired_forward": f"({_PAIR}) -> (Tensor stats, Tensor saved)",
+    # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs: [8, N] (both rows' states, KL(new || old),
+    # E[sign]). With `states` [6, N] these are a vocabulary shard's columns of rows of those states, and divergences and
+    # E[sign] are the sums over these columns.
+    "paired_forward": f"({_PAIR}, Tensor? states=None) -> (Tensor stats, Tensor saved)",
     "paired_backward": f"({_PAIR}, Tensor saved, Tensor grads) -> Tensor",
 }
 
@@ -186,21 +200,23 @@ def contiguous(grad: Tensor | None) -> Tensor | None:
 
 def no_graph() -> AbstractContextManager[Any]:
     """Around an eager operator call that makes no graph: its kernel is called at once, not by way of the autograd
-    formula that is registered for it, which costs more than a short row. Compiled code traces the formula."""
-    return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+    formula that is registered for it, which costs more than a short row. Compiled code traces the formula, and
+    forward-mode tangents, which the operators in PyTorch carry, live where autograd does."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def refuse_double_backward(function: str) -> None:
-    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
+    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped silently."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{function} has no second derivative, which would be dropped without a word: call backward without "
-            "create_graph"
+            f"{function} has no second derivative, which would be dropped silently: call backward without create_graph"
         )
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    """Raise before an operator that would drop a forward-mode tangent of one of them silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
@@ -253,7 +269,9 @@ def _loss_backward(namespace: str):
 
 
 def _paired_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *pair, states = inputs
+    ctx.save_for_backward(*pair, output[1])
+    ctx.whole = states is None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -262,9 +280,11 @@ def _paired_backward(namespace: str):
     def backward(ctx, grads, _):
         refuse_double_backward("entropy_ratio")
         if grads is None:
-            return None, None, None, None
+            return None, None, None, None, None
+        if not ctx.whole:
+            raise RuntimeError("paired_forward of a shard's columns has no gradient of its own")
         operator = getattr(torch.ops, namespace).paired_backward
-        return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None
+        return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None, None
 
     return backward
 

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules that compare a token with the whole batch (arXiv 2505.22617). They run two-phase.
+"""Ratio rules that compare a token with the whole batch (arXiv 2505.22617). They run two-phase.
 
 The entropy of a policy falls where the covariance of log-prob and advantage is large: few tokens carry most of it.
 Both rules find them by `(A - mean A) (logprob - mean logprob)`, the means over the active tokens of this call.
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from erc.surrogate.ratio_rules import (
-    PPOClip,
     RatioInputs,
     RatioRule,
     RatioTerms,
     check_value,
     check_widths,
+    clipped,
     log_difference,
     ratio_and_slope,
     widened,
@@ -43,8 +43,8 @@ def _covariance(inputs: RatioInputs) -> Tensor:
 
 
 def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float) -> Tensor:
-    """The candidates with the largest scores, of equal ones the first: a `fraction` of the active tokens, at least one.
-    Nothing is read by the host."""
+    """The candidates with the largest scores, the first among equal ones: a `fraction` of the active tokens, at least
+    one. Nothing is read by the host."""
     allowed = (fraction * active.sum()).floor().clamp(min=1)
     order = torch.where(candidates, score, -torch.inf).argsort(descending=True, stable=True)
     return candidates & (order.argsort() < allowed)
@@ -79,11 +79,11 @@ class ClipCov(BatchRule):
         check_value("low", self.low, self.low < self.high, "below high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        loss, clip_low, clip_high, _ = PPOClip(self.eps_low, self.eps_high).terms(inputs.constant())
+        loss, clip_low, clip_high, _ = clipped(inputs.constant(), self.eps_low, self.eps_high)
         covariance, active = _covariance(inputs), inputs.mask != 0
         candidates = active & ~clip_low & ~clip_high & (covariance > self.low) & (covariance < self.high)
         # float32 whatever the dtype of the statistics: a seed then draws the same tokens.
-        draw = torch.rand(covariance.shape, generator=inputs.generator, device=covariance.device, dtype=torch.float32)
+        draw = torch.empty_like(covariance, dtype=torch.float32).uniform_(generator=inputs.generator)
         drawn = _largest(draw, candidates, active, self.fraction)
         positive = inputs.advantage > 0
         low, high = clip_low | (drawn & ~positive), clip_high | (drawn & positive)

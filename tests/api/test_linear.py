@@ -80,12 +80,12 @@ def test_linear_token_stats_matches_the_oracle_in_all_three_outputs(budget):
     hidden, weight, bias, labels = make_head()
     stats = erc.linear_token_stats(hidden, weight, labels, bias=bias, temperature=0.7, memory_budget=budget)
     upstream = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(2))
-    grads = torch.autograd.grad(list(stats), (hidden, weight, bias), list(upstream))
+    grads = torch.autograd.grad(list(stats[:3]), (hidden, weight, bias), list(upstream))
 
     def reference(h, w, b):
         logits = torch.nn.functional.linear(h, w, b)
         exact = erc.reference.token_stats(logits, labels, temperature=0.7)
-        return sum((u.double() * stat).sum() for u, stat in zip(upstream, exact, strict=True))
+        return sum((u.double() * stat).sum() for u, stat in zip(upstream, exact[:3], strict=True))
 
     _, exact = oracle_gradients(reference, hidden, weight, bias)
     assert_close_to_oracle(grads, exact, 3e-5)
@@ -176,7 +176,7 @@ def test_a_bfloat16_weight_gradient_of_any_number_of_chunks(chunks):
     hidden, weight, _, _ = make_head(torch.bfloat16, rows, vocab, bias=False)
     labels = torch.full((rows,), -100) if chunks == 0 else torch.arange(rows)
     arguments = {"old_logprob": None, "advantages": torch.linspace(-1, 2, rows), "objective": "dapo", "normalizer": 4.0}
-    budget = rows // max(chunks, 1) * vocab * 2
+    budget = rows // max(chunks, 1) * vocab * 6  # a float32 logit and its 16-bit gradient
     erc.linear_policy_loss(hidden, weight, labels, memory_budget=budget, **arguments).loss.backward()
     assert weight.grad.dtype == torch.bfloat16
     if chunks == 0:
@@ -184,7 +184,7 @@ def test_a_bfloat16_weight_gradient_of_any_number_of_chunks(chunks):
         return
     exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     erc.reference.policy_loss(exact_hidden @ exact_weight.T, labels, **arguments).loss.backward()
-    bound = 2.0**-6 * exact_weight.grad.abs().max()  # logits, their gradient and the products rounded to bfloat16
+    bound = 2.0**-6 * exact_weight.grad.abs().max()  # gradients of logits and products rounded to bfloat16
     assert (weight.grad.double() - exact_weight.grad).abs().max() <= bound
     assert (0.9 * weight.grad.double() - exact_weight.grad).abs().max() > bound, "a wrong gradient would be noticed"
 
@@ -210,8 +210,9 @@ def test_autocast_runs_the_gemms_in_its_dtype():
             hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo"
         )
     out.loss.backward()
-    rounded = torch.nn.functional.linear(hidden.bfloat16(), weight.bfloat16())
-    assert torch.equal(out.logprob, erc.token_stats(rounded, labels).logprob)
+    with torch.no_grad():
+        exact = erc.token_stats(hidden.bfloat16().float() @ weight.bfloat16().float().t(), labels)
+    torch.testing.assert_close(out.logprob, exact.logprob, rtol=1e-6, atol=1e-5)
     assert weight.grad.dtype == torch.float32
 
 

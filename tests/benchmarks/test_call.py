@@ -7,7 +7,10 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import erc
+import erc.loss
 from benchmarks.call import LAUNCHES, call_rows, calls, count
+from benchmarks.host import STATIONS, host_rows
+from erc.backend import operators as backend_operators
 from erc.ops import SCHEMAS
 from tests.contract.test_opcheck import operator_arguments
 from tests.cuda_host import build
@@ -23,7 +26,7 @@ def costs():
 
 
 def objectives(costs):
-    return {name.split(": ")[1]: cost for name, cost in costs.items() if name.startswith("policy_loss")}
+    return {name.split(": ")[1]: cost for name, cost in costs.items() if name.startswith("policy_loss and")}
 
 
 def test_token_level_losses_take_six_launches_and_sequence_rules_at_most_forty(costs):
@@ -34,6 +37,17 @@ def test_token_level_losses_take_six_launches_and_sequence_rules_at_most_forty(c
             assert cost.kernels == 6 and cost.ours == 5, name
         elif not rule.needs_batch:
             assert 6 < cost.kernels <= 40, name
+
+
+def test_a_support_adds_two_launches_to_the_statistics_and_two_kernels_to_any_loss(costs):
+    plain, kept = costs["token_stats and backward"], costs["token_stats over a support and backward"]
+    assert kept.kernels == kept.ours == plain.kernels + 2
+    two_phase = costs["policy_loss and backward: gspo"].ours + 2
+    for name in ("gspo", "erc-dapo"):
+        cost = costs[f"policy_loss over a support and backward: {name}"]
+        assert cost.ours == two_phase
+        assert cost.peak <= LOGITS + 10 * PER_TOKEN < 2 * LOGITS, "no mask of the vocabulary's size"
+        assert cost.bytes <= costs["policy_loss and backward: gspo"].bytes + 20 * PER_TOKEN
 
 
 def test_logits_are_read_once_and_their_gradient_written_once(costs):
@@ -67,3 +81,13 @@ def test_launches_are_those_of_the_cuda_sources(name):
     host.configure(clusters=False, multiprocessors=1)
     getattr(host.ops, name)(*arguments)
     assert len(host.launches()) == LAUNCHES.get(name, 1)
+
+
+def test_the_host_time_of_a_loss_is_that_of_its_stations():
+    rows = {name: float(microseconds) for name, microseconds, _ in host_rows(calls=100)}
+    assert set(STATIONS) < set(rows) and all(value > 0 for value in rows.values())
+    assert rows["of it: operator"] <= rows["operator, autograd node"]
+    stations = sum(rows[name] for name in STATIONS if not name.startswith("of it"))
+    whole = rows["policy_loss and backward, whole"]
+    assert 0.3 * whole < stations < 3 * whole, "the stations are the call, up to the noise of the machine"
+    assert erc.loss.operators is backend_operators, "the wrappers are gone"

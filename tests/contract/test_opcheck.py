@@ -12,6 +12,7 @@ from erc.constants import NUM_PARAMS, PAIRED_OUTPUTS
 from erc.ops import SCHEMAS
 from erc.rows import row_scaling
 from tests.backends import OnDevice, operators  # noqa: F401
+from tests.oracle import random_labels, random_logits
 
 OUTER, INNER, VOCAB = 2, 3, 37
 ROWS = OUTER * INNER
@@ -34,6 +35,14 @@ def a_call(logits):
     return loss_call(objective, arguments, torch.randint(VOCAB, shape), -100, logits, scaling, VOCAB, fused=True)
 
 
+def support_arguments(labels: torch.Tensor) -> tuple[tuple, tuple]:
+    """Ids and offsets of a support that holds the label and the next tokens, and what is written of it: kept logits,
+    log-probs, state and dense labels."""
+    support = erc.SamplingSupport.from_ids(torch.stack([labels, (labels + 1) % VOCAB, (labels + 5) % VOCAB], 1))
+    outputs = (torch.zeros(3 * ROWS),), torch.zeros(ROWS), torch.zeros(3, ROWS), torch.zeros(ROWS, dtype=torch.long)
+    return (support.token_ids, support.offsets), outputs
+
+
 def operator_arguments(name: str, ops) -> tuple:
     """Arguments of an operator of `ops`, on the CPU."""
     logits = torch.randn(OUTER, INNER, VOCAB)
@@ -47,6 +56,8 @@ def operator_arguments(name: str, ops) -> tuple:
     grads = [torch.randn(ROWS) for _ in range(3)]
     loss = (call.scaling.temperature, *call.tokens, False, True)
     table, labels_left, counter = call.token_table(ops)
+    kept, over = support_arguments(labels)
+    full = ops.stats_forward(*rows)
     per_token, flags = torch.zeros(4, ROWS), torch.zeros(ROWS, dtype=torch.int32)
     return {
         "stats_forward": rows,
@@ -54,6 +65,11 @@ def operator_arguments(name: str, ops) -> tuple:
         "stats_backward": (*rows, saved, *grads),
         "stats_backward_": (*rows, *some, saved, *grads, torch.zeros_like(logits, dtype=torch.bfloat16)),
         "partial_stats_": (*rows, None, 0, 0, torch.zeros(4, ROWS)),
+        "support_forward_": (*rows, *some, 0, VOCAB, *kept, False, *over[0], *full, *over[1:]),
+        "support_backward_": (
+            *(labels, None, params, *some, 0, *kept, over[0][0], full[3], full[0], over[2], over[3]),
+            *(grads[0], None, *grads[1:], torch.zeros_like(logits)),
+        ),
         "token_table": (*call.tokens, VOCAB, False),
         "loss_rows_": (
             *(logits, labels_left, call.scaling.temperature, call.tokens.params, -100),
@@ -82,3 +98,19 @@ def test_opcheck(name, requires_grad, operators):  # noqa: F811
     if requires_grad and name in ("stats_forward", "policy_loss", "paired_forward"):
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
     opcheck(getattr(operators.ops, name), arguments)
+
+
+def test_compiles_into_one_graph(kernels):
+    if kernels == "torch":
+        pytest.skip("PyTorch's own operators read their params")
+    logits, labels, advantages = random_logits(4, 70), random_labels(4, V=70), torch.ones(4)
+
+    def forward(rows):
+        loss = erc.policy_loss(rows, labels, old_logprob=None, advantages=advantages, objective="ppo").loss
+        return loss + erc.token_stats(rows, labels).entropy.sum()
+
+    eager, compiled = (logits.clone().requires_grad_(True) for _ in range(2))
+    forward(eager).backward()
+    torch._dynamo.reset()  # what was compiled for another backend
+    torch.compile(forward, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert torch.equal(compiled.grad, eager.grad) and (eager.grad != 0).any()
