@@ -104,8 +104,9 @@ class OPERATORS:
         x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
         row = Row(scaling.apply(x))
         logprob = row.logprob(torch.where(in_range, labels, 0))
-        stats = (torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
-        return (*stats, None)
+        found = (logprob, row.entropy, row.logsumexp)
+        logprob, entropy, logsumexp = (torch.where(active, stat, 0.0).to(dtype) for stat in found)
+        return logprob, entropy, logsumexp, None
 
     @staticmethod
     def paired_forward(

@@ -39,7 +39,9 @@ def sampled_logprobs(
     tensor([-1.3863, -1.3863])
     """
     logits = logits if dtype is None else logits.to(dtype)
-    return token_stats(logits, tokens, temperature=temperature).logprob
+    logprob = token_stats(logits, tokens, temperature=temperature).logprob
+    assert logprob is not None
+    return logprob
 
 
 @dataclass

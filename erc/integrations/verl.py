@@ -205,7 +205,9 @@ def install() -> None:
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """verl's function of that name: log-probs `[*]` in float32. The backward never writes over the logits."""
-    return token_stats(logits, labels).logprob
+    logprob = token_stats(logits, labels).logprob
+    assert logprob is not None
+    return logprob
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -229,6 +231,7 @@ class FusedLinearForPPO(torch.nn.Module):
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         stats = linear_token_stats(hidden_states, vocab_weights, input_ids.long(), temperature=temperature)
+        assert stats.logprob is not None
         return stats.logprob, stats.entropy
 
 
@@ -241,6 +244,7 @@ def use_fused_statistics() -> None:
 
 
 def _replace(theirs: Any, ours: Any) -> None:
+    attribute = theirs.__name__
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get(theirs.__name__) is theirs:
-            setattr(module, theirs.__name__, ours)
+        if name.startswith("verl.") and vars(module).get(attribute) is theirs:
+            setattr(module, attribute, ours)

@@ -256,7 +256,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _whole(value: Tensor | None) -> Tensor | None:
+def _whole(value: Any) -> Any:
+    """Of a parameter or None: what FSDP2 has parted, gathered."""
     return value.full_tensor() if type(value).__name__ == "DTensor" else value
 
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from tests.compat.environments import PAIRS, Environment, Pair, Unavailable, environment
 
 # Quick, on every backend of a CPU, and one that reads docs, one that reads results.
-TESTS = ("tests/contract/test_policy_loss.py", "tests/contract/test_stats.py", "tests/api/test_documentation.py")
+TESTS = ("tests/contract/test_policy_loss.py", "tests/contract/test_edges.py", "tests/api/test_documentation.py")
 OPTIONAL = ("rich", "numpy")
 
 
