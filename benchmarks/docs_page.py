@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from benchmarks.call import call_block
-from benchmarks.markdown import BEGIN, END, markdown_table
+from benchmarks.markdown import generated, markdown_table
 from benchmarks.results import Results
 from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, step_share_rows
 
@@ -19,7 +19,7 @@ def docs_block(folder: Path, document: Path) -> str:
         f"bandwidth; generation takes {ROLLOUT_RATIO:g} times as long as the update. "
         "`python -m benchmarks step-share` prints the formulas and takes other assumptions."
     )
-    parts = [BEGIN, "## Share of a training step, H100", step, assumed]
+    parts = ["## Share of a training step, H100", step, assumed]
     parts += ["## Every call, counted", call_block()]
     linear = folder / "linear.json"
     if linear.exists():
@@ -28,7 +28,7 @@ def docs_block(folder: Path, document: Path) -> str:
     if figure.exists():
         link = Path(os.path.relpath(figure, document.parent)).as_posix()
         parts += ["## What the GPU kernels' instructions leave reachable", f"![Roofline of each GPU, bfloat16]({link})"]
-    return "\n\n".join([*parts, END])
+    return generated("benchmarks", *parts)
 
 
 def _linear_table(results: Results) -> str:

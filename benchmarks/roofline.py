@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks import ours
-from benchmarks.machine_code.roofline import GPUS
+from benchmarks.hardware import GPUS
 from benchmarks.report import BASELINES, main_cases
 from benchmarks.results import Measurement, Results
 

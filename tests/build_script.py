@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import os
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
@@ -19,3 +23,22 @@ def load() -> ModuleType:
     with mock.patch("setuptools.setup"):
         spec.loader.exec_module(module)
     return module
+
+
+@cache
+def builder() -> ModuleType:
+    """One copy for all that is built: `Object` and `Library`."""
+    return load()
+
+
+def built(library: Any) -> Path:
+    """The path of a `Library`, compiled and linked where anything changed; one process at a time.
+
+    Raises:
+        setuptools.errors.CompileError: with the compiler's output.
+    """
+    library.path.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library.build(int(os.environ.get("ERC_BUILD_JOBS") or 2))
+    return library.path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import erc
-from benchmarks.machine_code.roofline import GPUS
+from benchmarks.hardware import GPUS
 from erc.backend import operators, register_namespace, why_not
 from tests.contract.test_cuda_host import (  # noqa: F401
     BACKEND,

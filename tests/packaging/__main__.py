@@ -19,8 +19,13 @@ from tempfile import TemporaryDirectory
 
 from tests.compat.environments import PAIRS, Environment, Pair, Unavailable, environment
 
-# Quick, on every backend of a CPU, and one that reads docs, one that reads results.
-TESTS = ("tests/contract/test_policy_loss.py", "tests/contract/test_edges.py", "tests/api/test_documentation.py")
+# Quick ones that compile nothing, among them some that read documents, results and workflows.
+TESTS = (
+    "tests/api/test_objectives.py",
+    "tests/api/test_documentation.py",
+    "tests/api/test_labels.py",
+    "tests/api/test_advantages.py",
+)
 OPTIONAL = ("rich", "numpy")
 
 
