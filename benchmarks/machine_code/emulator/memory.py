@@ -183,7 +183,7 @@ def _bulk_copy(i: Decoded, s: Step) -> None:
 
 @effect("STAS")
 def _send(i: Decoded, s: Step) -> None:
-    """To shared memory of a block of the cluster. The address's pair holds the place and the barrier that counts bytes."""
+    """To shared memory of a block of the cluster. The address names two: the place, and the barrier that counts."""
     m, width, source = s.machine, _width(i), i.operands[-1]
     place = i.operands[0].terms[0][1]
     threads = m.threads_of(s)
