@@ -2,7 +2,7 @@
 oldest and the newest Python with the oldest and the newest PyTorch, in environments that hold nothing else.
 
 pip installs the wheel, which it would refuse for another platform or Python. Then the command line runs without rich
-and numpy, and tests of the unpacked sdist run against the installed package, with the sdist's own sources out of sight.
+and numpy, and tests of the unpacked sdist run against the installed package.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ def command_line(env: Environment) -> dict[str, str]:
 
 
 def sdist_tests(sdist: Path, env: Environment) -> str:
-    """The last line of pytest over TESTS of the unpacked sdist, whose own package is put out of sight."""
+    """The last line of pytest over TESTS of the unpacked sdist, with the installed package in place of its own."""
     with TemporaryDirectory(prefix="erc-sdist-") as folder:
         shutil.unpack_archive(sdist, folder)
         tree = next(Path(folder).iterdir())
-        (tree / "erc").rename(tree / "not-erc")
+        shutil.rmtree(tree / "erc")
+        (tree / "erc").symlink_to(env.folder / "erc")
         variables = {"PATH": os.environ["PATH"], "HOME": folder, "PYTHONPATH": str(env.folder)}
         command = [env.python, "-S", "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
         done = subprocess.run(command, cwd=tree, env=variables, check=True, capture_output=True, text=True)
