@@ -46,7 +46,7 @@ class OnDevice:
         operator = getattr(self._ops, name).default
 
         def call(*values: Any) -> Any:
-            arguments = list(zip(operator._schema.arguments, values, strict=True))
+            arguments = list(zip(operator._schema.arguments, values, strict=False))  # the last ones may have a default
             there = [
                 value.to(self._device, copy=True) if isinstance(value, Tensor) and argument.name != "params" else value
                 for argument, value in arguments

@@ -52,7 +52,7 @@ def machine(_opened):
 
 
 @pytest.fixture
-def compiled(_opened):
+def native(_opened):
     """A machine with operators of its own: all but PyTorch's."""
     return _opened
 
@@ -69,7 +69,7 @@ def cpu():
 def pytest_generate_tests(metafunc):
     machines = [*_here(*CUDA_FORMS), *GPU]
     chosen = {"kernels": _here("cuda-cluster"), "machine": machines}
-    chosen["compiled"] = [name for name in machines if name != "torch"]
+    chosen["native"] = [name for name in machines if name != "torch"]
     for name, backends in chosen.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize("_opened", backends, indirect=True)

@@ -105,7 +105,7 @@ def test_nan_and_plus_inf_poison_their_row_alone_wherever_they_stand(value, V, m
 
 
 @pytest.mark.parametrize("softcap", [None, 6.0])
-@pytest.mark.parametrize("V", [1027, LONG - 4088])
+@pytest.mark.parametrize("V", [1027, 2053 if INTERPRETED else 20_488])
 @pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min])
 def test_forbidden_tokens(mask, V, softcap, machine):
     """-inf, and the lowest finite number that many programs write instead of it."""
@@ -216,11 +216,11 @@ def test_a_label_out_of_range_raises_with_its_position(machine):
 
 
 @pytest.mark.parametrize("label", [300, -1, 2**62, ABSENT_LABEL])
-def test_an_operator_never_reads_outside_a_row(label, compiled):
+def test_an_operator_never_reads_outside_a_row(label, native):
     """A label that nobody checked: an error on the CPU, and in what reads no values the row is NaN."""
-    ops, logits, labels = compiled.ops, random_logits(1, 2, 300), torch.tensor([label, 7])
+    ops, logits, labels = native.ops, random_logits(1, 2, 300), torch.tensor([label, 7])
     rows, ones = (logits, labels, None, params(), IGNORE), torch.ones(2)
-    if compiled.checks_values:
+    if native.checks_values:
         with pytest.raises(RuntimeError, match=INVALID_VALUE):
             ops.stats_forward(*rows)
         saved = ops.stats_forward(logits, labels.clamp(0, 299), *rows[2:])[3]
@@ -228,16 +228,16 @@ def test_an_operator_never_reads_outside_a_row(label, compiled):
         logprob, entropy, _, saved = ops.stats_forward(*rows)
         assert logprob[0].isnan() and entropy[0].isnan() and logprob[1].isfinite()
     gradient = ops.stats_backward(
-        *rows, torch.full_like(saved, NAN) if compiled.checks_values else saved, ones, None, None
+        *rows, torch.full_like(saved, NAN) if native.checks_values else saved, ones, None, None
     )
     assert gradient[0, 0].isnan().all()
-    assert compiled.checks_values or gradient[0, 1].isfinite().all()
+    assert native.checks_values or gradient[0, 1].isfinite().all()
 
 
-def test_a_label_of_another_shard_counts_as_forbidden_here(compiled):
+def test_a_label_of_another_shard_counts_as_forbidden_here(native):
     logits, absent = random_logits(1, 1, 300), torch.tensor([ABSENT_LABEL])
-    saved = compiled.ops.stats_forward(logits, None, None, params(), IGNORE)[3]
-    gradient = compiled.ops.stats_backward(logits, absent, None, params(), IGNORE, saved, torch.ones(1), None, None)
+    saved = native.ops.stats_forward(logits, None, None, params(), IGNORE)[3]
+    gradient = native.ops.stats_backward(logits, absent, None, params(), IGNORE, saved, torch.ones(1), None, None)
     torch.testing.assert_close(gradient[0], -logits[0].double().softmax(-1).float(), rtol=1e-5, atol=1e-9)
 
 

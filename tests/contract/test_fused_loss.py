@@ -146,11 +146,11 @@ def test_a_tie_on_a_bound_keeps_the_gradient(rule, machine):
     assert (leaf.grad != 0).any(-1).all()
 
 
-def test_the_gate_drops_on_the_bound_and_on_nan(compiled):
+def test_the_gate_drops_on_the_bound_and_on_nan(native):
     """Strict bounds: rho on a bound drops. A NaN old entropy drops without making the loss NaN."""
     logits, labels, stats = four_tokens()
     old = stats.entropy * torch.tensor([1.0, 2.0, 0.5, 1.0])
-    if not compiled.checks_values:
+    if not native.checks_values:
         old[3] = NAN
     for band, kept in ((0.05, True), (0.0, False)):
         leaf = logits.clone().requires_grad_()
@@ -160,7 +160,7 @@ def test_the_gate_drops_on_the_bound_and_on_nan(compiled):
         )
         out.loss.backward()
         assert out.loss.isfinite() and leaf.grad[0].any() == kept
-        last_kept = kept and compiled.checks_values
+        last_kept = kept and native.checks_values
         assert not leaf.grad[1:3].any() and leaf.grad[3].any() == last_kept
         assert out.metrics["erc_fraction"] == 1 - (int(kept) + int(last_kept)) / 4
         assert out.metrics["erc_fraction_low"] >= 0.25 and out.metrics["erc_fraction_high"] >= 0.25
@@ -179,13 +179,13 @@ def test_a_nan_logit_makes_loss_and_gradient_nan_even_if_gated_or_without_advant
     assert out.loss.isnan().tolist() == leaf.grad.isnan().any(-1).tolist() == [True, True, False, False]
 
 
-def test_large_weights_do_not_overflow_beside_masked_tokens(compiled):
+def test_large_weights_do_not_overflow_beside_masked_tokens(native):
     """slope * x may leave float32 where p is 0: with a weight of 1e6 and logits of -3e38."""
     logits, labels = random_logits(1, 2, 1032), random_labels(2, V=1032)
     logits[0, :, 500:] = torch.finfo(torch.float32).min
     labels %= 500
     million = torch.full((2,), 1e6)
-    gradient = loss_call(compiled.ops, logits, labels, weights=million, entropy_coef=-1, temperature=1.5)[-1]
+    gradient = loss_call(native.ops, logits, labels, weights=million, entropy_coef=-1, temperature=1.5)[-1]
     assert gradient.isfinite().all() and (gradient[0, :, 500:] == 0).all() and (gradient[0, :, :500] != 0).any()
 
 

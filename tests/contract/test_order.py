@@ -20,7 +20,7 @@ def assert_same_bits(first, second):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_strides_and_alignment_change_no_bit(dtype, compiled):
+def test_strides_and_alignment_change_no_bit(dtype, native):
     """Padded rows, `logits[:, :-1]`, rows that start two or four bytes off: the same columns meet in the same order."""
     V = 1032
     plain = random_logits(2, 2, V, dtype=dtype)
@@ -31,10 +31,10 @@ def test_strides_and_alignment_change_no_bit(dtype, compiled):
     results = []
     for logits in (plain, padded[:, :2, :V], shifted):
         rows = (logits, labels, None, params(), IGNORE)
-        statistics = compiled.ops.stats_forward(*rows)
+        statistics = native.ops.stats_forward(*rows)
         ones = torch.ones_like(statistics[1])
-        gradient = compiled.ops.stats_backward(*rows, statistics[3], ones, ones, None)
-        results.append((*statistics, gradient, *loss_call(compiled.ops, logits, labels)))
+        gradient = native.ops.stats_backward(*rows, statistics[3], ones, ones, None)
+        results.append((*statistics, gradient, *loss_call(native.ops, logits, labels)))
     for other in results[1:]:
         assert_same_bits(results[0], other)
 
@@ -47,19 +47,19 @@ def test_a_row_does_not_depend_on_its_batch(machine):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("forbidden", [False, True])
-def test_statistics_loss_and_gradients_in_place_agree(forbidden, dtype, compiled):
+def test_statistics_loss_and_gradients_in_place_agree(forbidden, dtype, native):
     logits, labels = random_logits(1, 3, LONG, dtype=dtype), random_labels(3, V=LONG)
     labels[1] = IGNORE
     if forbidden:
         logits[0, 2, LONG // 2 : LONG // 2 + 900] = -torch.inf
     rows = (logits, labels, None, params(), IGNORE)
-    logprob, entropy, _, saved = compiled.ops.stats_forward(*rows)
-    *outputs, gradient = loss_call(compiled.ops, logits, labels)
+    logprob, entropy, _, saved = native.ops.stats_forward(*rows)
+    *outputs, gradient = loss_call(native.ops, logits, labels)
     assert same_bits(logprob, outputs[2]) and same_bits(entropy, outputs[3])
     overwritten = logits.clone()
-    assert_same_bits(outputs, loss_call(compiled.ops, overwritten, labels, in_place=True))
+    assert_same_bits(outputs, loss_call(native.ops, overwritten, labels, in_place=True))
     assert same_bits(gradient, overwritten) and gradient.any()
     upstream = [torch.linspace(-1, 1, 3, dtype=logprob.dtype) for _ in range(3)]
-    gradient, overwritten = compiled.ops.stats_backward(*rows, saved, *upstream), logits.clone()
-    compiled.ops.stats_backward_(overwritten, *rows[1:], None, 0, saved, *upstream, overwritten)
+    gradient, overwritten = native.ops.stats_backward(*rows, saved, *upstream), logits.clone()
+    native.ops.stats_backward_(overwritten, *rows[1:], None, 0, saved, *upstream, overwritten)
     assert same_bits(gradient, overwritten) and gradient.any()

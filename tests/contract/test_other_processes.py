@@ -20,6 +20,7 @@ EVERY_BACKEND = (
     "test_entropy_ratio.py",
     "test_extreme_rows.py",
     "test_fused_loss.py",
+    "test_linear_dtypes.py",
     "test_linear_rows.py",
     "test_opcheck.py",
     "test_order.py",

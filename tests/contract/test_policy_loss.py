@@ -281,6 +281,17 @@ def test_explain_tells_backend_and_path():
     assert "GSPO" in erc.explain(logits, "gspo").path_reason or explained.backend == "torch"
 
 
+def test_explain_prints_the_plan_of_a_head_that_is_not_there():
+    hidden, weight = (torch.empty(n, 3584, dtype=torch.bfloat16, device="meta") for n in (8192, 152_064))
+    words = str(erc.explain(hidden.requires_grad_(), weight=weight.requires_grad_()))
+    assert "path fused" in words and "plan: 7 chunks of 1,171 rows; 1,019 MiB" in words and "a model of" in words
+    assert "plan" not in str(erc.explain(hidden))
+    whole = erc.explain(hidden, weight=weight, memory_budget=2**40).plan
+    assert whole.rows.chunks(whole.shape) == 1 and "1 chunk of 8,192 rows" in str(whole)
+    frozen = erc.explain(hidden.detach(), weight=weight.detach())
+    assert "bare products" not in str(frozen), "without a gradient there is one product"
+
+
 def test_objective_loss_is_the_same_loss_from_logprobs_and_entropies():
     logits, labels, arguments = make_problem(torch.float64)
     arguments = {k: v.double() for k, v in arguments.items()}
