@@ -238,10 +238,12 @@ def state_statistics(
     logprob = (label - row_max) * scale - log_sum
     entropy = log_sum - weighted_sum / (1 + sum_rest)
     valid = row_max.isfinite() & sum_rest.isfinite() & weighted_sum.isfinite()
-    results = (torch.where(valid, stat, torch.nan) for stat in (logprob, entropy, logsumexp))
-    if ignored is not None:
-        results = (torch.where(ignored, 0.0, stat) for stat in results)
-    return tuple(stat.to(state.dtype) for stat in results)
+
+    def result(stat: Tensor) -> Tensor:
+        stat = torch.where(valid, stat, torch.nan)
+        return (stat if ignored is None else torch.where(ignored, 0.0, stat)).to(state.dtype)
+
+    return result(logprob), result(entropy), result(logsumexp)
 
 
 def poisoned(state: Tensor, labels: Tensor | None, ignore_index: int, vocab_size: int) -> Tensor:
@@ -299,7 +301,7 @@ class _ShardedStats(torch.autograd.Function):
             return (None,) * 7
         if labels is None:
             grads = (None, *grads[1:])
-        grads = [None if grad is None else grad.contiguous() for grad in grads]
+        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
         grad_rows = ctx.operators.stats_backward(rows, labels, temperature, params, LOCAL_IGNORE_INDEX, saved, *grads)
         return (grad_rows,) + (None,) * 6
 

@@ -155,6 +155,7 @@ def linear_policy_loss(
             like.dtype,
             main_grad,
         )
+        assert logprob is not None
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy))
     refuse_forward_mode(hidden, weight, bias)
     rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)

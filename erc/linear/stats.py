@@ -107,7 +107,9 @@ def linear_token_stats(
             like.dtype,
             main_grad,
         )
-    return TokenStats(*(None if stat is None else stat.view(leading) for stat in stats))
+    logprob, entropy, logsumexp = stats
+    logprob = None if logprob is None else logprob.view(leading)
+    return TokenStats(logprob, entropy.view(leading), logsumexp.view(leading))
 
 
 def linear_row_stats(
@@ -127,21 +129,23 @@ def linear_row_stats(
     """Log-prob, entropy and logsumexp of checked arguments, `[N]` each."""
     params = scaling_params(scaling)
     if backend == "torch":
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1])
         if labels is not None:
-            rows = rows.masked_fill((labels == ignore_index)[:, None], 0)
+            flat = flat.masked_fill((labels == ignore_index)[:, None], 0)
         operands = product_dtype(weight)
-        rows, weight, bias = (t if t is None else t.to(operands).to(logits_dtype) for t in (rows, weight, bias))
+        flat, weight = (tensor.to(operands).to(logits_dtype) for tensor in (flat, weight))
+        bias = None if bias is None else bias.to(operands).to(logits_dtype)
         if main_grad is not None:
             weight = AddedToMainGrad.apply(weight, main_grad)
         with no_autocast(hidden.device):
-            logits = torch.nn.functional.linear(rows, weight, bias)[None]
+            logits = torch.nn.functional.linear(flat, weight, bias)[None]
         stats = operators(backend).stats_forward(logits, labels, scaling.temperature, params, ignore_index)
         return (None if labels is None else stats[0]), *stats[1:3]
     refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         local = vocab_shard.local_rows
-        weight, bias, main_grad = (None if t is None else local(t) for t in (weight, bias, main_grad))
+        weight = local(weight)
+        bias, main_grad = (None if tensor is None else local(tensor) for tensor in (bias, main_grad))
     rows = _Rows(
         operators(backend), labels, scaling.temperature, params, ignore_index, active, budget, product_dtype(weight),
         logits_dtype, needs_grad(hidden, weight, bias), vocab_shard, main_grad,
