@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -87,3 +88,11 @@ def test_use_backend_as_it_is_meant(recwarn):
     assert not [w for w in recwarn if "use_backend" in str(w.message)]
     with pytest.raises(ValueError, match="name must be one of"):
         erc.use_backend("gpu")
+
+
+def test_a_weight_given_as_it_is_stored_elsewhere():
+    hidden, weight, labels = torch.randn(2, 8), torch.randn(8, 11), torch.tensor([1, 2])
+    for call in (erc.linear_token_stats, partial(erc.linear_policy_loss, old_logprob=labels, advantages=labels)):
+        with pytest.raises(ValueError, match=r"weight must be \[V, D\], got shape \(8, 11\): pass weight.t\(\)"):
+            call(hidden, weight, labels)
+    assert erc.linear_token_stats(hidden, weight.t(), labels).entropy.shape == (2,)
