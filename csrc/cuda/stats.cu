@@ -128,8 +128,9 @@ __global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward
     if (label.kind != LabelKind::kIgnored) {
       const Real* saved = static_cast<const Real*>(call.saved);
       const RowState<Real> state{saved[token], saved[n + token], saved[2 * n + token]};
-      const StatGrads<Real> grads{optional(call.grad_logprob, token, Real(0)), optional(call.grad_entropy, token, Real(0)),
-                                  optional(call.grad_logsumexp, token, Real(0))};
+      const bool cut = label.kind == LabelKind::kCut;
+      const StatGrads<Real> grads{cut ? Real(0) : optional(call.grad_logprob, token, Real(0)),
+                                  optional(call.grad_entropy, token, Real(0)), optional(call.grad_logsumexp, token, Real(0))};
       const int64_t column = label.column - first;
       const bool here = label.kind == LabelKind::kHere && column >= 0 && column < segment.columns;
       const Real label_value = here ? V::value(scale, segment.source.begin[column]) : Real(0);
