@@ -54,9 +54,10 @@ compat: setup ## every supported PyTorch and Triton, in throw-away environments:
 compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
 	$(PY) -m tests.compat --quick
 
-lint: setup ## ruff, without changing anything
+lint: setup ## ruff and mypy, without changing anything
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 
 lint-cpp: build ## clang-tidy over the C++ of the CPU backend; that clang accepts the sources is part of it
 	$(PY) -m pip install -q "clang-tidy>=20"
@@ -99,7 +100,7 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize --capture=sys $(PYTEST_ARGS)
 
 clean: ## remove what was built (not .venv and .venv-verl)
-	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed $(VENV)/.peers $(VERL_VENV)/.installed
 

@@ -39,9 +39,7 @@ def sampled_logprobs(
     tensor([-1.3863, -1.3863])
     """
     logits = logits if dtype is None else logits.to(dtype)
-    logprob = token_stats(logits, tokens, temperature=temperature).logprob
-    assert logprob is not None
-    return logprob
+    return token_stats(logits, tokens, temperature=temperature).logprob
 
 
 @dataclass

@@ -250,6 +250,7 @@ class ERCTrainer(GRPOTrainer):
         generated = present.clone()
         for row, mask in zip(generated, self._tool_mask or [], strict=False):
             row[: len(mask)] &= torch.tensor(mask, dtype=torch.bool, device=row.device)
+        assert self._masks is not None
         return padded_ids(self._masks, generated)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -210,9 +210,7 @@ def install() -> None:
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """verl's function of that name: log-probs `[*]` in float32, over what the sampler kept where the batch says so. The
     backward never writes over the logits."""
-    logprob = token_stats(logits, labels, support=carried_support(labels)).logprob
-    assert logprob is not None
-    return logprob
+    return token_stats(logits, labels, support=carried_support(labels)).logprob
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -238,7 +236,6 @@ class FusedLinearForPPO(torch.nn.Module):
         labels = input_ids.long()
         support = carried_support(labels)
         stats = linear_token_stats(hidden_states, vocab_weights, labels, temperature=temperature, support=support)
-        assert stats.logprob is not None
         return stats.logprob, stats.entropy
 
 
