@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,7 +63,15 @@ class LogitReading(NamedTuple):
     columns: int
 
 
-@torch.compiler.disable  # a compiled caller would trace the exchange of the head's forward
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _never_compiled(function: _Function) -> _Function:
+    """A compiled caller would trace the exchange of the head's forward. PyTorch's decorator has no types."""
+    return torch.compiler.disable(function)
+
+
+@_never_compiled
 def head_inputs(
     model: Any,
     input_ids: Tensor,
