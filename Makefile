@@ -91,6 +91,10 @@ bench-gpu: setup ## the benchmarks of the GPU backends
 gpu-report: ## all that a GPU machine can say, without a network or .venv: PYTHON=python3, PART=build, check, tests-cuda, ...
 	$(PYTHON) -m benchmarks.gpu_report $(if $(PART),--part $(PART)) $(GPU_REPORT_ARGS)
 
+.PHONY: docs
+docs: setup $(VENV)/.docs ## the site, into build/site: links and anchors are checked, a warning is an error
+	$(BIN)/mkdocs build --strict
+
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
 # finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.
 sanitize: setup ## the tests marked `sanitize`, on a CPU library built under AddressSanitizer and UBSan
@@ -102,7 +106,7 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 clean: ## remove what was built (not .venv and .venv-verl)
 	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed $(VENV)/.peers $(VERL_VENV)/.installed
+	rm -f $(VENV)/.installed $(VENV)/.peers $(VENV)/.docs $(VERL_VENV)/.installed
 
 # ---- how the environment is made -------------------------------------------------------------------------------------
 
@@ -133,6 +137,10 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
 	$(PY) -m pip install -q --no-deps "openrlhf>=0.11.2,<0.12" "skyrl>=0.3,<0.5" jaxtyping wadler-lindig || \
 		echo "OpenRLHF and SkyRL could not be installed: their tests will be skipped"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[docs]"
 	touch $@
 
 # verl with all that its Ray trainers need: an environment of its own, because verl and TRL pin different transformers.

@@ -26,6 +26,8 @@ from benchmarks.call import call_rows
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
 from benchmarks.hidden_states import measure_hidden_states
+from benchmarks.host import __doc__ as host_doc
+from benchmarks.host import host_rows
 from benchmarks.machine_code.report import machine_code_table
 from benchmarks.markdown import rewrite
 from benchmarks.plots import save_plots
@@ -256,6 +258,13 @@ def call() -> None:
     """Launches, bytes and memory of every public call, counted on meta tensors, with modelled GPU times."""
     _console.print(call_doc, highlight=False)
     _console.print(terminal_table(CALL_HEADINGS, call_rows()))
+
+
+@app.command()
+def host(calls: Annotated[int, typer.Option(min=100, help="calls of each kind")] = 3000) -> None:
+    """Host time of one loss, station by station, beside F.cross_entropy."""
+    _console.print(host_doc, highlight=False)
+    _console.print(terminal_table(("", "microseconds", "x F.cross_entropy"), host_rows(calls)))
 
 
 @app.command("linear-plans")

@@ -25,7 +25,7 @@ def changes(before: Results, after: Results, *, relative: bool) -> list[Change]:
     """Every variant and case that both files have.
 
     Args:
-        relative: divide each time by the read or copy of its own run, which takes the machine's mood out.
+        relative: divide each time by the read or copy of its own run, so that the load of the machine cancels.
     """
     found = []
     for key in before.cases():

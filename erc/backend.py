@@ -1,4 +1,4 @@
-"""Layer 1: which backend runs a call, and why.
+"""Which backend runs a call, and why.
 
 `cpu` is the C++ library built beside this package, `triton` and `cuda` are for GPUs, `torch` is `erc.reference` and
 runs everywhere. A call takes, in this order: its `backend=` argument, `use_backend`, the environment variable

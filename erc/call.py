@@ -1,4 +1,4 @@
-"""Layer 2: the front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
+"""The front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
 and chooses the route.
 
 The route of a call, station by station: here -> token table -> rows -> token summary -> result (docs/architecture.md).

@@ -1,4 +1,4 @@
-"""Layer 0: the numbers that Python, C++, CUDA and Triton share. This file is their one source.
+"""The numbers that Python, C++, CUDA and Triton share. This file is their one source.
 
 Triton imports them; `python -m erc.constants` prints `csrc/common/constants.h`, and a test holds the file to it. A new
 per-token input, rule, metric or parameter starts here: docs/architecture.md.

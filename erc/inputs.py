@@ -1,4 +1,4 @@
-"""Layer 2: what a caller may pass, argument by argument. Nothing here reads a value of a GPU tensor.
+"""What a caller may pass, argument by argument. Nothing here reads a value of a GPU tensor.
 
 Values of CPU tensors are checked by the operators as they read them; where one of them finds something,
 `explain_invalid_values` says what it was.

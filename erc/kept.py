@@ -1,4 +1,4 @@
-"""Layer 2: log-probs over the tokens that a sampler kept, around the sweeps of a backend, which run as without them.
+"""Log-probs over the tokens that a sampler kept, around the sweeps of a backend, which run as without them.
 
 Forward: one kernel, after that of the full vocabulary, reads the kept logits, leaves the log-prob over them, and says
 which rows were cut. Backward: the sweep writes the gradient of what is of the full vocabulary (zero where that is

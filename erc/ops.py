@@ -1,4 +1,4 @@
-"""Layer 1: the operators every backend implements, one schema for all, one namespace a backend.
+"""The operators every backend implements, one schema for all, one namespace per backend.
 
 `erc_cpu::stats_forward`, `erc_triton::stats_forward` and `erc_cuda::stats_forward` are the same operator on different
 machinery; `erc.backend` picks the namespace, and nothing else in the package knows which one runs.
@@ -210,16 +210,15 @@ def no_graph() -> AbstractContextManager[Any]:
 
 
 def refuse_double_backward(function: str) -> None:
-    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
+    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped silently."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{function} has no second derivative, which would be dropped without a word: call backward without "
-            "create_graph"
+            f"{function} has no second derivative, which would be dropped silently: call backward without create_graph"
         )
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    """Raise before an operator that would drop a forward-mode tangent of one of them silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):

@@ -1,6 +1,6 @@
-"""Layer 2: vocabulary-parallel statistics over torch.distributed.
+"""Vocabulary-parallel statistics over torch.distributed.
 
-Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's
+Each rank holds some columns of every row. A sweep over them leaves four numbers per row (the row state and the label's
 value); an all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward
 needs no communication: each rank owns its columns of the gradient of the one replicated loss. The linear forms send
 each chunk of rows while the next one is computed.

@@ -1,4 +1,4 @@
-"""Layer 2: what the public functions return, and the last two stations of a loss, which make it."""
+"""What the public functions return, and the last two stations of a loss, which make it."""
 
 from __future__ import annotations
 

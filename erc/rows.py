@@ -1,4 +1,4 @@
-"""Layer 2: rows of logits, as operators address and scale them."""
+"""Rows of logits, as operators address and scale them."""
 
 from __future__ import annotations
 

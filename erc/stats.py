@@ -1,4 +1,4 @@
-"""Layer 3: row statistics as autograd functions."""
+"""Row statistics as autograd functions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def token_stats(
         logits: `[*, V]`, float32, bfloat16, float16 or float64. A -inf logit is a forbidden token. A row that is all
             -inf or holds NaN or +inf gives NaN for that row alone.
         labels: `[*]` integers in `[0, V)`, or `ignore_index` for rows that are not read and give 0 with gradient 0.
-        temperature: positive; a number, or a tensor `[*]` with one value a row.
+        temperature: positive; a number, or a tensor `[*]` with one value per row.
         softcap: positive, or None.
         logit_scale: positive.
         support: the tokens that the sampler kept of each row, in the order of the flattened labels: `logprob` is then
@@ -84,7 +84,7 @@ def token_stats(
         inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used
             by anything else afterwards.
         vocab_shard: `logits` are this rank's columns of a larger vocabulary (`erc.VocabShard`); labels stay global. One
-            all-gather of four numbers a row; every rank gets bitwise the same statistics, and its own columns'
+            all-gather of four numbers per row; every rank gets bitwise the same statistics, and its own columns'
             gradient of the one replicated loss.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective and a
             synchronisation.

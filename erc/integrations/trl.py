@@ -1,4 +1,4 @@
-"""Layer 4: TRL's GRPO trainer with the objectives and fused kernels of erc.
+"""TRL's GRPO trainer with the objectives and fused kernels of erc.
 
     trainer = ERCTrainer(model, reward_funcs, args=ERCConfig(objective="erc-dapo", num_iterations=2), ...)
 
@@ -89,7 +89,7 @@ class ERCConfig(GRPOConfig):
     Attributes:
         objective: a name of `erc.objectives()`; `ERCTrainer(objective=...)` takes any other `erc.Objective`.
         padding_free: pack the rows of a forward pass, prompts and completions without their padding, into one that
-            position ids part. TRL pads. The model's attention must take packed rows, as transformers' own does.
+            position ids separate. TRL pads. The model's attention must take packed rows, as transformers' own does.
         keep_groups: the share of each generation's groups that is trained on, those with unequal rewards first; what is
             kept beyond them is masked. Every process filters its own rows, which must be whole groups. DAPO's dynamic
             sampling in one round: 0.5 makes 128 prompts of 256. TRL trains on all.

@@ -1,4 +1,4 @@
-"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one of verl's own settings:
+"""verl's policy losses, log-probs and entropies by erc, by one of verl's own settings:
 
     actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin
 

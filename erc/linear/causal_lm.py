@@ -1,4 +1,4 @@
-"""Layer 2: what a causal language model hands to its head, and what it makes of the head's logits.
+"""What a causal language model hands to its head, and what it makes of the head's logits.
 
 Hidden states are those that the model's own forward gives to its head, so whatever stands before the head is right by
 construction. What stands behind it, a scale and a softcap, is measured: once per model a short row goes through the

@@ -1,4 +1,4 @@
-"""Layer 3: entropies and divergences between two heads, without the logits of either."""
+"""Entropies and divergences between two heads, without the logits of either."""
 
 from __future__ import annotations
 

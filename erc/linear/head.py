@@ -1,4 +1,4 @@
-"""Layer 2: the lm_head as a chain of chunks: checks, one GEMM for a window of logits, two for a chunk's gradients."""
+"""The lm_head as a chain of chunks: checks, one GEMM for a window of logits, two for a chunk's gradients."""
 
 from __future__ import annotations
 

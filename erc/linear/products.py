@@ -1,4 +1,4 @@
-"""Layer 2: matrix products of 16-bit operands whose results are float32.
+"""Matrix products of 16-bit operands whose results are float32.
 
 A product that is rounded to 16 bit decides ERC tokens by its rounding, and one that is added up in 16 bit loses terms.
 CUDA builds of PyTorch have products with a wider result (`out_dtype`); elsewhere the weight is converted in tiles.

@@ -1,4 +1,4 @@
-"""Layer 2: row statistics from hidden states and the lm_head's weight, without ever holding the logits.
+"""Row statistics from hidden states and the lm_head's weight, without ever holding the logits.
 
 A window of logits lives between its GEMM and its sweep; the backward computes it again and reduces it right away.
 """

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
+"""Ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
 
 Every rule is a frozen dataclass with a `terms` method in plain PyTorch, the readable definition that the kernels are
 tested against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` the advantage. A tie exactly on a bound
@@ -394,7 +394,7 @@ class Reinforce(RatioRule):
 
 @dataclass(frozen=True)
 class DRO(RatioRule):
-    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl).
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic penalty (verl).
 
     With beta = 0.1 it is Kimi k1.5's policy mirror descent token by token, beta its tau (arXiv 2501.12599 eq. 3, ROLL).
     """

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules that look at a whole sequence before any of its tokens has a gradient. They run two-phase.
+"""Ratio rules that look at a whole sequence before any of its tokens has a gradient. They run two-phase.
 
 Each gives every token of a sequence the sequence's value, and the gradient of that value in the token's own log-prob,
 so that the reductions of `reductions.py` weigh them like any token-level rule. The tokens of a sequence are expected to
@@ -70,8 +70,8 @@ class GMPO(SequenceRule):
     """`-A exp(mean_t u)`, where `u` is the log-ratio clipped on the side that the advantage favours:
     `sgn(A) min(sgn(A) d, sgn(A) clamp(d, -eps_low, eps_high))` (arXiv 2507.20673).
 
-    The geometric mean of a sequence's ratios bends to no single token; a clipped token keeps its value in the mean and
-    loses its gradient. The widths are of the log-ratio.
+    A single token hardly moves the geometric mean of a sequence's ratios; a clipped token keeps its value in the mean
+    and loses its gradient. The widths are of the log-ratio.
     """
 
     eps_low: float = 0.4
