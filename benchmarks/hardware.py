@@ -31,7 +31,6 @@ class GPU:
     mufu: int = 16
     issue: int = 128
     shared: int = 32
-    uniform: int = 64
 
     def elements_per_clock(self, bytes_per_element: float) -> float:
         """Elements that pass a multiprocessor every clock at full bandwidth."""
