@@ -22,11 +22,11 @@ class GPU:
     multiprocessors: int
     clock: float
     bandwidth: float
-    flops: float
     fma: int
     cache_bandwidth: float
     cache_bytes: int
     clustered: int = 0
+    flops: float = 0.0
     alu: int = 64
     mufu: int = 16
     issue: int = 128
@@ -68,18 +68,18 @@ class Reachable:
 # cache are assumptions: about what chipsandcheese.com measured on A100 and H100, and for a B200 in proportion to its
 # memory's. A GPC of 16 or 18 multiprocessors holds two clusters side by side.
 GPUS = (
-    GPU("A100", "sm_80", 108, 1.41e9, 2.039e12, 312e12, fma=64, cache_bandwidth=4.4e12, cache_bytes=40 << 20),
+    GPU("A100", "sm_80", 108, 1.41e9, 2.039e12, fma=64, cache_bandwidth=4.4e12, cache_bytes=40 << 20, flops=312e12),
     GPU(
-        "H100", "sm_90", 132, 1.83e9, 3.35e12, 989e12, fma=128, cache_bandwidth=5.6e12, cache_bytes=50 << 20,
-        clustered=128,
+        "H100", "sm_90", 132, 1.83e9, 3.35e12, fma=128, cache_bandwidth=5.6e12, cache_bytes=50 << 20,
+        clustered=128, flops=989e12,
     ),
     GPU(
-        "H200", "sm_90", 132, 1.83e9, 4.8e12, 989e12, fma=128, cache_bandwidth=5.6e12, cache_bytes=50 << 20,
-        clustered=128,
+        "H200", "sm_90", 132, 1.83e9, 4.8e12, fma=128, cache_bandwidth=5.6e12, cache_bytes=50 << 20,
+        clustered=128, flops=989e12,
     ),
     GPU(
-        "B200", "sm_100", 148, 1.85e9, 8.0e12, 2.25e15, fma=128, cache_bandwidth=10e12, cache_bytes=126 << 20,
-        clustered=144,
+        "B200", "sm_100", 148, 1.85e9, 8.0e12, fma=128, cache_bandwidth=10e12, cache_bytes=126 << 20,
+        clustered=144, flops=2.25e15,
     ),
 )  # fmt: skip
 
