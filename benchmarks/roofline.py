@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import ours
-from benchmarks.machine_code.roofline import GPUS
+from benchmarks.hardware import GPUS
 from benchmarks.report import BASELINES, main_cases
 from benchmarks.results import Measurement, Results
 from examples.palette import BASELINE, figure, implementation_color, legend_below, plain_numbers, save

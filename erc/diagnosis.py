@@ -210,6 +210,7 @@ def diagnose(
     batch, losses = tokens.judged()
     logprob, entropy, flags = tokens.logprob, tokens.entropy, losses.flags
     active = batch.mask != 0
+    assert batch.old_logprob is not None and batch.old_entropy is not None and bare.entropy_ratio is not None
     columns = {
         "entropy": entropy,
         "ratio": importance_ratio(logprob, batch.old_logprob),
@@ -251,7 +252,7 @@ def _causes(flags: Tensor, active: Tensor) -> Iterator[str]:
         side: int((((flags & int(flag)) != 0) & active).sum()) / total
         for side, flag in (("fell", TokenFlag.ERC_LOW), ("rose", TokenFlag.ERC_HIGH))
     }
-    side = max(shares, key=shares.get)
+    side = max(shares, key=shares.__getitem__)
     if shares[side] > SUSPICIOUS_SHARE and shares[side] > 0.95 * sum(shares.values()):
         yield (
             f"The gate drops {shares[side]:.1%} of the tokens because their entropy {side}, so hardly any policy "

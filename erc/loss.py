@@ -159,6 +159,7 @@ def policy_loss(
     logprob, entropy, _, logprob_full = row_statistics(
         backend_operators, logits, table[1], scaling, ignore_index, support, vocab_shard
     )
+    assert logprob is not None
     return two_phase_result(TokenCall(call, backend_operators, table, logprob, entropy, logprob_full))
 
 

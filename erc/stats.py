@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,40 @@ from erc.results import EntropyRatio, TokenStats
 from erc.rows import RowScaling, as_rows, check_inplace, row_scaling, scaling_params
 from erc.support import SamplingSupport, check_support
 
+if TYPE_CHECKING:
+    from erc.results import LabelledStats
 
+
+@overload
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    support: SamplingSupport | None = ...,
+    inplace_backward: bool = ...,
+    vocab_shard: VocabShard | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> LabelledStats: ...
+@overload
+def token_stats(
+    logits: Tensor,
+    labels: None = ...,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    support: SamplingSupport | None = ...,
+    inplace_backward: bool = ...,
+    vocab_shard: VocabShard | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> TokenStats: ...
 def token_stats(
     logits: Tensor,
     labels: Tensor | None = None,
@@ -115,8 +148,9 @@ def row_statistics(
         refuse_forward_mode(logits)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if support is not None:
+        assert labels is not None  # the front desk asked for them
         if by_autograd:
-            return reference.support_statistics(rows, *arguments, support)
+            return reference.support_statistics(rows, labels, *arguments[1:], support)
         inplace = inplace_backward and differentiable
         return support_statistics(
             backend_operators, rows, labels, scaling, params, ignore_index, support, vocab_shard, inplace

@@ -22,7 +22,6 @@ from benchmarks.machine_code.sass import disassemble_file
 _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
 _CACHE = _ROOT / "build" / "machine_code"
-SOURCES = ("stats", "policy_loss", "paired", "scale", "tokens")
 _FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as setup.py
 
 # bfloat16 by its template arguments (softcap, aligned): what most training steps run, Gemma's softcap, and rows that

@@ -248,6 +248,7 @@ def use_fused_statistics() -> None:
 
 
 def _replace(theirs: Any, ours: Any) -> None:
+    attribute = theirs.__name__
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get(theirs.__name__) is theirs:
-            setattr(module, theirs.__name__, ours)
+        if name.startswith("verl.") and vars(module).get(attribute) is theirs:
+            setattr(module, attribute, ours)

@@ -163,6 +163,7 @@ def linear_policy_loss(
             main_grad,
             support,
         )
+        assert logprob is not None
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy, logprob_full))
     refuse_forward_mode(hidden, weight, bias)
     rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)

@@ -80,6 +80,7 @@ class ClipCov(BatchRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         loss, clip_low, clip_high, _ = clipped(inputs.constant(), self.eps_low, self.eps_high)
+        assert clip_low is not None and clip_high is not None
         covariance, active = _covariance(inputs), inputs.mask != 0
         candidates = active & ~clip_low & ~clip_high & (covariance > self.low) & (covariance < self.high)
         # float32 whatever the dtype of the statistics: a seed then draws the same tokens.

@@ -20,7 +20,7 @@ class Sequences:
     """
 
     tokens: int
-    length: int | None = None
+    length: int = 0
     offsets: Tensor | None = None
     group: dist.ProcessGroup | None = None
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from benchmarks import __main__, accuracy, compare, ours, plans, readme, report, roofline, step_share, suite, timing  # noqa: E402
 from benchmarks.docs_page import docs_block  # noqa: E402
-from benchmarks.machine_code.roofline import GPUS  # noqa: E402
+from benchmarks.hardware import GPUS  # noqa: E402
 from benchmarks.markdown import current_block  # noqa: E402
 from benchmarks.peers.base import Runner  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
@@ -127,7 +127,7 @@ def test_timing_takes_turns_and_survives_a_failing_variant():
 
 def test_the_step_model_by_hand():
     model = step_share.Model("toy", params=1e9, layers=10, width=1000, vocab=100_000)
-    device = step_share.Accelerator("toy", flops=100e12, bandwidth=1e12)
+    device = dataclasses.replace(step_share.H100, flops=100e12, bandwidth=1e12)
     traffic = step_share.LossTraffic("toy", loss_bytes=4, stats_bytes=2, how="")
     share = step_share.step_share(model, traffic, device, length=1000, mfu=0.5, efficiency=0.8, rollout_ratio=1.0)
     backbone = (6e9 + 12 * 10 * 1000 * 500) / 50e12
