@@ -1,6 +1,6 @@
 # make setup, make demo, make test: `make help` lists everything.
 # Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
-# BENCH_ARGS, COMPAT_ARGS, DIST_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
+# TEST_PROCESSES, BENCH_ARGS, COMPAT_ARGS, DIST_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TEST_PROCESSES ?= auto
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := triton,test,demo,bench,lint,trl,recipes
 VERL_VENV := .venv-verl
@@ -39,8 +40,8 @@ setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backend
 demo: setup ## train a small language model with the fused erc-dapo loss (minutes), then show its curves
 	$(PY) -m examples.train_rlvr $(DEMO_ARGS)
 
-test: setup $(VENV)/.peers ## every test that this machine can run
-	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+test: setup $(VENV)/.peers ## every test that this machine can run, one process of one thread per core
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-verl: build $(VERL_VENV)/.installed ## verl's own trainers over Ray, in an environment of verl's pins (minutes)
 	$(VERL_PY) -m pytest $(VERL_TESTS) -q $(PYTEST_ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
+
+from benchmarks.locks import one_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,8 +38,6 @@ def built(library: Any) -> Path:
     Raises:
         setuptools.errors.CompileError: with the compiler's output.
     """
-    library.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(library.path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_process(library.path):
         library.build(int(os.environ.get("ERC_BUILD_JOBS") or 2))
     return library.path

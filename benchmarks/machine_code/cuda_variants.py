@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.locks import one_process
 from benchmarks.machine_code import cuda_arguments
 from benchmarks.machine_code.emulator.machine import Launch
 from benchmarks.machine_code.report import CompiledKernel
@@ -87,12 +88,12 @@ def cubin(source: str, arch: str) -> Path:
     if driver is None:
         raise FileNotFoundError("nvcc is not on the PATH")
     path = _CACHE / f"{source}-{arch}-{_digest(driver)}.cubin"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        command = [driver, *_FLAGS, "-cubin", f"-arch={arch}", f"-I{_CSRC}", str(_CSRC / "cuda" / f"{source}.cu")]
-        subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
-        fresh.replace(path)
+    with one_process(path):
+        if not path.exists():
+            fresh = path.with_suffix(".partial")
+            command = [driver, *_FLAGS, "-cubin", f"-arch={arch}", f"-I{_CSRC}", str(_CSRC / "cuda" / f"{source}.cu")]
+            subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            fresh.replace(path)
     return path
 
 
