@@ -25,7 +25,7 @@ import erc
 from erc.check import half_ulp
 from tests.oracle import ROUNDING
 
-EXAMPLES = {"cpu": 120, "torch": 60, "cuda_host": 60, "triton": 14}  # in Triton's interpreter a call takes a second
+EXAMPLES = {"cpu": 200, "torch": 100, "cuda_host": 200, "triton": 14}  # in Triton's interpreter a call takes a second
 SECONDS = 25.0  # of processor time, a search
 
 Real = np.longdouble
@@ -134,7 +134,7 @@ def drawn_rows(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16,
         vocab=st.one_of(st.integers(2, 40), st.integers(41, 600)),
         dtype=st.sampled_from(dtypes),
         spread=st.sampled_from([0.1, 1.0, 3.0, 10.0]),
-        offset=st.sampled_from([0.0, 0.0, -30.0, 300.0, 1e6, 1e7, 1e8]),
+        offset=st.sampled_from([0.0, 1e7, -30.0, 1e6, 300.0, 1e8]),
         forbidden=st.sampled_from(["none", "-inf", "-inf", "finfo.min"]),
         temperature=st.sampled_from([0.05, 0.6, 1.0, 1.7, 20.0]),
         temperature_by_row=st.booleans(),
