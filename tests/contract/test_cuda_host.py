@@ -67,7 +67,7 @@ def random_labels(*shape: int, V: int, seed: int = 1) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return torch.atleast_1d(tensor).contiguous().view(torch.uint8)
 
 
 # ---- bounds (DESIGN sections 5 and 8) --------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def loss_call(host, logits: Tensor, labels: Tensor, in_place: bool = False, weig
     values = torch.linspace(-1, 1, labels.numel())
     weights = 1 + values.abs() if weights is None else weights
     numbers = {"reduction": Reduction.TOKEN_SUM, "entropy_coef": 0.2, "entropy_shares": 1, **numbers}
-    arguments = (None, labels, values + 0.5, weights, values - 6, *[None] * 8)
+    arguments = (None, labels, values + 0.5, weights, values - 6, *[None] * 9)
     arguments += (params((0.2, 0.28, INF, INF), present=Present.OLD_LOGPROB, **numbers), IGNORE, False, True)
     operator = host.ops.policy_loss_ if in_place else host.ops.policy_loss
     loss, per_token, flags, metrics, tokens, gradient = operator(logits, *arguments)
@@ -675,6 +675,8 @@ def test_pairs_match_the_oracle(softcap, V, dtype, machine):
         ("vote_without_a_lane", "missing threads"),
         ("partial_mask", "fewer than 32 lanes"),
         ("copy_without_wait", "nobody waited"),
+        ("wait_for_nobody", "nobody sends"),
+        ("half_a_group", "missing threads"),
         ("misaligned_load", "not aligned"),
         ("cluster_wait_alone", "without arriving"),
     ],
