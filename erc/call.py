@@ -274,12 +274,9 @@ def loss_call(
     if fused and given.grad_scale is not None:
         scale = grad_scale if scale_tensor is None else scale_tensor
     shares = objective.entropy_reduction == "loss" or objective.reduction == "none"
-    if given.normalizer is not None and objective.reduction != "none":
-        for name, coef, own in (
-            ("entropy_normalizer", 0.0 if shares else objective.entropy_coef, given.entropy_normalizer),
-            ("nll_normalizer", objective.nll_coef, given.nll_normalizer),
-        ):
-            if coef and own is None:
+    if given.normalizer is not None:
+        for name in objective.own_normalizers:
+            if getattr(given, name) is None:
                 raise ValueError(
                     f"{name} must be given with normalizer: the term is a mean of its own, and k accumulated "
                     "micro-batches would give k times its gradient"

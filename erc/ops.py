@@ -186,8 +186,11 @@ def contiguous(grad: Tensor | None) -> Tensor | None:
 
 def no_graph() -> AbstractContextManager[Any]:
     """Around an eager operator call that makes no graph: its kernel is called at once, not by way of the autograd
-    formula that is registered for it, which costs more than a short row. Compiled code traces the formula."""
-    return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+    formula that is registered for it, which costs more than a short row. Compiled code traces the formula, and
+    forward-mode tangents, which the operators in PyTorch carry, live where autograd does."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def refuse_double_backward(function: str) -> None:

@@ -140,11 +140,12 @@ def _widened(logits: Tensor) -> Tensor:
 def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) as `sum p (delta + expm1(-delta))` with `delta = log p - log q`: every term >= 0, so nothing
     cancels."""
-    delta = torch.where(torch.isneginf(log_p), 0.0, log_p) - torch.where(torch.isneginf(log_p), 0.0, log_q)
-    terms = torch.where(torch.isneginf(log_p), q, p * delta + (q - p))
+    none = p == 0  # forbidden, or below what the dtype holds: 0 times an infinite difference is 0
+    delta = torch.where(none, 0.0, log_p) - torch.where(none, 0.0, log_q)
+    terms = torch.where(none, q, p * delta + (q - p))
     small = delta.abs() < 0.5  # further out the two terms no longer cancel, and expm1 would overflow
     delta_small = torch.where(small, delta, 0.0)
-    return torch.where(small & ~torch.isneginf(log_p), p * (delta_small + torch.expm1(-delta_small)), terms).sum(-1)
+    return torch.where(small & ~none, p * (delta_small + torch.expm1(-delta_small)), terms).sum(-1)
 
 
 # ---- the public functions, by the operators above --------------------------------------------------------------------

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from erc.surrogate.ratio_rules import (
-    PPOClip,
     RatioInputs,
     RatioRule,
     RatioTerms,
     check_value,
     check_widths,
+    clipped,
     log_difference,
     ratio_and_slope,
     widened,
@@ -79,11 +79,11 @@ class ClipCov(BatchRule):
         check_value("low", self.low, self.low < self.high, "below high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        loss, clip_low, clip_high, _ = PPOClip(self.eps_low, self.eps_high).terms(inputs.constant())
+        loss, clip_low, clip_high, _ = clipped(inputs.constant(), self.eps_low, self.eps_high)
         covariance, active = _covariance(inputs), inputs.mask != 0
         candidates = active & ~clip_low & ~clip_high & (covariance > self.low) & (covariance < self.high)
         # float32 whatever the dtype of the statistics: a seed then draws the same tokens.
-        draw = torch.rand(covariance.shape, generator=inputs.generator, device=covariance.device, dtype=torch.float32)
+        draw = torch.empty_like(covariance, dtype=torch.float32).uniform_(generator=inputs.generator)
         drawn = _largest(draw, candidates, active, self.fraction)
         positive = inputs.advantage > 0
         low, high = clip_low | (drawn & ~positive), clip_high | (drawn & positive)

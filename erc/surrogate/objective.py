@@ -134,6 +134,14 @@ class Objective:
         )
 
     @property
+    def own_normalizers(self) -> tuple[str, ...]:
+        """The arguments that replace the count of a term which does not share the loss's reduction. With reduction
+        "none" no term has any: each is of its token alone."""
+        bonus = self.entropy_coef and self.entropy_reduction == "active-mean"
+        terms = {"entropy_normalizer": bonus, "nll_normalizer": self.nll_coef}
+        return tuple(name for name, present in terms.items() if present and self.reduction != "none")
+
+    @property
     def needs_batch(self) -> bool:
         """Whether a token's loss depends on statistics of all tokens of the call."""
         quantile = self.high_entropy is not None and self.high_entropy.threshold is None

@@ -157,6 +157,19 @@ def clip_sides(r: Tensor, advantage: Tensor, low: float, high: float) -> tuple[T
     return (advantage < 0) & (r < 1 - low), (advantage > 0) & (r > 1 + high)
 
 
+def clipped(inputs: RatioInputs, eps_low: float, eps_high: float, cap: float = inf) -> RatioTerms:
+    """PPO's clip; where A < 0 the ratio is at most `cap`, too."""
+    advantage = inputs.advantage
+    r = importance_ratio(inputs.logprob, inputs.old_logprob)
+    low, high = clip_sides(r, advantage, eps_low, eps_high)
+    capped = (advantage < 0) & (r > cap)
+    loss = torch.where(low, -(1 - eps_low) * advantage, -r * advantage)
+    loss = torch.where(high, -(1 + eps_high) * advantage, loss)
+    if cap < inf:
+        loss = torch.where(capped, -cap * advantage, loss)
+    return RatioTerms(loss, low, high | capped)
+
+
 @dataclass(frozen=True)
 class PPOClip(RatioRule):
     """`-min(r A, clamp(r, 1-eps_low, 1+eps_high) A)` (PPO, arXiv 1707.06347; clip-higher of DAPO, arXiv 2503.14476).
@@ -181,16 +194,7 @@ class PPOClip(RatioRule):
         return self.eps_low, self.eps_high, self.dual_clip or inf, self.delta or inf
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        advantage = inputs.advantage
-        r = importance_ratio(inputs.logprob, inputs.old_logprob)
-        low, high = clip_sides(r, advantage, self.eps_low, self.eps_high)
-        cap = min(self.dual_clip or inf, self.delta or inf)
-        capped = (advantage < 0) & (r > cap)
-        loss = torch.where(low, -(1 - self.eps_low) * advantage, -r * advantage)
-        loss = torch.where(high, -(1 + self.eps_high) * advantage, loss)
-        if cap < inf:
-            loss = torch.where(capped, -cap * advantage, loss)
-        return RatioTerms(loss, low, high | capped)
+        return clipped(inputs, self.eps_low, self.eps_high, min(self.dual_clip or inf, self.delta or inf))
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ class _WithDerivatives(torch.autograd.Function):
         ctx: Any, value: Tensor, d_logprob: Tensor, d_entropy: Tensor | None, logprob: Tensor, entropy: Tensor
     ) -> Tensor:
         ctx.save_for_backward(d_logprob, d_entropy)
-        return value.view_as(value)
+        # No view: a trainer may add to the loss in place (verl does), which autograd forbids on a view of a Function.
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

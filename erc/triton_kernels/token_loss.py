@@ -220,7 +220,8 @@ def kl_term(KIND: tl.constexpr, clamp_at, logprob, ref_logprob):
     elif KIND == KL_K2:
         return k1 * k1 / 2.0, k1
     elif KIND == KL_ABS:
-        return tl.abs(k1), tl.where(k1 > 0.0, 1.0, 0.0) - tl.where(k1 < 0.0, 1.0, 0.0)
+        sign = tl.where(k1 > 0.0, 1.0, 0.0) - tl.where(k1 < 0.0, 1.0, 0.0)
+        return tl.abs(k1), sign.to(k1.dtype)
     else:
         x = clamp(-k1, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         slope = expm1(x)

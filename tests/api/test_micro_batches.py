@@ -139,7 +139,7 @@ def test_a_count_for_a_part_of_the_loss_only_is_refused(form, term):
             return erc.linear_policy_loss(logits, torch.eye(VOCAB, dtype=logits.dtype), labels, **settings)
         return (erc.reference if form == "reference" else erc).policy_loss(logits, labels, **settings)
 
-    with pytest.raises(ValueError, match=f"{name} must be given beside normalizer"):
+    with pytest.raises(ValueError, match=f"{name} must be given with normalizer"):
         call(normalizer=10.0)
     assert call(normalizer=10.0, **{name: 10.0}).loss.isfinite()
     assert call(**{name: 10.0}).loss.isfinite()
@@ -162,7 +162,7 @@ def test_a_count_of_zero_is_right_where_nothing_is_active(zero, reduction):
     known = dict.fromkeys(("normalizer", "entropy_normalizer", "nll_normalizer"), zero)
     value, grads = gradient("policy_loss", logits, empty, rows, objective=objective, **known)
     assert value == 0 and not grads.any()
-    with pytest.raises(ValueError, match="normalizer must be positive where a token is active, got 0"):
+    with pytest.raises(ValueError, match="normalizer must be positive where a token counts, got 0"):
         gradient("policy_loss", logits, labels, rows, objective=objective, **known)
 
 

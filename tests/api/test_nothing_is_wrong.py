@@ -25,7 +25,9 @@ def test_no_token_at_all(name, shape):
     if objective.needs_sequences and len(shape) == 1:
         return
     logits = torch.zeros(*shape, 7, requires_grad=True)
-    rows = dict.fromkeys(("old_logprob", "old_entropy", "rollout_logprob", "old_divergence"), torch.zeros(shape))
+    rows = dict.fromkeys(
+        ("old_logprob", "old_entropy", "rollout_logprob", "old_divergence", "nll_mask"), torch.zeros(shape)
+    )
     out = erc.policy_loss(
         logits, torch.zeros(shape, dtype=torch.long), advantages=torch.zeros(shape[:1]), objective=objective, **rows
     )
@@ -112,9 +114,9 @@ def test_a_scaling_that_float32_cannot_carry_is_refused(scaling, dtype):
 
 
 def test_a_temperature_that_nobody_reads_makes_its_row_nan(monkeypatch):
-    from erc import inputs
+    from erc import rows
 
-    monkeypatch.setattr(inputs, "values_are_readable", lambda tensor: False)
+    monkeypatch.setattr(rows, "values_are_readable", lambda tensor: False)
     temperature = torch.tensor([1.0, 0.0, -1.0, math.nan, math.inf, 1e-20, 1e20, 0.5])
     stats = erc.token_stats(torch.randn(8, 7), temperature=temperature)
     assert stats.entropy.isnan().tolist() == [False, *[True] * 6, False]

@@ -78,7 +78,7 @@ def test_most_of_a_whole_kernel_is_executed_in_its_main_loops(measured):
 @NOT_YET
 @pytest.mark.parametrize("arch", ARCHS[1:])
 def test_no_kernel_waits_for_the_whole_gpu(arch, measured):
-    kernels = [kernel for file in FILES for kernel in disassemble_file(cuda_variants.cubin(file, arch))]
+    kernels = [kernel for file in KERNELS for kernel in disassemble_file(cuda_variants.cubin(file, arch))]
     assert [kernel.name for kernel in kernels if kernel.device_barriers()] == []
 
 
