@@ -52,7 +52,7 @@ PolicyLoss = _struct(
     grad_logits=Rows, workspace=c_void_p,
 )  # fmt: skip
 Partition = _struct("Partition", **dict.fromkeys(("vocab_size", "segment_size", "segments", "log_segments"), c_int))
-RowScale = _struct("RowScale", **dict.fromkeys(("scale", "rate", "chain", "softcap", "inner", "decay"), c_float))
+RowScale = _struct("RowScale", **dict.fromkeys(("scale", "rate", "chain", "chain_by_rate", "softcap", "inner", "decay"), c_float))
 RowAddress = _struct("RowAddress", data=c_void_p, outer_bytes=c_int64, inner_bytes=c_int64)
 Prepared = _struct(
     "Prepared", partition=Partition, scale=RowScale, logits=RowAddress, inner=c_int, factor=c_uint32, shift=c_int
@@ -96,7 +96,8 @@ def _prepared(row: OrdinaryRow) -> ctypes.Structure:
     partition = Partition(VOCABULARY, segment_size(SEGMENTS), SEGMENTS, SEGMENTS.bit_length() - 1)
     scale, inner = 1 / TEMPERATURE, 1 / SOFTCAP if row.softcap else 1.0
     rate, decay = scale * math.log2(math.e), -2 * inner * math.log2(math.e)
-    scaling = RowScale(scale, rate, scale, SOFTCAP if row.softcap else 0.0, inner, decay)
+    softcap = SOFTCAP if row.softcap else 0.0
+    scaling = RowScale(scale, rate, scale, scale / rate, softcap, inner, decay)
     return Prepared(partition, scaling, _address(row.address["logits"]), 1, 1 << 31, 0)
 
 

@@ -49,7 +49,8 @@ class Variant:
 
     def source(self) -> ASTSource:
         layout = params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
-        constants = {"L": params.compiled_layout(layout), "SEGMENT": params.columns_per_segment(layout), **self.constants}
+        segment = params.columns_per_segment(layout)
+        constants = {"L": params.compiled_layout(layout), "SEGMENT": segment, **self.constants}
         absent = self.absent | {"row_index"} | (frozenset() if self.per_row else {"temperature"})
         signature, constexprs = {}, {}
         for parameter in self.kernel.params:
@@ -85,8 +86,8 @@ class Variant:
         for name, kind in self.source().signature.items():
             if kind == "constexpr":
                 continue
-            form = _FORMATS.get(kind, "Q")
-            packed += b"\0" * (-len(packed) % struct.calcsize(form)) + struct.pack("<" + form, known[name.removesuffix("_ptr")])
+            form, value = _FORMATS.get(kind, "Q"), known[name.removesuffix("_ptr")]
+            packed += b"\0" * (-len(packed) % struct.calcsize(form)) + struct.pack("<" + form, value)
         packed += b"\0" * (-len(packed) % 8) + bytes(16)  # two scratch buffers that nobody uses
         there = {name.removesuffix("_ptr") for name, kind in self.source().signature.items() if kind != "constexpr"}
         outputs = sorted(there & {"logprob", "entropy"})

@@ -182,7 +182,8 @@ ERC_DEVICE Raw load_streaming(const void* p) {
   return r;
 }
 
-// Sixteen aligned bytes, of which only those in [begin, end) mean anything. The others cannot fault: no page ends inside.
+// Sixteen aligned bytes, of which only those in [begin, end) mean anything. The others cannot fault, since no page ends inside;
+// another block may be writing them.
 ERC_DEVICE Raw load_chunk(const char* p, const void*, const void*) { return load_streaming(p); }
 
 // A write that nothing on the GPU reads soon: it leaves the L2 cache first.

@@ -37,7 +37,7 @@ struct GradientPlan {
     const RowGradient<Real> gradient(state, scale.scale, grads, label_value);
     label = gradient.label * scale.chain;
     constant = gradient.constant * scale.chain;
-    slope = gradient.slope * scale.chain / scale.rate;
+    slope = gradient.slope * scale.chain_by_rate;
     const Real rounded = mul_rn(state.row_max, scale.rate), residual = fma_rn(state.row_max, scale.rate, -rounded);
     // Below these bounds nothing in the fast form overflows where the fast statistics did not, and what the coefficients take
     // back of the residual leaves no rounding that a peaked row's entropy gradient would show.

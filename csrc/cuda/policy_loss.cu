@@ -25,39 +25,52 @@ ERC_DEVICE const TokenInputs<Real>& token_row(const PolicyLoss& call, int64_t to
   return static_cast<const TokenInputs<Real>*>(call.table)[token];
 }
 
+// What a token leaves: its gradient's coefficients, which every thread waits for, and its outputs, which nobody does.
 template <class Real>
-ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token, Real loss, Real token_loss, Real logprob, Real entropy,
-                              int32_t flags) {
-  put(call.loss, token, loss);
-  put(call.token_loss, token, token_loss);
-  put(call.logprob, token, logprob);
-  put(call.entropy, token, entropy);
-  call.flags[token] = flags;
+struct FinishedToken {
+  GradientPlan<Real> plan;
+  Real loss, token_loss, logprob, entropy;
+  int32_t flags;
+
+  ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token) const {
+    put(call.loss, token, loss);
+    put(call.token_loss, token, token_loss);
+    put(call.logprob, token, logprob);
+    put(call.entropy, token, entropy);
+    call.flags[token] = flags;
+  }
+};
+
+// Where the threads of a block meet, between the two sweeps: one has finished the token, another one writes its outputs, unless a
+// block of the same row does.
+template <class Real>
+ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, const PolicyLoss& call, int64_t token, bool writes) {
+  __syncthreads();
+  if (writes && token >= 0 && threadIdx.x == kWarp) finished.write_outputs(call, token);
+  return finished.plan;
 }
 
-// What one thread does between the two sweeps. `writes`: of the blocks that share a row one writes its outputs.
+// What one thread does between the two sweeps.
 template <class Real>
-ERC_DEVICE GradientPlan<Real> finish_token(const PolicyLoss& call, int64_t token, const RowScale<Real>& scale,
-                                           const RowResult<Real>& result, const KnownToken<Real>& known, bool writes) {
-  const Real label_value = known.label_value;
+ERC_DEVICE FinishedToken<Real> finish_token(const PolicyLoss& call, const RowScale<Real>& scale, const RowResult<Real>& result,
+                                            const KnownToken<Real>& known) {
   Real logprob = Real(NAN), entropy = Real(NAN);
   if (result.state.is_valid()) {
-    logprob = result.state.logprob(label_value, scale.scale);
+    logprob = result.state.logprob(known.label_value, scale.scale);
     entropy = result.state.entropy();
   }
   const auto in = TokenInputs<Real>::read(&known.inputs, 0, call.params.present, logprob);
   const TokenLoss<Real> loss = token_loss(LossParams<Real>::from(call.params), in, logprob, entropy);
-  if (writes) write_outputs(call, token, weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags);
   const StatGrads<Real> grads{loss.d_logprob, loss.d_entropy, Real(0)};
-  return GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded);
+  return {GradientPlan<Real>(result.state, scale, grads, known.label_value, result.guarded),
+          weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags};
 }
 
-// A row that is not read: ignored, or without a label in range. Returns its constant gradient.
+// A row that is not read, because it is ignored or has no label in range: its gradient and outputs are constant.
 template <class Real>
-ERC_DEVICE GradientPlan<Real> finish_unread(const PolicyLoss& call, int64_t token, const Label& label, bool writes) {
+ERC_DEVICE FinishedToken<Real> finish_unread(const Label& label) {
   const Real value = label.kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  if (writes && token >= 0) write_outputs(call, token, value, value, value, value, 0);
-  return GradientPlan<Real>(value);
+  return {GradientPlan<Real>(value), value, value, value, value, 0};
 }
 
 // ---- cluster -------------------------------------------------------------------------------------------------------
@@ -102,10 +115,10 @@ struct Tile {
     const char *begin = source + behind, *end = begin + columns * int64_t(sizeof(T));
     const int all = bytes();
     int first = 0, next = first_part();
-#pragma unroll 1
-    for (int part = 0; first < all; ++part, first = next, next += kPartBytes) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part, first = next, next += kPartBytes) {
       if (part == kParts - 1 || next > all) next = all;
-      copy_bulk(tile + first, source + first, next - first, copied + part, begin, end);
+      if (first < all) copy_bulk(tile + first, source + first, next - first, copied + part, begin, end);
     }
   }
 };
@@ -118,7 +131,7 @@ struct ClusterShared {
   SegmentState<Real> gathered[kMaxSegments];  // of all blocks' segments
   GroupShared<Real> group;
   CopyBarrier copied[kParts], exchanged;
-  GradientPlan<Real> plan;
+  FinishedToken<Real> finished;
   KnownToken<Real> known;
 
   static ERC_HOST_DEVICE int tile_bytes(const Partition& partition) {
@@ -129,22 +142,17 @@ struct ClusterShared {
   static int64_t bytes(const Partition& partition) { return tile_bytes(partition) + int64_t(sizeof(ClusterShared)); }
 };
 
-// Blocks of a cluster that must fit on a multiprocessor: as many as its shared memory holds, or registers without spilling.
-template <class V>
-constexpr int kResidentTiles = V::softcap ? 4 : 5;
-
 // Block row * segments + rank, one cluster a row. Five clusters of eight such blocks share eight multiprocessors at V = 151,936
 // in bfloat16: while one waits for its copy, the others compute.
 template <class V>
-__global__ void __launch_bounds__(kLanes, kResidentTiles<V>) loss_cluster_kernel(PolicyLoss call, Prepared<V> host, RowAddress grads) {
+__global__ void __launch_bounds__(kLanes, kBlocks<V, 5>)
+    loss_cluster_kernel(PolicyLoss call, Prepared<V> host, RowAddress grads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename V::Element;
   using Real = typename V::Real;
   const Partition& partition = host.partition;
   const uint32_t row = blockIdx.x >> partition.log_segments;
   const int rank = int(blockIdx.x & (partition.segments - 1)), thread = threadIdx.x;
-  const int64_t token = call.rows.token(row);
-  const Label label = token_label(call.rows, token);
   char* memory = dynamic_shared();
   ClusterShared<V>& shared = *reinterpret_cast<ClusterShared<V>*>(memory + ClusterShared<V>::tile_bytes(partition));
   if (thread == 0) {
@@ -153,6 +161,8 @@ __global__ void __launch_bounds__(kLanes, kResidentTiles<V>) loss_cluster_kernel
     copy_barrier_init(&shared.exchanged);
     copy_barriers_are_set();
   }
+  const int64_t token = call.rows.token(row);
+  const Label label = token_label(call.rows, token);
   const int first = partition.first(rank), columns = partition.columns(rank);
   const RowIndex index = host.index(row);
   const T* logits = host.logits.template row<const T>(index);
@@ -161,8 +171,9 @@ __global__ void __launch_bounds__(kLanes, kResidentTiles<V>) loss_cluster_kernel
   const Tile<T, V::aligned> tile(logits + first, columns);
   const Segment<V, TileMemory> segment{tile.segment(memory), columns, {shared.copied, tile.last()}};
   if (label.kind != LabelKind::kHere) {  // all blocks of the cluster agree
-    const GradientPlan<Real> plan = finish_unread<Real>(call, token, label, rank == 0 && thread == 0);
-    gradient_segment(plan, scale, segment, kNoColumn, out);
+    const FinishedToken<Real> unread = finish_unread<Real>(label);
+    if (rank == 0 && thread == 0 && token >= 0) unread.write_outputs(call, token);
+    gradient_segment(unread.plan, scale, segment, kNoColumn, out);
     return;
   }
   if (thread == 0) {
@@ -185,10 +196,10 @@ __global__ void __launch_bounds__(kLanes, kResidentTiles<V>) loss_cluster_kernel
       __syncwarp();
     }
     const RowResult<Real> result = merge_segments(shared.gathered, partition.segments, scale.scale);
-    if (thread == 0) shared.plan = finish_token(call, token, scale, result, shared.known, rank == 0);
+    if (thread == 0) shared.finished = finish_token(call, scale, result, shared.known);
   }
-  __syncthreads();
-  gradient_segment(shared.plan, scale, segment, label.column - first, out);
+  const GradientPlan<Real>& plan = meet(shared.finished, call, token, rank == 0);
+  gradient_segment(plan, scale, segment, label.column - first, out);
 #endif
 }
 
@@ -203,7 +214,7 @@ struct BlockShared {
   SegmentState<Real> states[kMaxSegments];
   GroupShared<Real> group[kBlockGroups];
   KnownToken<Real> known;
-  GradientPlan<Real> plan;
+  FinishedToken<Real> finished;
 };
 
 template <class V>
@@ -225,17 +236,17 @@ __global__ void __launch_bounds__(kBlockGroups* kLanes, 1)
       segment_states<V>(scale, partition.segments, segments, shared.group, shared.states);
       if (threadIdx.x < kWarp) {
         const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
-        if (threadIdx.x == 0) shared.plan = finish_token(call, token, scale, result, shared.known, true);
+        if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known);
       }
     } else if (threadIdx.x == 0) {
-      shared.plan = finish_unread<Real>(call, token, label, true);
+      shared.finished = finish_unread<Real>(label);
     }
-    __syncthreads();
+    const GradientPlan<Real>& plan = meet(shared.finished, call, token, true);
     if (grads.data != nullptr) {
       auto* out = grads.row<typename V::Gradient>(host.index(row));
       for (int g = group; g < partition.segments; g += groups) {
         const int first = partition.first(g);
-        gradient_segment(shared.plan, scale, segments(g), label.column - first, out + first);
+        gradient_segment(plan, scale, segments(g), label.column - first, out + first);
       }
     }
     __syncthreads();  // the next row overwrites the plan
@@ -264,14 +275,14 @@ __global__ void __launch_bounds__(kLanes, 2)
       if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), workspace.label_values[row]};
       const auto* states = workspace.states + int64_t(row) * partition.segments;
       const RowResult<Real> result = merge_segments(states, partition.segments, scale.scale);
-      if (threadIdx.x == 0) shared.plan = finish_token(call, token, scale, result, shared.known, g == 0);
+      if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known);
     }
   } else if (threadIdx.x == 0) {
-    shared.plan = finish_unread<Real>(call, token, label, g == 0);
+    shared.finished = finish_unread<Real>(label);
   }
-  __syncthreads();
+  const GradientPlan<Real>& plan = meet(shared.finished, call, token, g == 0);
   if (grads.data == nullptr) return;
-  gradient_segment(shared.plan, scale, global_segments<V>(partition, logits)(g), label.column - first,
+  gradient_segment(plan, scale, global_segments<V>(partition, logits)(g), label.column - first,
                    grads.row<typename V::Gradient>(host.index(row)) + first);
 }
 

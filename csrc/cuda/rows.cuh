@@ -284,6 +284,7 @@ struct RowScale {
   Real scale;    // x = v * scale
   Real rate;     // scale * log2(e): exp(x) = 2^(v * rate)
   Real chain;    // dx/dz but for the softcap's own factor
+  Real chain_by_rate;
   Real softcap;  // 0: none
   Real inner;
   Real decay;    // exp(-2 |z| * inner) = 2^(|z| * decay)
@@ -292,7 +293,8 @@ struct RowScale {
     const bool capped = s.softcap != 0;
     const double slope = s.logit_scale / temperature, scale = capped ? 1 / temperature : slope;
     const double inner = capped ? s.logit_scale / s.softcap : 1;
-    return {Real(scale), Real(scale * 1.4426950408889634074), Real(slope), Real(s.softcap), Real(inner),
+    const double rate = scale * 1.4426950408889634074;
+    return {Real(scale), Real(rate), Real(slope), Real(slope / rate), Real(s.softcap), Real(inner),
             Real(inner * -2.8853900817779268147)};
   }
 
@@ -393,14 +395,23 @@ struct Prepared {
   }
 };
 
-// Blocks of a statistics sweep that must fit on a multiprocessor: as many as the compiler manages without spilling.
-template <class V>
-constexpr int kResident = sizeof(typename V::Real) == 8 ? 2 : V::softcap ? 4 : V::aligned && sizeof(typename V::Element) == 2 ? 8 : 6;
+// Blocks that must fit on a multiprocessor: of bfloat16 as many as the compiler manages without spilling, of other rows so few
+// that it never has to. With a softcap packed arithmetic takes more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kCappedBlocks = 3;
+#else
+constexpr int kCappedBlocks = 4;
+#endif
+template <class V, int kUncapped>
+constexpr int kBlocks = !std::is_same<typename V::Element, bfloat16>::value || V::rare ? 2 : V::softcap ? kCappedBlocks : kUncapped;
 
 // Calls body(Variant) with what fits the rows and, where it is another dtype, their gradient. What is rare has one general form,
 // which serves every softcap: float64, and misaligned rows with a softcap or a narrower gradient.
 template <class T, class G, class Body>
 inline cudaError_t dispatch_dtypes(bool aligned, bool softcap, Body&& body) {
+#ifdef ERC_ONLY_SOFTCAP  // for the machine-code report, which looks at few of them
+  return body(Variant<bfloat16, ERC_ONLY_SOFTCAP, ERC_ONLY_ALIGNED>{});
+#else
   if constexpr (!std::is_same<T, double>::value) {
     if (aligned) return softcap ? body(Variant<T, true, true, G>{}) : body(Variant<T, false, true, G>{});
     if constexpr (std::is_same<T, G>::value) {
@@ -408,6 +419,7 @@ inline cudaError_t dispatch_dtypes(bool aligned, bool softcap, Body&& body) {
     }
   }
   return body(Variant<T, true, false, G>{});
+#endif
 }
 
 // Of tensors with one dtype.

@@ -57,9 +57,12 @@ struct StatsShared {
   GroupShared<Real> group;
 };
 
+template <class V>
+constexpr int kStatsBlocks = kBlocks<V, V::aligned ? 8 : 6>;
+
 // One block a row.
 template <class V>
-__global__ void __launch_bounds__(kLanes, kResident<V>) stats_row_kernel(StatsForward call, Prepared<V> host) {
+__global__ void __launch_bounds__(kLanes, kStatsBlocks<V>) stats_row_kernel(StatsForward call, Prepared<V> host) {
   using Real = typename V::Real;
   const uint32_t row = blockIdx.x;
   const int64_t token = call.rows.token(row);
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(kLanes, kResident<V>) stats_row_kernel(StatsFo
 
 // One block a segment: block row * segments + g leaves the state of segment g in the workspace, and of the row's label its value.
 template <class V>
-__global__ void __launch_bounds__(kLanes, kResident<V>)
+__global__ void __launch_bounds__(kLanes, kStatsBlocks<V>)
     segment_kernel(RowInputs rows, Workspace<typename V::Real> workspace, Prepared<V> host) {
   using Real = typename V::Real;
   const Partition& partition = host.partition;

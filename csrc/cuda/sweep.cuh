@@ -257,20 +257,22 @@ ERC_DEVICE int warp_min(int x) {
   return x;
 }
 
-// Where the warps of a group of kLanes threads meet: each one's maximum, then its sums.
+// Where the warps of a group of kLanes threads meet: each one's maximum and the first lane that holds it, then its sums.
 template <class Real>
 struct alignas(16) GroupShared {
   static constexpr int kWarps = kLanes / kWarp;
   Real max[kWarps], rest[kWarps], weighted[kWarps];
+  int holder[kWarps], maxima[kWarps];
 
-  ERC_DEVICE static Real sum(const Real (&x)[kWarps]) {
+  template <class Value>
+  ERC_DEVICE static Value sum(const Value (&x)[kWarps]) {
     static_assert(kWarps == 4, "");
     return (x[0] + x[2]) + (x[1] + x[3]);
   }
 };
 
 // The lanes of a segment into its state, for every thread of the group. The lane that met the maximum has a 1 in its sum that
-// would drown R, so its few elements are taken once more, one by one, without one maximum.
+// would drown R, so its few elements are taken once more, by all threads, without one maximum.
 template <class V, class Memory>
 ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V::Real>& scale, const Segment<V, Memory>& segment,
                                                       const LaneResult<typename V::Real>& lane,
@@ -278,45 +280,53 @@ ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V:
   using T = typename V::Element;
   using Real = typename V::Real;
   using Shared = GroupShared<Real>;
-  const int warp = threadIdx.x % kLanes / kWarp, thread = threadIdx.x % kWarp;
+  const int member = threadIdx.x % kLanes, warp = member / kWarp, thread = member % kWarp;
   const Real warp_largest = warp_max(lane.max);
-  if (thread == 0) shared.max[warp] = warp_largest;
+  const unsigned holders = __ballot_sync(0xffffffffu, lane.max == warp_largest);
+  if (thread == 0) {
+    shared.max[warp] = warp_largest;
+    shared.holder[warp] = warp * kWarp + __ffs(holders) - 1;
+  }
   sync_group<kLanes>(threadIdx.x / kLanes);
   Real row_max = shared.max[0];
-  int first = 0;  // the first warp that met it
+  int owner = shared.holder[0];
 #pragma unroll
   for (int w = 1; w < Shared::kWarps; ++w) {
     const Real other = shared.max[w];
-    first = other > row_max ? w : first;
+    owner = other > row_max ? shared.holder[w] : owner;
     row_max = other > row_max ? other : row_max;
   }
   const bool empty = row_max == -Real(INFINITY);  // then the sums are 0, or NaN
-  const unsigned holders = __ballot_sync(0xffffffffu, lane.max == row_max);
-  const int owner = warp == first && !empty ? __ffs(holders) - 1 : -1;
   const Real shift = empty ? Real(0) : above_floor(mul_rn(lane.max - row_max, scale.rate));
   // Of the owner only a NaN counts: it says that the fast sweep met what it cannot handle.
-  const Real factor = thread == owner ? Real(0) : ex2(shift);
+  const Real factor = member == owner && !empty ? Real(0) : ex2(shift);
   Real rest = mul_rn(factor, lane.sum), weighted = mul_rn(factor, fma_rn(lane.sum, shift, lane.weighted));
   int maxima = 0;
-  if (owner >= 0) {
-    const int begin = (warp * kWarp + owner) * kVector<T>;
-    for (int i = thread;; i += kWarp) {
-      const int column = begin + i / kVector<T> * (kLanes * kVector<T>) + i % kVector<T>;
-      if (column >= segment.columns) break;
-      const Real v = V::value(scale, segment.begin[column]), u = above_floor(mul_rn(v - row_max, scale.rate)), e = ex2(u);
-      v == row_max ? maxima += 1 : rest += e;
+  if (!empty) {
+    constexpr int kStride = kLanes * kVector<T>;  // from a lane's vector to its next one
+    const int first = owner * kVector<T>, count = (segment.columns - first + kStride - 1) / kStride * kVector<T>;
+#pragma unroll 1
+    for (int i = member; i - thread < count; i += kLanes) {
+      const int column = first + i / kVector<T> * kStride + i % kVector<T>;
+      const bool here = column < segment.columns;
+      const Real v = here ? V::value(scale, segment.begin[column]) : -Real(INFINITY);
+      const Real u = above_floor(mul_rn(v - row_max, scale.rate)), e = ex2(u);
+      const bool is_max = v == row_max;
+      rest += is_max ? Real(0) : e;
       weighted = fma_rn(e, u, weighted);
+      maxima += __popc(__ballot_sync(0xffffffffu, is_max));
     }
-    maxima = warp_sum(maxima);
   }
-  rest = warp_sum(rest) + (maxima > 0 ? Real(maxima - 1) : Real(0));
+  rest = warp_sum(rest);
   weighted = warp_sum(weighted);
   if (thread == 0) {
     shared.rest[warp] = rest;
     shared.weighted[warp] = weighted;
+    shared.maxima[warp] = maxima;
   }
   sync_group<kLanes>(threadIdx.x / kLanes);
-  rest = Shared::sum(shared.rest);
+  maxima = Shared::sum(shared.maxima);
+  rest = Shared::sum(shared.rest) + (maxima > 0 ? Real(maxima - 1) : Real(0));
   weighted = Shared::sum(shared.weighted) * Real(0.69314718055994530942);
   if (!(row_max < Real(INFINITY)) || !is_finite(rest) || !is_finite(weighted)) {
     const Real nan = Real(NAN);

@@ -421,7 +421,7 @@ def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
     logits, labels = random_logits(1, 2, 151_936, dtype=torch.bfloat16), random_labels(2, V=151_936)
     seen = {}
     for clusters, multiprocessors in MACHINES.values():  # with room for one row in the cache, which is what counts
-        host.configure(clusters=clusters, multiprocessors=multiprocessors, l2_bytes=1 << 20)
+        host.configure(clusters=clusters, multiprocessors=multiprocessors, l2_bytes=1 << 19)
         *_, saved = host.ops.stats_forward(logits, labels, None, params(), IGNORE)
         host.ops.stats_backward(logits, labels, None, params(), IGNORE, saved, torch.ones(2), None, None)
         loss_call(host, logits, labels)
@@ -490,7 +490,7 @@ def test_code_for_sm_80_runs_in_no_cluster_whatever_the_machine(host):
     for compiled_for in (90, 80):
         host.configure(clusters=True, compiled_for=compiled_for)
         results.append(loss_call(host, logits, labels))
-        (launch,) = host.launches()
+        _, launch, _ = host.launches()  # between the token table and the summary
         assert (launch[3] > logits[0, 0].nbytes) == (compiled_for == 90), "a cluster keeps its row in shared memory"
     for cluster, block in zip(*results, strict=True):
         assert torch.equal(bits(cluster), bits(block))

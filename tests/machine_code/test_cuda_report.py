@@ -43,7 +43,7 @@ def test_the_checked_in_report_is_complete(report):
     archs = {}
     for kernel in report["kernels"]:
         archs.setdefault((kernel["source"], kernel["name"]), set()).add(kernel["arch"])
-    for name in ("loss, cluster", "loss, cluster, softcap"):
+    for name in ("loss, cluster", "loss, cluster, softcap", "loss, cluster, unaligned"):
         assert archs.pop(("cuda", name)) == {"sm_90", "sm_100"}
     assert all(found == ARCHS for found in archs.values())
     assert {variant.name for variant in main_variants()} == {name for source, name in archs if source == "triton"}
@@ -76,9 +76,7 @@ def test_every_kernel_of_the_report_was_executed_whole(report):
     for kernel in report["kernels"]:
         name, whole = kernel["name"], kernel["whole"]
         assert sum(whole["pipes"].values()) == pytest.approx(whole["instructions"]), name
-        if name != "stats gradient":  # whose main loop is the guarded twin, not the one with the fewest instructions
-            assert 0.99 * whole["main_loops"] <= whole["instructions"], name
-            assert whole["main_loops"] > 0.3 * whole["instructions"], name
+        assert 0.3 * whole["instructions"] < whole["main_loops"] <= whole["instructions"], name
 
 
 def test_the_model_covers_every_gpu_and_form(report):
@@ -97,7 +95,7 @@ def test_no_kernel_of_ours_spills_or_waits_in_its_main_loops(report):
             assert not kernel["spills"], kernel["name"]
             for loop in filter(None, (kernel["statistics"], kernel["gradient"])):
                 assert loop["barriers"] == loop["shuffles"] == 0, kernel["name"]
-                assert loop["load_bits"] == [128] or "unaligned" in kernel["name"], kernel["name"]
+                assert loop["load_bits"] == [128], kernel["name"]
 
 
 @pytest.mark.parametrize("variant", main_variants()[::3], ids=lambda v: v.name)

@@ -96,9 +96,11 @@ def _load(i: Decoded, s: Step) -> None:
         into.put(s, value.view(signed).astype(np.int32).view(U32) if i.mods & {"S16", "S8"} else value.astype(U32))
         return
     # Of 32 bytes the second operand takes the lower half.
-    registers = [into.next(word) for word in range(width // 4)] if width < 32 else [
-        half.next(word) for half in (i.operands[1], into) for word in range(4)
-    ]
+    registers = (
+        [into.next(word) for word in range(width // 4)]
+        if width < 32
+        else [half.next(word) for half in (i.operands[1], into) for word in range(4)]
+    )
     for register, value in zip(registers, data.view(U32).T, strict=True):
         register.put(s, value)
 
@@ -196,7 +198,7 @@ def _bulk_copy(i: Decoded, s: Step) -> None:
 
 @effect("STAS")
 def _send(i: Decoded, s: Step) -> None:
-    """To shared memory of a block of the cluster. The address's pair holds the place and the barrier that counts bytes."""
+    """To shared memory of a block of the cluster. The address's pair holds the place and the barrier that counts."""
     m, width, source = s.machine, _width(i), i.operands[-1]
     place = i.operands[0].terms[0][1]
     threads = m.threads_of(s)

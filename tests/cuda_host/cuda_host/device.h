@@ -18,6 +18,7 @@
 #define __shfl_xor_sync(mask, value, offset) erc::cuda::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
 #define __ballot_sync(mask, predicate) erc_host::ballot((predicate) != 0, mask, __FILE__, __LINE__)
 #define __ffs(bits) __builtin_ffs(int(bits))
+#define __popc(bits) __builtin_popcount(bits)
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == 0xffffffffu)
 
