@@ -18,6 +18,7 @@ try:
 except ImportError as missing:
     sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
 
+from benchmarks import linear_plans as plans_of_heads
 from benchmarks import ours, plans, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
 from benchmarks.call import HEADINGS as CALL_HEADINGS
@@ -25,6 +26,7 @@ from benchmarks.call import __doc__ as call_doc
 from benchmarks.call import call_rows
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
+from benchmarks.hidden_states import measure_hidden_states
 from benchmarks.machine_code.report import machine_code_table
 from benchmarks.markdown import rewrite
 from benchmarks.plots import save_plots
@@ -184,6 +186,19 @@ def accuracy(
         _console.print("wrote " + ", ".join(str(path) for path in [output, *save_plots(results, output)]))
 
 
+@app.command("hidden-states")
+def hidden_states(
+    peers: Annotated[bool, typer.Option(help="whether peers take part")] = True, output: Output = None
+) -> None:
+    """ERC decisions flipped from bfloat16 hidden states on, by entropy band: what a head's product decides."""
+    results = new_results("hidden")
+    results.accuracy = measure_hidden_states("cuda" if torch.cuda.is_available() else "cpu", peers)
+    _console.print(accuracy_table(results, "bfloat16", "hidden states"))
+    if output is not None:
+        results.save(output)
+        _console.print("wrote " + ", ".join(str(path) for path in [output, *save_plots(results, output)]))
+
+
 @app.command()
 def report(results: Path) -> None:
     """Print the tables of a results file, and draw its plots again."""
@@ -238,6 +253,23 @@ def call() -> None:
     for row in call_rows():
         table.add_row(*row)
     _console.print(table)
+
+
+@app.command("linear-plans")
+def linear_plans(output: Output = None) -> None:
+    """The loss from hidden states by plan, ours and the peers': counted on meta tensors, with modelled GPU times."""
+    _console.print(plans_of_heads.__doc__, highlight=False)
+    for headings, rows in (
+        (plans_of_heads.HEADINGS, plans_of_heads.time_rows()),
+        (plans_of_heads.COUNT_HEADINGS, plans_of_heads.count_rows()),
+    ):
+        table = Table(*headings)
+        for row in rows:
+            table.add_row(*row)
+        _console.print(table)
+    if output is not None:
+        plans_of_heads.save(output)
+        _console.print(f"wrote {output}")
 
 
 @app.command("step-share")

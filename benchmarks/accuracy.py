@@ -87,14 +87,12 @@ def measure_accuracy(
         torch.randint(vocab, (rows,), generator=generator),
     )
     jitter = 1 + RATIO_SIGMA * torch.randn(rows, generator=generator, dtype=torch.float64)
-    gate = erc.objective("erc-dapo").entropy_ratio
     for dtype in dtypes:
         here, there = logits.to(device, DTYPES[dtype]), labels.to(device)
         chunks = list(zip(here.split(_CHUNK), there.split(_CHUNK), strict=True))
         exact = [erc.reference.token_stats(part.double(), index) for part, index in chunks]
         logprob, entropy = (torch.cat([e[i] for e in exact]) for i in (0, 1))
         old_entropy = entropy * jitter.to(device)
-        dropped = gate.dropped(entropy, old_entropy)[0]
         for name, implementation in implementations(device, backends, peers):
             try:
                 with torch.no_grad():
@@ -102,24 +100,40 @@ def measure_accuracy(
             except Exception as error:  # a peer may fail in any way; the others are still measured
                 failed.append(Skip(f"accuracy, {dtype}", name, reason_of(error)))
                 continue
-            got_logprob, got_entropy = (torch.cat([f[i] for f in found]).double() for i in (0, 1))
-            relative = (got_entropy - entropy).abs() / entropy
-            difference = (got_logprob - logprob).abs()
-            flipped = gate.dropped(got_entropy, old_entropy)[0] != dropped
-            for low, high in [*pairwise(BANDS), (BANDS[0], BANDS[-1])]:
-                inside = (entropy >= low) & (entropy < high)
-                if not bool(inside.any()):
-                    continue
-                table.append(
-                    AccuracyRow(
-                        implementation=name,
-                        dtype=dtype,
-                        band="all" if (low, high) == (BANDS[0], BANDS[-1]) else f"{low:g} to {high:g}",
-                        rows=int(inside.sum()),
-                        entropy_median_error=float(relative[inside].median()),
-                        entropy_max_error=float(relative[inside].max()),
-                        logprob_max_error=float(difference[inside].max()),
-                        flipped=float(flipped[inside].double().mean()),
-                    )
-                )
+            got = tuple(torch.cat([f[i] for f in found]).double() for i in (0, 1))
+            table += banded(name, dtype, got, (logprob, entropy), old_entropy)
     return table, failed
+
+
+def banded(
+    name: str, dtype: str, got: tuple[Tensor, Tensor | None], exact: tuple[Tensor, Tensor], old_entropy: Tensor
+) -> list[AccuracyRow]:
+    """An implementation's log-probs and entropies beside the exact ones, by band; the last row is of all bands.
+
+    Where it gives no entropy, and cannot run ERC, everything that one decides is NaN.
+    """
+    gate = erc.objective("erc-dapo").entropy_ratio
+    entropy = exact[1]
+    difference = (got[0] - exact[0]).abs()
+    relative = flipped = torch.full_like(entropy, torch.nan)
+    if got[1] is not None:
+        relative = (got[1] - entropy).abs() / entropy
+        flipped = gate.dropped(got[1], old_entropy)[0] != gate.dropped(entropy, old_entropy)[0]
+    table = []
+    for low, high in [*pairwise(BANDS), (BANDS[0], BANDS[-1])]:
+        inside = (entropy >= low) & (entropy < high)
+        if not bool(inside.any()):
+            continue
+        table.append(
+            AccuracyRow(
+                implementation=name,
+                dtype=dtype,
+                band="all" if (low, high) == (BANDS[0], BANDS[-1]) else f"{low:g} to {high:g}",
+                rows=int(inside.sum()),
+                entropy_median_error=float(relative[inside].median()),
+                entropy_max_error=float(relative[inside].max()),
+                logprob_max_error=float(difference[inside].max()),
+                flipped=float(flipped[inside].double().mean()),
+            )
+        )
+    return table

@@ -39,11 +39,12 @@ _NOTHING = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view", "_reshape_
 
 @dataclass
 class Launch:
-    """One operator's kernels and the bytes that its tensors move."""
+    """One operator's kernels, the bytes that its tensors move, and the flops of a matrix product."""
 
     name: str
     kernels: int
     bytes: int
+    flops: int = 0
 
     def seconds(self, device: Accelerator) -> float:
         moving = self.bytes / (device.bandwidth * EFFICIENCY)
@@ -70,6 +71,10 @@ class Cost:
     def bytes(self) -> int:
         return sum(launch.bytes for launch in self.launches)
 
+    @property
+    def flops(self) -> int:
+        return sum(launch.flops for launch in self.launches)
+
     def seconds(self, device: Accelerator) -> float:
         return sum(launch.seconds(device) for launch in self.launches)
 
@@ -87,13 +92,11 @@ class _Counter(TorchDispatchMode):
         for tensor in outputs:
             self._allocated(tensor)
         name = func.name()
-        tensors = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == "meta"]
         computes = not func.is_view and not name.split("::")[1].removeprefix("new_").startswith(_NOTHING)
-        if tensors and computes:
+        if computes and any(tensor.device.type == "meta" for tensor in (*inputs, *outputs)):
             kernels = LAUNCHES.get(name.split("::")[1], 1)
-            tensors = tensors[1:] if name == f"{_META}::scale_rows_" else tensors
-            moved = {(_storage(tensor), tensor.storage_offset(), tensor.shape): _bytes(tensor) for tensor in tensors}
-            self.cost.launches.append(Launch(name, kernels, sum(moved.values())))
+            moved = _moved(func, args, kwargs or {}, outputs)
+            self.cost.launches.append(Launch(name, kernels, moved, _flops(name, args)))
         return result
 
     def _allocated(self, tensor: Tensor) -> None:
@@ -110,6 +113,38 @@ class _Counter(TorchDispatchMode):
         self.cost.live -= size
 
 
+def _moved(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
+    """Bytes of what is read and of what is written; what PyTorch changes in place is both."""
+    schema, name = func._schema.arguments, func.name()
+    fills = name.removeprefix("aten::").startswith(("copy_", "zero_", "fill_"))
+    changes = name.startswith("aten::") and not fills
+    given = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+    if name == f"{_META}::scale_rows_":
+        given = given[1:]
+    reads: dict[Any, int] = {}
+    writes: dict[Any, int] = {}
+    for argument, value in given:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in _tensors(value):
+            if written:
+                writes[_place(tensor)] = _bytes(tensor)
+            if not written or (changes and not argument.kwarg_only):
+                reads[_place(tensor)] = _bytes(tensor)
+    writes |= {_place(tensor): _bytes(tensor) for tensor in outputs}
+    return sum(reads.values()) + sum(writes.values())
+
+
+def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    return _storage(tensor), tensor.storage_offset(), tensor.shape
+
+
+def _flops(name: str, args: Any) -> int:
+    if name.removeprefix("aten::").split(".")[0] not in ("mm", "addmm", "addmm_"):
+        return 0
+    left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -119,7 +154,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """An expanded tensor is read from what it repeats."""
+    """An expanded tensor is read from what it repeats; numbers on the CPU, `params` among them, do not count."""
+    if tensor.device.type != "meta":
+        return 0
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return tensor.element_size() * prod(sizes)
 
@@ -134,9 +171,7 @@ def count(call: Callable[[], Any]) -> Cost:
 def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[str, Callable[[], Any]]:
     """Every public call that reads logits, in bfloat16, with a mask, advantages per sequence and a
     normalizer on the device; with its backward where it says so."""
-    if _META not in _LIBRARIES:
-        _LIBRARIES[_META] = ops.define(_META)
-        register_namespace("meta", _META)
+    register()
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
@@ -171,6 +206,13 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
         "entropy_ratio and backward": ratio,
         **{f"policy_loss and backward: {name}": loss(name) for name in erc.objectives()},
     }
+
+
+def register() -> None:
+    """Make `backend="meta"` known."""
+    if _META not in _LIBRARIES:
+        _LIBRARIES[_META] = ops.define(_META)
+        register_namespace("meta", _META)
 
 
 _LIBRARIES: dict[str, torch.library.Library] = {}  # a library handle that is freed takes its operators along

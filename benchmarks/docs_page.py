@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from benchmarks.call import call_block
+from benchmarks.linear_plans import linear_plans_block
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.results import Results
 from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, step_share_rows
@@ -21,6 +22,9 @@ def docs_block(folder: Path, document: Path) -> str:
     )
     parts = [BEGIN, "## Share of a training step, H100", step, assumed]
     parts += ["## Every call, counted", call_block()]
+    plans = folder / "linear_plans.json"
+    if plans.exists():
+        parts += ["## Plans from hidden states, counted and modelled", linear_plans_block(plans)]
     linear = folder / "linear.json"
     if linear.exists():
         parts += ["## The loss from hidden states", _linear_table(Results.load(linear))]

@@ -23,7 +23,7 @@ PYTHON = sys.executable
 PART_SECONDS = 570
 _SUITE = "tests/contract"
 _ON_A_GPU = "tests/contract/test_cuda_gpu.py"  # by its name every test of it matches "cuda"
-_SMALL = "not triton and (forbidden or few_rows or in_place or runs_repeat)"
+_SMALL = "not triton and (forbidden_tokens or few_rows or in_place or runs_repeat)"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def steps(output: Path) -> list[Step]:
         *(
             Step(
                 "sanitizer", tool,
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_pytest(_ON_A_GPU, _SMALL)),
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_pytest(_SUITE, _SMALL)),
                 limit=PART_SECONDS // 3, tool="compute-sanitizer", figures="ERROR SUMMARY|passed|failed|skipped",
             )
             for tool in ("memcheck", "racecheck", "synccheck")

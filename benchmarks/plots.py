@@ -116,6 +116,7 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
     dtypes = list(dict.fromkeys(row.dtype for row in results.accuracy))
     if not dtypes:
         return None
+    of = "hidden states" if results.name == "hidden" else "logits"
     figure, axes = plt.subplots(1, len(dtypes), figsize=(_WIDTH * len(dtypes), _HEIGHT), squeeze=False)
     for ax, dtype in zip(axes[0], dtypes, strict=True):
         rows = [row for row in results.accuracy if row.dtype == dtype and row.band != "all"]
@@ -126,7 +127,7 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
         ax.set_yscale("symlog", linthresh=0.1)
         ax.set_ylim(bottom=-0.02)
         ax.set_xticks(range(len(bands)), bands, rotation=30, ha="right", fontsize=8)
-        ax.set(xlabel="entropy of the token, nats", ylabel="ERC decisions flipped, %", title=f"{dtype} logits")
+        ax.set(xlabel="entropy of the token, nats", ylabel="ERC decisions flipped, %", title=f"{dtype} {of}")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     return _finish(figure, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.markdown import BEGIN, END, markdown_table
 from benchmarks.plots import PLOTS, plot_path
-from benchmarks.report import BASELINES, TARGETS, main_cases, milliseconds, rule_costs, speedup, times
+from benchmarks.report import BASELINES, TARGETS, flipped_share, main_cases, milliseconds, rule_costs, speedup, times
 from benchmarks.results import Measurement, Results
 from benchmarks.step_share import HEADINGS, MODELS, step_share_rows
 
@@ -73,6 +73,25 @@ def _accuracy(results: Results) -> str:
     )
 
 
+def _hidden_states(path: Path, readme: Path) -> str:
+    """Flips from hidden states on: of all rows, and of the bands in which most tokens that ERC gates lie."""
+    if not path.exists():
+        return ""
+    results = Results.load(path)
+    bands = list(dict.fromkeys(row.band for row in results.accuracy))
+    lines = []
+    for name in dict.fromkeys(row.implementation for row in results.accuracy):
+        mine = {row.band: row for row in results.accuracy if row.implementation == name}
+        lines.append([name, *(flipped_share(mine[band]) for band in bands), f"{mine['all'].logprob_max_error:.0e}"])
+    header = ["ERC decisions flipped from bfloat16 hidden states on, by entropy", *bands, "log-prob error"]
+    machine, link = results.machine, Path(os.path.relpath(path, readme.parent)).as_posix()
+    count = next(row.rows for row in results.accuracy if row.band == "all")
+    return markdown_table(header, lines) + (
+        f"\n\n{count:,} rows, against float64 products of the same operands; "
+        f"{machine['gpu'] or machine['cpu']}, commit {results.commit}, [{link}]({link})."
+    )
+
+
 def _memory(results: Results) -> str:
     cases: dict[tuple, list[Measurement]] = {}
     for m in results.find(operator="policy-loss", objective="erc-dapo"):
@@ -122,6 +141,7 @@ def block(results: Results, results_path: Path, readme: Path) -> str:
         _targets(results),
         _rules(results),
         _accuracy(results),
+        _hidden_states(results_path.parent / "hidden.json", readme),
         _step_share_sentence(),
     ]
     for name in PLOTS:

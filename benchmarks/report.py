@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 
 from rich.console import Group
 from rich.table import Table
 
 from benchmarks import ours
-from benchmarks.results import Measurement, Results
+from benchmarks.results import AccuracyRow, Measurement, Results
 from benchmarks.step_share import EFFICIENCY
 from benchmarks.workloads import OPERATORS
 
@@ -174,20 +175,26 @@ def target_table(results: Results) -> Table:
     return table
 
 
-def accuracy_table(results: Results, dtype: str) -> Table:
+def accuracy_table(results: Results, dtype: str, of: str = "logits") -> Table:
     """Flipped ERC decisions by implementation and entropy band."""
     rows = [row for row in results.accuracy if row.dtype == dtype]
     bands = list(dict.fromkeys(row.band for row in rows))
-    table = Table("", title=f"ERC decisions flipped, {dtype} logits, by entropy in nats", title_justify="left")
+    table = Table("", title=f"ERC decisions flipped, {dtype} {of}, by entropy in nats", title_justify="left")
     for band in bands:
         count = next(row.rows for row in rows if row.band == band)
         table.add_column(f"{band}\n({count} rows)", justify="right")
     table.add_column("entropy error\n(relative, max)", justify="right")
     for name in dict.fromkeys(row.implementation for row in rows):
         mine = {row.band: row for row in rows if row.implementation == name}
-        flips = [f"{100 * mine[band].flipped:.1f} %" if mine[band].flipped else "0" for band in bands]
+        flips = [flipped_share(mine[band]) for band in bands]
         table.add_row(name, *flips, f"{mine['all'].entropy_max_error:.1e}")
     return table
+
+
+def flipped_share(row: AccuracyRow) -> str:
+    if isnan(row.flipped):
+        return "no entropy"
+    return f"{100 * row.flipped:.1f} %" if row.flipped else "0"
 
 
 def skip_table(results: Results) -> Table:

@@ -5,6 +5,7 @@ from erc.backend import backends, use_backend
 from erc.diagnosis import Diagnosis, diagnose
 from erc.explanation import explain
 from erc.labels import shifted_labels
+from erc.linear.entropy_ratio import linear_entropy_ratio
 from erc.linear.loss import linear_policy_loss
 from erc.linear.stats import linear_token_stats
 from erc.loss import objective_loss, policy_loss
@@ -75,6 +76,7 @@ __all__ = [
     "diagnose",
     "entropy_ratio",
     "explain",
+    "linear_entropy_ratio",
     "linear_policy_loss",
     "linear_token_stats",
     "objective",

@@ -51,7 +51,8 @@ def _load_library(name: str) -> str | None:
     path = library_path(name)
     if not path.exists():
         return f"{path.name} was not built: install with a C++ compiler{' and nvcc' if name == 'cuda' else ''}"
-    _libraries[name] = ops.define(_NAMESPACES[name])
+    if name not in _libraries:  # a namespace is defined once a process, however often somebody tries to load it
+        _libraries[name] = ops.define(_NAMESPACES[name])
     torch.ops.load_library(path)
     if _text_of(path, "erc_stamp") != ops.stamp():
         return f"{path.name} was built from other sources than this package: build it again"
@@ -126,7 +127,7 @@ def _try_out(name: str, device: torch.device) -> str | None:
     inputs = (logits, torch.full((2,), 3, dtype=torch.int64, device=device), None, params, -100)
     expected = [-math.log(2), 1.75 * math.log(2), 3 * math.log(2), -0.125, -0.25, -0.125, 0.5]
     try:
-        with _synchronisation_allowed(device):
+        with synchronisation_allowed(device):
             logprob, entropy, logsumexp, saved = operators(name).stats_forward(*inputs)
             gradient = operators(name).stats_backward(*inputs, saved, torch.ones(2, **kwargs), None, None)
             rows = torch.cat((torch.stack((logprob, entropy, logsumexp), 1), gradient[0]), 1).tolist()
@@ -140,7 +141,7 @@ def _try_out(name: str, device: torch.device) -> str | None:
 
 
 @contextmanager
-def _synchronisation_allowed(device: torch.device) -> Iterator[None]:
+def synchronisation_allowed(device: torch.device) -> Iterator[None]:
     """Inside, reading a result is no error, whatever `torch.cuda.set_sync_debug_mode` says."""
     if device.type != "cuda":
         yield
@@ -153,7 +154,7 @@ def _synchronisation_allowed(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _can_try_out(device: torch.device) -> bool:
+def results_are_readable(device: torch.device) -> bool:
     """Whether a result can be read: not under a dispatch mode, such as fake tensors, nor while a graph is captured."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
@@ -176,7 +177,7 @@ def why_not(name: str, device: torch.device | None = None, tracing: bool = False
         return reason
     key = (name, device or _home(name))
     if key not in _answers:
-        if tracing or not _can_try_out(key[1]):
+        if tracing or not results_are_readable(key[1]):
             return None
         _answers[key] = _try_out(*key)
     return _answers[key]

@@ -78,8 +78,10 @@ SCHEMAS = {
     # Multiply row i by scale[i], or every row by a 0-d scale; in place, a row whose scale is 1 is not touched.
     "scale_rows": "(Tensor grad, Tensor scale) -> Tensor",
     "scale_rows_": "(Tensor(a!) grad, Tensor scale) -> ()",
-    # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs.
-    "paired_forward": f"({_PAIR}) -> (Tensor stats, Tensor saved)",
+    # [6, N] in the order of PAIRED_OUTPUTS, and what the backward needs: [8, N] (both rows' states, KL(new || old),
+    # E[sign]). With `states` [6, N] these are a vocabulary shard's columns of rows of those states, and divergences and
+    # E[sign] are the sums over these columns.
+    "paired_forward": f"({_PAIR}, Tensor? states=None) -> (Tensor stats, Tensor saved)",
     "paired_backward": f"({_PAIR}, Tensor saved, Tensor grads) -> Tensor",
 }
 
@@ -256,7 +258,9 @@ def _loss_backward(namespace: str):
 
 
 def _paired_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *pair, states = inputs
+    ctx.save_for_backward(*pair, output[1])
+    ctx.whole = states is None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -265,9 +269,11 @@ def _paired_backward(namespace: str):
     def backward(ctx, grads, _):
         refuse_double_backward("entropy_ratio")
         if grads is None:
-            return None, None, None, None
+            return None, None, None, None, None
+        if not ctx.whole:
+            raise RuntimeError("paired_forward of a shard's columns has no gradient of its own")
         operator = getattr(torch.ops, namespace).paired_backward
-        return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None
+        return operator(*ctx.saved_tensors, grads.contiguous()), None, None, None, None
 
     return backward
 

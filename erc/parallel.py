@@ -33,7 +33,7 @@ class GatheredStates(NamedTuple):
     work: dist.Work
 
     def wait(self) -> Tensor:
-        """`[ranks, 4, n]`."""
+        """`[ranks, *]`."""
         self.work.wait()
         return torch.stack(self.parts)
 
@@ -91,7 +91,7 @@ class VocabShard:
         return -(-self.vocab_size // dist.get_world_size(self.group))
 
     def gather(self, state: Tensor) -> GatheredStates:
-        """Start collecting `[4, n]` of every rank: four numbers a row are all that the forward sends."""
+        """Start collecting a tensor of the same shape from every rank, such as the four numbers of each row."""
         state = state.contiguous()
         parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
         return GatheredStates(parts, dist.all_gather(parts, state, group=self.group, async_op=True))
@@ -181,13 +181,13 @@ def agreement(shard: VocabShard | None, validate: bool) -> AbstractContextManage
     return shard.agreement(validate)
 
 
-def check_columns(logits: Tensor, shard: VocabShard | None, facts: Facts) -> int:
+def check_columns(logits: Tensor, shard: VocabShard | None, facts: Facts, name: str = "logits") -> int:
     """Check the logits, of which a shard may hold no column at all; returns the size of the vocabulary."""
     if shard is None:
-        check_logits(logits)
+        check_logits(logits, name)
         return logits.shape[-1]
     if not isinstance(logits, Tensor) or logits.dim() < 1 or logits.shape[-1] > 0:
-        check_logits(logits)
+        check_logits(logits, name)
     facts.add(rows=logits.shape[:-1].numel(), columns=logits.shape[-1], dtype=logits.dtype)
     return shard.vocab_size
 
@@ -300,3 +300,64 @@ class _ShardedStats(torch.autograd.Function):
         grads = [None if grad is None else grad.contiguous() for grad in grads]
         grad_rows = ctx.operators.stats_backward(rows, labels, temperature, params, LOCAL_IGNORE_INDEX, saved, *grads)
         return (grad_rows,) + (None,) * 6
+
+
+def sharded_pair(
+    rows: Tensor,
+    old_rows: Tensor,
+    temperature: Tensor | None,
+    params: Tensor,
+    shard: VocabShard,
+    backend_operators: Any,
+) -> Tensor:
+    """`paired_forward`'s stats `[6, N]` of rows whose columns `[outer, inner, V_local]` this rank holds."""
+    rows, old_rows = (r[..., : shard.real_columns(r.shape[-1])] for r in (rows, old_rows))
+    return _ShardedPair.apply(rows, old_rows, temperature, params, shard, backend_operators)
+
+
+def merged_pair(
+    rows: Tensor,
+    old_rows: Tensor,
+    temperature: Tensor | None,
+    params: Tensor,
+    shard: VocabShard,
+    backend_operators: Any,
+) -> tuple[Tensor, Tensor]:
+    """What `paired_forward` returns of whole rows, on every rank: a sweep for the states of both rows, which are
+    merged, and one for the sums of their divergences, which are added in rank order. Two all-gathers, eight and four
+    numbers a row."""
+    count = rows.shape[0] * rows.shape[1]
+    states = rows.new_empty((2, 4, count), dtype=stats_dtype(rows.dtype))
+    for side, state in zip((rows, old_rows), states, strict=True):
+        backend_operators.partial_stats_(side, None, temperature, params, 0, None, 0, shard.start, state)
+    gathered = shard.gather(states).wait()
+    states = torch.cat([merge_states(gathered[:, side], params, temperature)[:3] for side in (0, 1)])
+    stats, saved = backend_operators.paired_forward(rows, old_rows, temperature, params, states)
+    sums = torch.cat((stats[3:], saved[7:]))
+    sums = shard.gather(sums).wait().double().sum(0).to(stats.dtype)
+    return torch.cat((stats[:3], sums[:3])), torch.cat((states, sums[:1], sums[3:]))
+
+
+class _ShardedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        old_rows: Tensor,
+        temperature: Tensor | None,
+        params: Tensor,
+        shard: VocabShard,
+        backend_operators: Any,
+    ) -> Tensor:
+        stats, saved = merged_pair(rows, old_rows, temperature, params, shard, backend_operators)
+        ctx.save_for_backward(rows, old_rows, temperature, params, saved)
+        ctx.operators = backend_operators
+        ctx.set_materialize_grads(False)
+        return stats
+
+    @staticmethod
+    def backward(ctx: Any, grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("a sharded entropy_ratio")
+        if grads is None:
+            return (None,) * 6
+        return (ctx.operators.paired_backward(*ctx.saved_tensors, grads.contiguous()),) + (None,) * 5

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from erc.backend import operators, select
 from erc.call import labels_explained
-from erc.inputs import check_constant, check_label_values, check_logits, label_rows
+from erc.inputs import check_constant, check_label_values, label_rows
 from erc.ops import contiguous, no_graph, refuse_double_backward, refuse_forward_mode
-from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_stats
+from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_pair, sharded_stats
 from erc.results import EntropyRatio, TokenStats
 from erc.rows import RowScaling, as_rows, check_inplace, row_scaling, scaling_params
 
@@ -146,6 +146,8 @@ def entropy_ratio(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_shard: VocabShard | None = None,
+    validate: bool = False,
     backend: str | None = None,
 ) -> EntropyRatio:
     """Entropies of new and old rows, their ratio, and the divergences between them, in one pass over both.
@@ -154,6 +156,10 @@ def entropy_ratio(
         logits: `[*, V]`, as `token_stats`.
         old_logits: the same shape, dtype and device; a constant.
         temperature, softcap, logit_scale: applied to both.
+        vocab_shard: both are this rank's columns of a larger vocabulary, as `token_stats`; two all-gathers of twelve
+            numbers a row in all.
+        validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
+        backend: see `erc.backends()`.
 
     Returns:
         EntropyRatio of `[*]`, float32 (float64 for float64 logits), in nats, differentiable in `logits`. `kl_new_old`
@@ -169,20 +175,26 @@ def entropy_ratio(
     >>> erc.entropy_ratio(new, old).ratio
     tensor([0.8399])
     """
-    check_logits(logits)
-    check_logits(old_logits, "old_logits")
-    check_constant("old_logits", old_logits)
-    if old_logits.shape != logits.shape or old_logits.dtype != logits.dtype or old_logits.device != logits.device:
-        raise ValueError(
-            f"old_logits must have the shape, dtype and device of logits, {tuple(logits.shape)} {logits.dtype} "
-            f"{logits.device}, got {tuple(old_logits.shape)} {old_logits.dtype} {old_logits.device}"
-        )
-    name, _ = select(logits, backend)
+    with agreement(vocab_shard, validate) as facts:
+        check_columns(logits, vocab_shard, facts)
+        check_columns(old_logits, vocab_shard, facts, "old_logits")
+        check_constant("old_logits", old_logits)
+        if old_logits.shape != logits.shape or old_logits.dtype != logits.dtype or old_logits.device != logits.device:
+            raise ValueError(
+                f"old_logits must have the shape, dtype and device of logits, {tuple(logits.shape)} {logits.dtype} "
+                f"{logits.device}, got {tuple(old_logits.shape)} {old_logits.dtype} {old_logits.device}"
+            )
+        name, _ = select(logits, backend)
+        if vocab_shard is not None:
+            check_shardable(name, False, facts)
+        leading = logits.shape[:-1]
+        scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
+        facts.add(scaling=scaling.values, temperature=scaling.temperature)
     if name != "torch":
         refuse_forward_mode(logits, old_logits)
-    leading = logits.shape[:-1]
-    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    stats, _ = operators(name).paired_forward(
-        as_rows(logits), as_rows(old_logits.detach()), scaling.temperature, scaling_params(scaling)
-    )
+    arguments = (as_rows(logits), as_rows(old_logits.detach()), scaling.temperature, scaling_params(scaling))
+    if vocab_shard is None:
+        stats, _ = operators(name).paired_forward(*arguments)
+    else:
+        stats = sharded_pair(*arguments, vocab_shard, operators(name))
     return EntropyRatio(*(stat.view(leading) for stat in stats))

@@ -16,18 +16,23 @@ import torch
 from torch import Tensor
 
 from erc.backend import operators as operators_of
-from erc.backend import why_not
-from erc.constants import NUM_PARAMS, Param
+from erc.backend import register_namespace, why_not
+from erc.constants import NUM_PARAMS, Param, Present, Reduction
+from erc.ops import stats_dtype
 from tests.cuda_host import build
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_FORMS = {"cuda-cluster": (True, 1), "cuda-block": (False, 1), "cuda-split": (False, 132)}
 
 
+CUDA_HOST = "cuda_host"
+
+
 class Backend(NamedTuple):
-    name: str
+    name: str  # what `backend=` takes
     ops: Any
     checks_values: bool  # whether a bad value raises, as on the CPU, or makes its token NaN
+    gradient: float  # the relative error of a float32 gradient: a GPU's exponential is good to 2^-22
 
 
 class OnDevice:
@@ -41,7 +46,7 @@ class OnDevice:
         operator = getattr(self._ops, name).default
 
         def call(*values: Any) -> Any:
-            arguments = list(zip(operator._schema.arguments, values, strict=True))
+            arguments = list(zip(operator._schema.arguments, values, strict=False))  # the last ones may have a default
             there = [
                 value.to(self._device, copy=True) if isinstance(value, Tensor) and argument.name != "params" else value
                 for argument, value in arguments
@@ -55,19 +60,24 @@ class OnDevice:
         return call
 
 
-def _backend(name: str) -> Backend:
+def open_backend(name: str) -> Backend:
     if name.startswith("cuda-"):
         if build.compiler() is None:
             pytest.skip("needs g++")
         host = build.load()
         clusters, multiprocessors = CUDA_FORMS[name]
         host.configure(clusters=clusters, multiprocessors=multiprocessors)
-        return Backend(name, host.ops, False)
+        register_namespace(CUDA_HOST, build.NAMESPACE)
+        return Backend(CUDA_HOST, host.ops, False, 4e-6)
     backend = name.removeprefix("gpu-")
     if (reason := why_not(backend)) is not None:
         pytest.skip(reason)
-    ops = operators_of(backend)
-    return Backend(backend, OnDevice(ops, "cuda") if name.startswith("gpu-") else ops, name == "cpu")
+    return Backend(backend, operators_of(backend), name == "cpu", 1e-6 if name in ("cpu", "torch") else 4e-6)
+
+
+def _on_device(name: str) -> Backend:
+    opened = open_backend(name)
+    return opened._replace(ops=OnDevice(opened.ops, "cuda")) if name.startswith("gpu-") else opened
 
 
 _NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
@@ -76,12 +86,12 @@ GPU = [pytest.param(f"gpu-{name}", marks=_NEEDS_GPU) for name in ("cuda", "trito
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "cuda-block", *GPU])
 def operators(request) -> Backend:
-    return _backend(request.param)
+    return _on_device(request.param)
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", *CUDA_FORMS, *GPU])
 def every_form(request) -> Backend:
-    return _backend(request.param)
+    return _on_device(request.param)
 
 
 def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,3 +123,26 @@ def params(rule: tuple[float, ...] = (), **numbers: float) -> Tensor:
         values[position] = value
     values[Param.RULE : Param.RULE + len(rule)] = torch.tensor(rule, dtype=torch.float64, device="cpu")
     return values
+
+
+def loss_call(
+    ops: Any, logits: Tensor, labels: Tensor, in_place: bool = False, weights: Tensor | None = None, **numbers
+):
+    """Loss, per-token loss, log-prob, entropy, flags, metrics, number of tokens, and the gradient unless it is written
+    over the logits: a clipped loss with an entropy bonus, whose inputs change from token to token."""
+    values = torch.linspace(-1, 1, labels.numel())
+    weights = 1 + values.abs() if weights is None else weights
+    numbers = {"reduction": Reduction.TOKEN_SUM, "entropy_coef": 0.2, "entropy_shares": 1, **numbers}
+    inf = float("inf")
+    arguments = (None, labels, values + 0.5, weights, values - 6, *[None] * 9)
+    arguments += (params((0.2, 0.28, inf, inf), present=Present.OLD_LOGPROB, **numbers), -100, False, True)
+    operator = ops.policy_loss_ if in_place else ops.policy_loss
+    loss, per_token, flags, metrics, tokens, gradient = operator(logits, *arguments)
+    return loss, *per_token, flags, metrics, tokens, *([] if in_place else [gradient])
+
+
+def shard_state(ops: Any, logits: Tensor, labels: Tensor, first_token: int, **numbers: float) -> Tensor:
+    """`[4, N]` of the columns of a row that begin at `first_token`."""
+    state = torch.empty(4, labels.numel(), dtype=stats_dtype(logits.dtype))
+    ops.partial_stats_(logits, labels, None, params(**numbers), -100, None, 0, first_token, state)
+    return state

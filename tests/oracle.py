@@ -16,24 +16,38 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: BFLOAT16, torch.float16: 2.
 """The largest relative error of one rounding to nearest."""
 
 
+def random_logits(
+    *shape: int, dtype: torch.dtype = torch.float32, spread: float = 4.0, seed: int = 0, offset: float = 0.0
+) -> Tensor:
+    """The same numbers on every device; on the default one, which a test of a GPU makes the GPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(*shape, generator=generator, device="cpu") * spread + offset
+    return numbers.to(torch.get_default_device(), dtype)
+
+
+def random_labels(*shape: int, V: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(V, shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (first, second)))
+
+
 def peaked_rows(entropies: list[float], vocab_size: int, seed: int = 0) -> Tensor:
     """One float32 row for each target entropy: Gaussian logits with one token raised until the entropy is about
     right."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(len(entropies), vocab_size, generator=generator)
-    top = torch.randint(vocab_size, (len(entropies),), generator=generator)
-    for row, column, target in zip(rows, top, entropies, strict=True):
-        low, high = 0.0, 60.0
-        for _ in range(40):
-            lead = (low + high) / 2
-            raised = row.clone()
-            raised[column] += lead
-            if erc.reference.token_stats(raised.double()).entropy > target:
-                low = lead
-            else:
-                high = lead
-        row[column] += low
-    return rows
+    generator = torch.Generator("cpu").manual_seed(seed)
+    rows = torch.randn(len(entropies), vocab_size, generator=generator, device="cpu")
+    top = torch.randint(vocab_size, (len(entropies), 1), generator=generator, device="cpu")
+    targets = torch.tensor(entropies, dtype=torch.float64, device="cpu")
+    low, high = torch.zeros(len(entropies), 1, device="cpu"), torch.full((len(entropies), 1), 60.0, device="cpu")
+    for _ in range(40):
+        lead = (low + high) / 2
+        raised = rows.scatter_add(1, top, lead)
+        above = (erc.reference.token_stats(raised.double()).entropy > targets)[:, None]
+        low, high = torch.where(above, lead, low), torch.where(above, high, lead)
+    return rows.scatter_add(1, top, low).to(torch.get_default_device())
 
 
 def assert_logprob(tested: Tensor, exact: Tensor, x_max: Tensor) -> None:

@@ -148,7 +148,7 @@ def all_variants() -> list[Variant]:
         variants += [Variant(f"{v.name} {label}", v.kernel, dtype, v.absent, v.constants) for v in main_variants(dtype)]
         variants += [
             Variant(f"scale_rows {label}", scale_rows_kernel, dtype, constants={"IN_PLACE": False, **_SCALE}),
-            Variant(f"paired_forward {label}", paired_forward_kernel, dtype),
+            Variant(f"paired_forward {label}", paired_forward_kernel, dtype, frozenset({"states"})),
             Variant(f"paired_backward {label}", paired_backward_kernel, dtype),
         ]
     bf16 = torch.bfloat16
@@ -160,7 +160,7 @@ def all_variants() -> list[Variant]:
             Variant(f"stats_forward {label}", stats_forward_kernel, bf16, no_lanes, **flags),
             Variant(f"stats_backward {label}", stats_backward_kernel, bf16, **flags),
             policy_variant(f"policy_loss {label}", bf16, rule=0, kl=0, gate=1, entropy=True, **flags),
-            Variant(f"paired_forward {label}", paired_forward_kernel, bf16, **flags),
+            Variant(f"paired_forward {label}", paired_forward_kernel, bf16, frozenset({"states"}), **flags),
             Variant(f"paired_backward {label}", paired_backward_kernel, bf16, **flags),
         ]
     variants += [

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.peers.base import Runner, Unsupported, Variant
 from benchmarks.workloads import EPS_HIGH, EPS_LOW, TEMPERATURE, Inputs
@@ -17,6 +18,13 @@ from benchmarks.workloads import EPS_HIGH, EPS_LOW, TEMPERATURE, Inputs
 def _require_dapo(inputs: Inputs) -> None:
     if inputs.case.objective != "dapo":
         raise Unsupported(f"has no {inputs.case.objective}")
+
+
+def logprob_of_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+    """The log-prob of its fused losses, which have no entropy."""
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    return LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, labels[None])[0], None
 
 
 def _linear(inputs: Inputs) -> Runner:

@@ -31,13 +31,19 @@ def _load(entropy_requires_grad: bool = True) -> Statistics:
     return statistics
 
 
-def _linear(inputs: Inputs) -> Runner:
+def statistics_of_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy by the fused lm_head."""
     from trl.kernels import ChunkedLogProbFunction
 
+    arguments = (hidden, weight, None, labels, TEMPERATURE, VOCAB_CHUNK, None, 1.0, ("entropy",))
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(*arguments)
+    return logprob, entropy
+
+
+def _linear(inputs: Inputs) -> Runner:
     def call() -> None:
         hidden, weight = inputs.head()
-        arguments = (hidden, weight, None, inputs.labels, TEMPERATURE, VOCAB_CHUNK, None, 1.0, ("entropy",))
-        logprob, entropy, *_ = ChunkedLogProbFunction.apply(*arguments)
+        logprob, entropy = statistics_of_head(hidden, weight, inputs.labels)
         token_loss(logprob, entropy.detach(), inputs).backward()
 
     return Runner(call)

@@ -434,13 +434,15 @@ struct Operators {
   // ---- pairs ---------------------------------------------------------------------------------------------------------
 
   static std::tuple<Tensor, Tensor> paired_forward(const Tensor& logits, const Tensor& old_logits,
-                                                   const MaybeTensor& temperature, const Tensor& params) {
+                                                   const MaybeTensor& temperature, const Tensor& params,
+                                                   const MaybeTensor& states) {
     Backend backend(logits);
     const Like like(logits);
     PairedForward call{};
     call.rows = row_inputs(like, logits, std::nullopt, temperature, params, 0, {std::nullopt});
     call.old_logits = old_rows(call.rows.logits, old_logits);
     Tensor stats = like.output({kPairedOutputs, call.rows.num_tokens}), saved = like.output({kPairedSaved, call.rows.num_tokens});
+    call.states = like.values(states, "states", 6 * call.rows.num_tokens);
     call.stats = stats.mutable_data_ptr();
     call.saved = saved.mutable_data_ptr();
     backend.run(call);

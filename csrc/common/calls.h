@@ -88,6 +88,7 @@ struct PolicyLoss {
 struct PairedForward {
   RowInputs rows;  // without labels
   Rows old_logits;
+  const void* states;  // [6, num_tokens], new and old, of rows of which these are a shard's columns; null: they are whole
   void* stats;  // [kPairedOutputs, num_tokens]
   void* saved;  // [kPairedSaved, num_tokens]
 };

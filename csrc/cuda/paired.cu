@@ -107,8 +107,12 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1)
   auto& shared = *reinterpret_cast<PairedShared<Real>*>(dynamic_shared());
   const T* fresh_row = host.logits.template row<const T>(host.index(row));
   const T* old_row = old_rows.row<const T>(host.index(row));
-  const RowState<Real> fresh = row_state<V>(scale, partition, fresh_row, shared);
-  const RowState<Real> old = row_state<V>(scale, partition, old_row, shared);
+  const auto state_of = [&](const T* elements, int first) -> RowState<Real> {
+    const Real* known = static_cast<const Real*>(call.states) + first * n + row;
+    if (call.states) return {known[0], known[n], known[2 * n]};
+    return row_state<V>(scale, partition, elements, shared);
+  };
+  const RowState<Real> fresh = state_of(fresh_row, 0), old = state_of(old_row, 3);
   const bool valid = fresh.is_valid() && old.is_valid();
 
   Real sums[kPairedSums] = {};

@@ -308,7 +308,7 @@ class ERCTrainer(GRPOTrainer):
             if not self.args.cast_lm_head_to_fp32:
                 return call(inputs)
             with torch.autocast(inputs.hidden.device.type, enabled=False):
-                return call(inputs._replace(hidden=inputs.hidden.float()))
+                return call(inputs)  # a float32 weight takes hidden states of 16 bit
 
         packed = getattr(self.args, "padding_free", False)
         with self.accelerator.autocast():

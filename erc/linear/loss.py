@@ -1,10 +1,9 @@
 """Layer 3: the policy loss from hidden states and the lm_head's weight, without ever holding the logits.
 
-Rows are processed in chunks: one GEMM makes a chunk of logits, the fused kernel turns it into its gradient in place,
-and two GEMMs turn that into gradients of `hidden` and `weight` right away. No chunk of logits is computed twice: 6 NVD
-flops forward and backward, where designs that recompute in the backward need 8. Gradients of `weight` and `bias`
-accumulate in float32 across chunks; in 16-bit dtypes each chunk's contribution is rounded once. The GEMMs are
-PyTorch's.
+Rows are processed in chunks: GEMMs make float32 logits window by window, the fused kernel turns each window into its
+gradient, and two GEMMs turn a chunk of that into gradients of `hidden` and `weight` right away (`erc.linear.plan`). No
+logit is computed twice: 6 NVD flops forward and backward, where designs that recompute in the backward need 8.
+Gradients of `weight` and `bias` accumulate in float32 across chunks. The GEMMs are PyTorch's.
 """
 
 from __future__ import annotations
@@ -18,7 +17,21 @@ from torch import Tensor
 from erc.backend import operators, select
 from erc.call import LossCall, TokenArguments, choose_route, loss_call
 from erc.inputs import resolve_objective
-from erc.linear.head import ActiveRows, HeadGradients, active_rows, cast_head, check_head, chunk_rows, needs_grad
+from erc.linear.head import (
+    ActiveRows,
+    Buffers,
+    HeadGradients,
+    active_rows,
+    cast_head,
+    check_head,
+    check_main_grad,
+    narrowest_dtype,
+    needs_grad,
+    no_autocast,
+    product_dtype,
+    shape_of,
+)
+from erc.linear.plan import RowPlan, machine_of, memory_budget_of, plan_rows, window_rows
 from erc.linear.stats import linear_row_stats
 from erc.ops import refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
@@ -54,8 +67,10 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
     vocab_shard: VocabShard | None = None,
     memory_budget: int | None = None,
+    main_grad: Tensor | None = None,
     num_active: int | None = None,
     validate: bool = False,
     backend: str | None = None,
@@ -63,13 +78,19 @@ def linear_policy_loss(
     """`policy_loss` of `hidden @ weight.T + bias`, whose logits are never stored whole.
 
     Args:
-        hidden: `[*, D]`; position `t` must predict `labels[t]`. Under autocast the GEMMs run in its dtype.
-        weight: `[V, D]`, the lm_head or a tied embedding; a shard of its rows with `vocab_shard`. A weight without
-            requires_grad (LoRA) costs no weight gradient. DTensors are refused: pass the local tensor.
-        bias: `[V]` or None.
+        hidden: `[*, D]`; position `t` must predict `labels[t]`. Under autocast the GEMMs' operands have its dtype.
+        weight: `[V, D]`, the lm_head or a tied embedding, in the dtype of `hidden`, or in float32 with 16-bit `hidden`;
+            a shard of its rows with `vocab_shard`. A weight without requires_grad (LoRA) costs no weight gradient.
+            DTensors are refused: pass the local tensor.
+        bias: `[V]` in the dtype of `weight`, or None.
+        logits_dtype: float32 by default, of 16-bit operands too; their own dtype rounds every logit before its loss is
+            computed, which decides ERC tokens by rounding. The gradient of the logits has the dtype of the operands,
+            rounded once.
         vocab_shard: as `token_stats`; runs two-phase, with one all-reduce of the gradient of `hidden` in the backward.
-        memory_budget: bytes of logits that exist at a time (default 256 MiB). Beyond them and the returned gradients,
-            memory is the float32 accumulator of `weight`'s gradient.
+        memory_budget: bytes of logits and of their gradient that exist at a time (by default 1 GiB on a GPU, 256 MiB on
+            a CPU). Beyond them and the returned gradients, memory is the float32 accumulator of `weight`'s gradient,
+            unless there is one chunk.
+        main_grad: `[V, D]` float32. The backward adds the gradient of `weight` there, and returns none for it.
         num_active: an upper bound of the rows that labels and mask leave active. Ignored rows cost no flops: on the CPU
             always, on a GPU, where counting them would synchronise, only with this number. Too large a one costs flops;
             too small a one raises, on a GPU by an assertion on the device.
@@ -93,7 +114,9 @@ def linear_policy_loss(
     torch.Size([11, 8])
     """
     with agreement(vocab_shard, validate) as facts:
-        like = check_head(hidden, weight, bias, vocab_shard, facts)
+        like = check_head(hidden, weight, bias, logits_dtype, vocab_shard, facts)
+        budget = memory_budget_of(memory_budget, like.device)
+        check_main_grad(main_grad, weight)
         objective = resolve_objective(objective)
         name, _ = select(like, backend)
         if vocab_shard is not None:
@@ -108,24 +131,33 @@ def linear_policy_loss(
         scaling = row_scaling(temperature, softcap, logit_scale, like.shape[:-1], like)
         needs = needs_grad(hidden, weight, bias)
         route = choose_route(
-            name, objective, like.dtype,
-            needs_grad=any(needs), grad_scale=grad_scale, sharded=vocab_shard is not None, linear=True,
+            name, objective, like.dtype, needs_grad=any(needs), grad_scale=grad_scale,
+            grad_dtype=narrowest_dtype(hidden, weight), sharded=vocab_shard is not None, linear=True,
         )  # fmt: skip
         fused = route.name == "fused"
         call = loss_call(objective, arguments, labels, ignore_index, like, scaling, like.shape[-1], fused=fused)
         table = call.token_table(operators(name))
         active = active_rows(table[1], call.count, ignore_index, num_active)
         call.add_facts(facts)
-        facts.add(memory_budget=memory_budget, num_active=num_active)
+        facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)
     if not fused:
         logprob, entropy, _ = linear_row_stats(
-            hidden, weight, bias, table[1], scaling, ignore_index, name, vocab_shard, memory_budget, active
+            hidden,
+            weight,
+            bias,
+            table[1],
+            scaling,
+            ignore_index,
+            name,
+            vocab_shard,
+            budget,
+            active,
+            like.dtype,
+            main_grad,
         )
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy))
     refuse_forward_mode(hidden, weight, bias)
-    rows = _Rows(
-        operators(name), call, table, active, chunk_rows(len(weight), like.dtype, memory_budget), like.dtype, needs
-    )
+    rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)
     loss, per_token, metrics, count = _FusedLinearLoss.apply(hidden, weight, bias, rows)
     return add_exact_kl(call, loss_result(call, loss, per_token, metrics, count), operators(name))
 
@@ -135,9 +167,11 @@ class _Rows(NamedTuple):
     call: LossCall
     table: tuple[Tensor, Tensor, Tensor]
     active: ActiveRows
-    chunk_rows: int
+    budget: int
     dtype: torch.dtype
+    logits_dtype: torch.dtype
     needs: tuple[bool, bool, bool]
+    main_grad: Tensor | None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -149,29 +183,34 @@ class _FusedLinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         backend_operators, call, (table, labels, counter) = rows.operators, rows.call, rows.table
         tokens, temperature = call.tokens, call.scaling.temperature
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
-            gradients = HeadGradients(head, rows.needs)
-            per_token = torch.zeros(4, call.count, dtype=stats_dtype(rows.dtype), device=hidden.device)
+            per_token = torch.zeros(4, call.count, dtype=stats_dtype(rows.logits_dtype), device=hidden.device)
             flags = torch.zeros(call.count, dtype=torch.int32, device=hidden.device)
-            size = max(1, min(rows.chunk_rows, call.count))
-            buffer = torch.empty(size, len(head.weight), dtype=rows.dtype, device=hidden.device)
-            for chunk in rows.active.chunks(size):
-                chunk_hidden = rows.active.of(head.hidden, chunk)
-                logits = head.logits(chunk_hidden, buffer)
-                backend_operators.loss_rows_(
-                    logits, labels, temperature, tokens.params, tokens.ignore_index, chunk.row_index,
-                    chunk.first_token, table, per_token, flags, logits if any(rows.needs) else None,
-                )  # fmt: skip
-                if any(rows.needs):
-                    gradients.add(head, chunk.index, chunk_hidden, logits[0])
-            gradients.finish(head)
+            shape, learns = shape_of(head, rows.active, rows.logits_dtype), any(rows.needs)
+            if learns:
+                plan = plan_rows(shape, rows.budget, machine_of(hidden.device))
+            else:
+                plan = RowPlan(*(window_rows(shape, rows.budget),) * 2)
+            several = plan.chunks(shape) > 1 or rows.main_grad is not None
+            gradients = HeadGradients(head, rows.needs, several)
+            buffers = Buffers(plan, head, rows.logits_dtype, learns)
+            for chunk in rows.active.chunks(plan.rows):
+                chunk_hidden = rows.active.of(head, chunk)
+                for logits, some, grad_logits in buffers.windows(head, chunk_hidden, chunk):
+                    backend_operators.loss_rows_(
+                        logits, labels, temperature, tokens.params, tokens.ignore_index, some.row_index,
+                        some.first_token, table, per_token, flags, grad_logits if learns else None,
+                    )  # fmt: skip
+                if learns:
+                    gradients.add(head, chunk.index, chunk_hidden, buffers.gradient[: len(chunk_hidden)])
+            gradients.finish()
         loss, metrics, count = backend_operators.token_summary(
             per_token, flags, table, labels, counter, tokens.params, tokens.ignore_index
         )
         if call.objective.reduction == "none":
             loss = per_token[0].clone()
-        ctx.gradients, ctx.operators = gradients, backend_operators
+        ctx.gradients, ctx.operators, ctx.main_grad = gradients, backend_operators, rows.main_grad
         ctx.like = (hidden, weight, bias)
         others = (per_token[1:], metrics, count)
         ctx.mark_non_differentiable(*others)
@@ -189,4 +228,4 @@ class _FusedLinearLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.scaled(grad_loss, ctx.like, ctx.operators), None)
+        return (*gradients.scaled(grad_loss, ctx.like, ctx.operators, ctx.main_grad), None)

@@ -1,6 +1,6 @@
 """Layer 2: row statistics from hidden states and the lm_head's weight, without ever holding the logits.
 
-A chunk of logits lives between its GEMM and its sweep; the backward computes it again and reduces it right away.
+A window of logits lives between its GEMM and its sweep; the backward computes it again and reduces it right away.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from erc.call import labels_explained
 from erc.inputs import check_label_values, label_rows
 from erc.linear.head import (
     ActiveRows,
+    AddedToMainGrad,
+    Buffers,
+    Head,
     HeadGradients,
     active_rows,
     cast_head,
     check_head,
-    chunk_rows,
-    gemm_dtype,
+    check_main_grad,
     needs_grad,
+    no_autocast,
+    product_dtype,
+    shape_of,
 )
+from erc.linear.plan import RowPlan, Shape, machine_of, memory_budget_of, plan_rows, window_rows
 from erc.ops import contiguous, refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import (
     LOCAL_IGNORE_INDEX,
@@ -47,8 +53,10 @@ def linear_token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
     vocab_shard: VocabShard | None = None,
     memory_budget: int | None = None,
+    main_grad: Tensor | None = None,
     num_active: int | None = None,
     validate: bool = False,
     backend: str | None = None,
@@ -69,7 +77,9 @@ def linear_token_stats(
     tensor([1.3863, 1.3863])
     """
     with agreement(vocab_shard, validate) as facts:
-        like = check_head(hidden, weight, bias, vocab_shard, facts)
+        like = check_head(hidden, weight, bias, logits_dtype, vocab_shard, facts)
+        budget = memory_budget_of(memory_budget, like.device)
+        check_main_grad(main_grad, weight)
         name, _ = select(like, backend)
         if vocab_shard is not None:
             check_shardable(name, False, facts)
@@ -81,10 +91,21 @@ def linear_token_stats(
                 check_label_values(labels.view(leading), like.shape[-1], ignore_index)
         active = active_rows(labels, leading.numel(), ignore_index, num_active)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
-        facts.add(memory_budget=memory_budget, num_active=num_active)
+        facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)
     with labels_explained(labels, leading, like.shape[-1], ignore_index):
         stats = linear_row_stats(
-            hidden, weight, bias, labels, scaling, ignore_index, name, vocab_shard, memory_budget, active
+            hidden,
+            weight,
+            bias,
+            labels,
+            scaling,
+            ignore_index,
+            name,
+            vocab_shard,
+            budget,
+            active,
+            like.dtype,
+            main_grad,
         )
     return TokenStats(*(None if stat is None else stat.view(leading) for stat in stats))
 
@@ -98,8 +119,10 @@ def linear_row_stats(
     ignore_index: int,
     backend: str,
     vocab_shard: VocabShard | None,
-    memory_budget: int | None,
+    budget: int,
     active: ActiveRows,
+    logits_dtype: torch.dtype,
+    main_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Log-prob, entropy and logsumexp of checked arguments, `[N]` each."""
     params = scaling_params(scaling)
@@ -107,26 +130,22 @@ def linear_row_stats(
         rows = hidden.reshape(-1, hidden.shape[-1])
         if labels is not None:
             rows = rows.masked_fill((labels == ignore_index)[:, None], 0)
-        logits = torch.nn.functional.linear(rows, weight, bias)[None]
+        operands = product_dtype(weight)
+        rows, weight, bias = (t if t is None else t.to(operands).to(logits_dtype) for t in (rows, weight, bias))
+        if main_grad is not None:
+            weight = AddedToMainGrad.apply(weight, main_grad)
+        with no_autocast(hidden.device):
+            logits = torch.nn.functional.linear(rows, weight, bias)[None]
         stats = operators(backend).stats_forward(logits, labels, scaling.temperature, params, ignore_index)
         return (None if labels is None else stats[0]), *stats[1:3]
     refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
-        weight, bias = vocab_shard.local_rows(weight), None if bias is None else vocab_shard.local_rows(bias)
-    dtype = gemm_dtype(hidden)
-    columns = len(weight) if vocab_shard is None else vocab_shard.even_share()
+        local = vocab_shard.local_rows
+        weight, bias, main_grad = (None if t is None else local(t) for t in (weight, bias, main_grad))
     rows = _Rows(
-        operators(backend),
-        labels,
-        scaling.temperature,
-        params,
-        ignore_index,
-        active,
-        chunk_rows(columns, dtype, memory_budget),
-        dtype,
-        needs_grad(hidden, weight, bias),
-        vocab_shard,
-    )
+        operators(backend), labels, scaling.temperature, params, ignore_index, active, budget, product_dtype(weight),
+        logits_dtype, needs_grad(hidden, weight, bias), vocab_shard, main_grad,
+    )  # fmt: skip
     logprob, entropy, logsumexp = _LinearStats.apply(hidden, weight, bias, rows)
     return (None if labels is None else logprob), entropy, logsumexp
 
@@ -138,10 +157,17 @@ class _Rows(NamedTuple):
     params: Tensor
     ignore_index: int
     active: ActiveRows
-    chunk_rows: int
+    budget: int
     dtype: torch.dtype
+    logits_dtype: torch.dtype
     needs: tuple[bool, bool, bool]
     vocab_shard: VocabShard | None
+    main_grad: Tensor | None
+
+    def shape(self, head: Head) -> Shape:
+        """Of even shards, so that every rank's plan is the same."""
+        columns = None if self.vocab_shard is None else self.vocab_shard.even_share()
+        return shape_of(head, self.active, self.logits_dtype, columns)
 
 
 class _LinearStats(torch.autograd.Function):
@@ -149,22 +175,22 @@ class _LinearStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> tuple[Tensor, ...]:
-        shard, real = rows.vocab_shard, stats_dtype(rows.dtype)
+        shard, real = rows.vocab_shard, stats_dtype(rows.logits_dtype)
         arguments = (rows.labels, rows.temperature, rows.params, rows.ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
             count = len(head.hidden)
-            size = max(1, min(rows.chunk_rows, count))
-            buffer = torch.empty(size, len(head.weight), dtype=rows.dtype, device=hidden.device)
+            size = window_rows(rows.shape(head), rows.budget)
+            buffers = Buffers(RowPlan(size, size), head, rows.logits_dtype, gradient=False)
             # Of rows that are not read every statistic is 0, and the state that of a single certain token.
             stats = torch.zeros(6 if shard is None else 4, count, dtype=real, device=hidden.device)
             gathered = []
             for chunk in rows.active.chunks(size):
-                logits, some = head.logits(rows.active.of(head.hidden, chunk), buffer), chunk[1:]
+                ((logits, *_),) = buffers.windows(head, rows.active.of(head, chunk), chunk)
                 if shard is None:
-                    rows.operators.stats_forward_(logits, *arguments, *some, stats)
+                    rows.operators.stats_forward_(logits, *arguments, *chunk[1:], stats)
                 else:
-                    rows.operators.partial_stats_(logits, *arguments, *some, shard.start, stats)
+                    rows.operators.partial_stats_(logits, *arguments, *chunk[1:], shard.start, stats)
                     gathered.append((chunk.index, shard.gather(stats[:, chunk.index])))
             for index, parts in gathered:
                 temperature = None if rows.temperature is None else rows.temperature[index]
@@ -193,34 +219,20 @@ class _LinearStats(torch.autograd.Function):
         elif rows.vocab_shard is not None:
             labels, ignore_index = rows.vocab_shard.local_labels(labels, ignore_index, len(weight)), LOCAL_IGNORE_INDEX
         grads = tuple(map(contiguous, grads))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
-            needs_hidden, needs_weight, needs_bias = rows.needs
-            shard = rows.vocab_shard if needs_hidden else None
-            gradients = HeadGradients(head, (needs_hidden and shard is None, needs_weight, needs_bias))
-            count = len(head.hidden)
-            size = max(1, min(rows.chunk_rows, count))
-            buffer = torch.empty(size, len(head.weight), dtype=rows.dtype, device=hidden.device)
-            reduced = []
-            for chunk in rows.active.chunks(size):
-                chunk_hidden = rows.active.of(head.hidden, chunk)
-                logits = head.logits(chunk_hidden, buffer)
-                rows.operators.stats_backward_(
-                    logits, labels, rows.temperature, rows.params, ignore_index, chunk.row_index, chunk.first_token,
-                    saved, *grads, logits,
-                )  # fmt: skip
-                if shard is not None:
-                    reduced.append((chunk.index, shard.reduce(logits[0] @ head.weight)))
-                gradients.add(head, chunk.index, chunk_hidden, logits[0])
-            gradients.finish(head)
-            if shard is not None:
-                gradients.hidden = torch.zeros_like(head.hidden, dtype=torch.promote_types(rows.dtype, torch.float32))
-            for index, total in reduced:
-                gradients.hidden[index] = total.wait()
-        results = [
-            None if grad is None else grad.to(target.dtype).view(target.shape)
-            for grad, target in zip(
-                (gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True
-            )
-        ]
-        return (*results, None)
+            shape = rows.shape(head)
+            plan = plan_rows(shape, rows.budget, machine_of(hidden.device))
+            several = plan.chunks(shape) > 1
+            gradients = HeadGradients(head, rows.needs, several, rows.main_grad, rows.vocab_shard)
+            buffers = Buffers(plan, head, rows.logits_dtype)
+            for chunk in rows.active.chunks(plan.rows):
+                chunk_hidden = rows.active.of(head, chunk)
+                for logits, some, grad_logits in buffers.windows(head, chunk_hidden, chunk):
+                    rows.operators.stats_backward_(
+                        logits, labels, rows.temperature, rows.params, ignore_index, some.row_index, some.first_token,
+                        saved, *grads, grad_logits,
+                    )  # fmt: skip
+                gradients.add(head, chunk.index, chunk_hidden, buffers.gradient[: len(chunk_hidden)])
+            gradients.finish()
+        return (*gradients.like((hidden, weight, bias)), None)

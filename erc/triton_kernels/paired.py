@@ -57,24 +57,33 @@ def sign(x):
 
 
 @triton.jit
+def saved_state(pointer, N):
+    return RowState(tl.load(pointer), tl.load(pointer + N), tl.load(pointer + 2 * N))
+
+
+@triton.jit
 def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @kernel
 def paired_forward_kernel(
-    logits_ptr, old_logits_ptr, temperature_ptr, stats_ptr, saved_ptr,
+    logits_ptr, old_logits_ptr, temperature_ptr, states_ptr, stats_ptr, saved_ptr,
     N: tl.int64, V: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
     old_stride_outer: tl.int64, old_stride_inner: tl.int64,
     scale: tl.float64, cap: tl.float64, cap_scale: tl.float64, L: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; `stats_ptr` [6, N], `saved_ptr` [8, N]."""
+    """One program a row; `stats_ptr` [6, N], `saved_ptr` [8, N]. With `states_ptr` [6, N] the row is part of a row of
+    those states, and the sums are its own columns'."""
     row = tl.program_id(0).to(tl.int64)
     new = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
     old = row_pointer(old_logits_ptr, row, inner, old_stride_outer, old_stride_inner, L)
     scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, row, L)
-    p_state = row_state(None, new, row, V, row < 0, scaling, False, "evict_last", L)
-    q_state = row_state(None, old, row, V, row < 0, scaling, False, "evict_last", L)
+    if states_ptr is None:
+        p_state = row_state(None, new, row, V, row < 0, scaling, False, "evict_last", L)
+        q_state = row_state(None, old, row, V, row < 0, scaling, False, "evict_last", L)
+    else:
+        p_state, q_state = saved_state(states_ptr + row, N), saved_state(states_ptr + 3 * N + row, N)
     p_log, q_log = log1p(p_state.sum_rest), log1p(q_state.sum_rest)
     new_old, old_new = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
     variation, balance = tl.zeros([L.LANES], L.REAL), tl.zeros([L.LANES], L.REAL)
@@ -127,8 +136,7 @@ def paired_backward_kernel(
     target = row_pointer(out_ptr, row, inner, out_stride_outer, out_stride_inner, L)
     scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, row, L)
     saved, grads = saved_ptr + row, grads_ptr + row
-    p_state = RowState(tl.load(saved), tl.load(saved + N), tl.load(saved + 2 * N))
-    q_state = RowState(tl.load(saved + 3 * N), tl.load(saved + 4 * N), tl.load(saved + 5 * N))
+    p_state, q_state = saved_state(saved, N), saved_state(saved + 3 * N, N)
     divergence, balance = tl.load(saved + 6 * N), tl.load(saved + 7 * N)
     mean = p_state.weighted_sum / (1.0 + p_state.sum_rest)
     g_entropy = tl.load(grads + N) + tl.load(grads) / (row_entropy(q_state) + RATIO_EPS)
@@ -155,15 +163,15 @@ def paired_backward_kernel(
 
 
 def paired_forward(
-    logits: Tensor, old_logits: Tensor, temperature: Tensor | None, params: Tensor
+    logits: Tensor, old_logits: Tensor, temperature: Tensor | None, params: Tensor, states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`stats` [6, N] (`erc.constants.PAIRED_OUTPUTS`) and what the backward needs."""
+    """`stats` [6, N] (`erc.constants.PAIRED_OUTPUTS`) and what the backward needs; `states`: of a shard's columns."""
     call, old = row_inputs(logits, None, temperature, params, 0), rows_of(old_logits)
     new = call.rows
     stats, saved = new.per_token(len(constants.PAIRED_OUTPUTS)), new.per_token(constants.PAIRED_SAVED)
     launch(
-        paired_forward_kernel, new.count, logits, logits, old_logits, temperature, stats, saved, new.count, new.V,
-        *new.address(), *old.strides(), *read_scaling(params), L=call.layout(old),
+        paired_forward_kernel, new.count, logits, logits, old_logits, temperature, states, stats, saved, new.count,
+        new.V, *new.address(), *old.strides(), *read_scaling(params), L=call.layout(old),
     )  # fmt: skip
     return stats, saved
 

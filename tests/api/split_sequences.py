@@ -85,7 +85,7 @@ def arguments(rank: int, world: int, form: str) -> dict[str, Tensor]:
     if form == "packed":
         mask = given.pop("mask")
         given = {name: packed(tensor, mask) for name, tensor in given.items()} | {"cu_seqlens": offsets(mask)}
-    return given | {"advantages": advantages}
+    return given | {"advantages": advantages[:, None]}  # of a rank whose tokens are as many as sequences too
 
 
 def loss_and_gradient(objective: erc.Objective, given: dict[str, Tensor], **more: Any) -> tuple[float, Tensor]:

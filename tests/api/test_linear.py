@@ -176,7 +176,7 @@ def test_a_bfloat16_weight_gradient_of_any_number_of_chunks(chunks):
     hidden, weight, _, _ = make_head(torch.bfloat16, rows, vocab, bias=False)
     labels = torch.full((rows,), -100) if chunks == 0 else torch.arange(rows)
     arguments = {"old_logprob": None, "advantages": torch.linspace(-1, 2, rows), "objective": "dapo", "normalizer": 4.0}
-    budget = rows // max(chunks, 1) * vocab * 2
+    budget = rows // max(chunks, 1) * vocab * 6  # a float32 logit and its 16-bit gradient
     erc.linear_policy_loss(hidden, weight, labels, memory_budget=budget, **arguments).loss.backward()
     assert weight.grad.dtype == torch.bfloat16
     if chunks == 0:
@@ -184,7 +184,7 @@ def test_a_bfloat16_weight_gradient_of_any_number_of_chunks(chunks):
         return
     exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     erc.reference.policy_loss(exact_hidden @ exact_weight.T, labels, **arguments).loss.backward()
-    bound = 2.0**-6 * exact_weight.grad.abs().max()  # logits, their gradient and the products rounded to bfloat16
+    bound = 2.0**-6 * exact_weight.grad.abs().max()  # gradients of logits and products rounded to bfloat16
     assert (weight.grad.double() - exact_weight.grad).abs().max() <= bound
     assert (0.9 * weight.grad.double() - exact_weight.grad).abs().max() > bound, "a wrong gradient would be noticed"
 
@@ -210,8 +210,9 @@ def test_autocast_runs_the_gemms_in_its_dtype():
             hidden, weight, labels, old_logprob=None, advantages=torch.ones(ROWS), objective="dapo"
         )
     out.loss.backward()
-    rounded = torch.nn.functional.linear(hidden.bfloat16(), weight.bfloat16())
-    assert torch.equal(out.logprob, erc.token_stats(rounded, labels).logprob)
+    with torch.no_grad():
+        exact = erc.token_stats(hidden.bfloat16().float() @ weight.bfloat16().float().t(), labels)
+    torch.testing.assert_close(out.logprob, exact.logprob, rtol=1e-6, atol=1e-5)
     assert weight.grad.dtype == torch.float32
 
 

@@ -20,6 +20,7 @@ ROWS, WIDTH, VOCAB = 9, 6, 67
 def _bodies(rank: int, world: int) -> dict[str, Any]:
     bodies = {"dense loss": PolicyLossBody(world, linear=False), "linear loss": PolicyLossBody(world, linear=True)}
     bodies["sequences"] = partial(split_losses, world=world)
+    bodies |= {"dense pair": PairBody(world, linear=False), "linear pair": PairBody(world, linear=True)}
     if world == 3:
         bodies["statistics"] = StatsBody()
     if world == 2:
@@ -108,6 +109,59 @@ def test_sharded_loss_equals_the_loss_of_one_process(world, linear):
         assert (tested.double() * 1.01 - expected).abs().max() > 1e-5 * scale, "the bound must catch an error of 1 %"
 
 
+def pair_problem(dtype=torch.float32):
+    """New and old heads, and what their divergences are multiplied by."""
+    hidden, weight, *_ = problem(dtype)
+    generator = torch.Generator().manual_seed(4)
+    old_hidden = hidden + 0.3 * torch.randn(ROWS, WIDTH, generator=generator).to(dtype)
+    old_weight = weight + 0.1 * torch.randn(VOCAB, WIDTH, generator=generator).to(dtype)
+    return hidden, weight, old_hidden, old_weight, torch.rand(6, ROWS, generator=generator).to(dtype)
+
+
+class PairBody:
+    def __init__(self, world: int, linear: bool) -> None:
+        self.world, self.linear = world, linear
+
+    def __call__(self, rank: int):
+        hidden, weight, old_hidden, old_weight, upstream = pair_problem()
+        shard = erc.VocabShard(None, BOUNDARIES[self.world][rank], VOCAB)
+        local, old_local = (held_columns(matrix, rank, self.world) for matrix in (weight, old_weight))
+        local.requires_grad_()
+        hidden.requires_grad_()
+        options = {"vocab_shard": shard, "validate": True, "temperature": torch.full((ROWS,), 0.8), "softcap": 9.0}
+        if self.linear:
+            out = erc.linear_entropy_ratio(hidden, local, old_hidden, old_local, memory_budget=1000, **options)
+        else:
+            out = erc.entropy_ratio(hidden @ local.t(), old_hidden @ old_local.t(), **options)
+        sum((u * stat).sum() for u, stat in zip(upstream, out, strict=True)).backward()
+        if not self.linear:
+            dist.all_reduce(hidden.grad)
+        return [stat.tolist() for stat in out], hidden.grad, local.grad
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_sharded_divergences_equal_those_of_one_process(world, linear):
+    hidden, weight, old_hidden, old_weight, upstream = pair_problem(torch.float64)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    exact = erc.reference.entropy_ratio(
+        hidden @ weight.t(), old_hidden @ old_weight.t(), temperature=torch.full((ROWS,), 0.8), softcap=9.0
+    )
+    sum((u * stat).sum() for u, stat in zip(upstream, exact, strict=True)).backward()
+    results = [rank["linear pair" if linear else "dense pair"] for rank in on_ranks(world)]
+    assert len({repr(result[0]) for result in results}) == 1, "every rank must hold the same, bit for bit"
+    for name, tested, expected in zip(exact._fields, results[0][0], exact, strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(torch.tensor(tested).double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+    weight_grad = torch.cat([result[2] for result in results])
+    assert not weight_grad[VOCAB:].any(), "padding takes no gradient"
+    for tested, expected in ((weight_grad[:VOCAB], weight.grad), *((result[1], hidden.grad) for result in results)):
+        bound = 1e-5 * expected.abs().max()
+        assert (tested.double() - expected).abs().max() <= bound
+        assert (tested.double() * 1.01 - expected).abs().max() > bound > 0, "the bound must catch an error of 1 %"
+
+
 class StatsBody:
     def __call__(self, rank: int):
         hidden, weight, labels, _ = problem()
@@ -167,7 +221,7 @@ MISMATCHES = {
     "rows": "rows must be the same",
     "vocab_size": "vocab_size must be the same",
     "memory_budget": "memory_budget must be the same",
-    "backend": "backend must be the same on every rank, got ['cpu', 'another one']",
+    "backend": "backend must be the same on every rank, got ['cpu', 'the same by another name']",
     "failed": "rank(s) [1] did not pass",
 }
 

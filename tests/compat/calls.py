@@ -65,6 +65,7 @@ def _shard(logits: Tensor) -> Call:
         shard = erc.VocabShard(None, 0, logits.shape[-1])
         labels = torch.zeros(len(logits), dtype=torch.int64)
         erc.token_stats(logits, labels, vocab_shard=shard, backend=BACKEND)
+        erc.entropy_ratio(logits, logits, vocab_shard=shard, backend=BACKEND)
 
     return call
 

@@ -1,11 +1,13 @@
-"""The GPU backends on a GPU: the tests of `test_cuda_host` for both of them, then what only a GPU shows.
+"""The GPU backends on a GPU: what only a GPU shows. The contract that every backend shares runs there in the other
+modules of this folder (`pytest tests/contract -m gpu`).
 
 Everything here is skipped where there is none. `pytest -m gpu -s` prints the bandwidths.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,135 +15,102 @@ from torch import Tensor
 
 import erc
 from benchmarks.machine_code.roofline import GPUS
-from erc.backend import operators, register_namespace, why_not
-from tests.contract.test_cuda_host import (  # noqa: F401
-    BACKEND,
-    IGNORE,
-    bits,
-    loss_call,
-    params,
-    random_labels,
-    random_logits,
-    test_a_label_out_of_range_makes_its_row_nan_and_reads_nothing_else,
-    test_a_row_does_not_depend_on_its_batch,
-    test_a_row_that_is_all_minus_inf_is_nan,
-    test_compiles_into_one_graph,
-    test_every_rule_gate_and_penalty_matches_the_oracle,
-    test_forbidden_tokens,
-    test_ignored_rows_are_not_read,
-    test_large_weights_do_not_overflow_beside_masked_tokens,
-    test_more_rows_than_a_second_grid_dimension_holds,
-    test_nan_and_plus_inf_poison_their_row_alone,
-    test_no_entropy_ratio_decision_flips,
-    test_no_rows,
-    test_one_temperature_a_row,
-    test_operators_pass_opcheck,
-    test_pairs_match_the_oracle,
-    test_peaked_rows_keep_the_entropys_relative_precision,
-    test_rows_beyond_2_to_31_elements_are_addressed_in_64_bits,
-    test_shards_merge_to_the_whole_row,
-    test_statistics_and_gradients_match_the_oracle,
-    test_strides_and_alignment_change_no_bit,
-    test_the_fused_loss_on_every_machine,
-    test_without_a_gradient_none_is_written,
-)
+from erc.backend import operators, why_not
+from tests.backends import loss_call, params
+from tests.oracle import random_labels, random_logits, same_bits
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"),
 ]
 DEVICE = "cuda"
+IGNORE = -100
 V = 151_936
 
 PEAKS = {gpu.name: gpu.bandwidth for gpu in GPUS}
 
 
-@pytest.fixture(scope="module", params=["cuda", "triton"])
-def host(request):
-    """The operators of a GPU backend, under the name that the imported tests use; tensors are made on the GPU."""
+@pytest.fixture(params=["cuda", "triton"])
+def ops(request) -> Iterator[Any]:
+    """The operators of a GPU backend, which the public calls take, too; tensors are made on the GPU."""
     reason = why_not(request.param)
     if reason is not None:
         pytest.skip(reason)
-    register_namespace(BACKEND, f"erc_{request.param}")
     torch.set_default_device(DEVICE)
-    yield SimpleNamespace(ops=operators(request.param), configure=lambda **_: None)
+    with erc.use_backend(request.param):
+        yield operators(request.param)
     torch.set_default_device(None)
-
-
-@pytest.fixture
-def machine(host):
-    return host
 
 
 # ---- what only a GPU shows -------------------------------------------------------------------------------------------
 
 
-def per_row(host, logits: Tensor, labels: Tensor) -> list[Tensor]:
+def per_row(ops, logits: Tensor, labels: Tensor) -> list[Tensor]:
     """What depends on a row alone, and not on its place in the batch as the inputs of `loss_call` do."""
-    statistics = host.ops.stats_forward(logits, labels, None, params(), IGNORE)
+    statistics = ops.stats_forward(logits, labels, None, params(), IGNORE)
     saved, ones = statistics[3], torch.ones_like(statistics[1])
-    gradient = host.ops.stats_backward(logits, labels, None, params(), IGNORE, saved, ones, ones, ones)
-    pair = host.ops.paired_forward(logits, logits.flip(2).contiguous(), None, params())
-    _, _, logprob, entropy, *_ = loss_call(host, logits, labels)
+    gradient = ops.stats_backward(logits, labels, None, params(), IGNORE, saved, ones, ones, ones)
+    pair = ops.paired_forward(logits, logits.flip(2).contiguous(), None, params())
+    _, _, logprob, entropy, *_ = loss_call(ops, logits, labels)
     return [*statistics, gradient, *pair, logprob, entropy]
 
 
-def everything(host, logits: Tensor, labels: Tensor) -> list[Tensor]:
-    return [*per_row(host, logits, labels), *loss_call(host, logits, labels)]
+def everything(ops, logits: Tensor, labels: Tensor) -> list[Tensor]:
+    return [*per_row(ops, logits, labels), *loss_call(ops, logits, labels)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_few_rows_have_the_bits_that_they_have_among_many(dtype, host):
+def test_few_rows_have_the_bits_that_they_have_among_many(dtype, ops):
     """Few rows are split over blocks, many are not; a thousand rows are more than any GPU has multiprocessors."""
     logits, labels = random_logits(1, 1000, 40_960, dtype=dtype), random_labels(1000, V=40_960)
     labels[3] = IGNORE
     few, many = logits[:, :5].clone(), logits
-    for a, b in zip(per_row(host, few, labels[:5]), per_row(host, many, labels), strict=True):
-        assert torch.equal(bits(a), bits(b[..., :5] if b.dim() < 3 else b[:, :5]))
+    for a, b in zip(per_row(ops, few, labels[:5]), per_row(ops, many, labels), strict=True):
+        assert same_bits(a, b[..., :5] if b.dim() < 3 else b[:, :5])
 
 
-def test_runs_repeat_bit_by_bit(host):
+def test_runs_repeat_bit_by_bit(ops):
     logits, labels = random_logits(1, 300, 32_768, dtype=torch.bfloat16), random_labels(300, V=32_768)
-    first = everything(host, logits, labels)
+    first = everything(ops, logits, labels)
     for _ in range(5):
-        for a, b in zip(first, everything(host, logits, labels), strict=True):
-            assert torch.equal(bits(a), bits(b))
+        for a, b in zip(first, everything(ops, logits, labels), strict=True):
+            assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("rows", [5, 700])
-def test_gradients_in_place_are_the_same_bits(rows, host):
+def test_gradients_in_place_are_the_same_bits(rows, ops):
     logits, labels = random_logits(1, rows, 40_960, dtype=torch.bfloat16), random_labels(rows, V=40_960)
-    *outputs, gradient = loss_call(host, logits, labels)
-    for a, b in zip(outputs, loss_call(host, logits, labels, in_place=True), strict=True):
-        assert torch.equal(bits(a), bits(b))
-    assert torch.equal(bits(gradient), bits(logits))
+    *outputs, gradient = loss_call(ops, logits, labels)
+    for a, b in zip(outputs, loss_call(ops, logits, labels, in_place=True), strict=True):
+        assert same_bits(a, b)
+    assert same_bits(gradient, logits)
 
 
 @pytest.mark.parametrize("rows", [5, 700])
-def test_a_cuda_graph_captures_and_replays_every_operator(rows, host):
+def test_a_cuda_graph_captures_and_replays_every_operator(rows, ops):
     logits, labels = random_logits(1, rows, 32_768, dtype=torch.bfloat16), random_labels(rows, V=32_768)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        everything(host, logits, labels)  # compiles and loads what capturing may not
+        everything(ops, logits, labels)  # compiles and loads what capturing may not
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = everything(host, logits, labels)
+        captured = everything(ops, logits, labels)
     logits.copy_(random_logits(1, rows, 32_768, dtype=torch.bfloat16, seed=5))
     graph.replay()
-    for a, b in zip(captured, everything(host, logits, labels), strict=True):
-        assert torch.equal(bits(a), bits(b))
+    for a, b in zip(captured, everything(ops, logits, labels), strict=True):
+        assert same_bits(a, b)
 
 
-def test_nothing_waits_for_the_gpu(host):
+def test_nothing_waits_for_the_gpu(ops):
     logits = random_logits(64, 4096, dtype=torch.bfloat16).requires_grad_(True)
     labels = random_labels(64, V=4096)
     given = {"old_logprob": torch.full((64,), -5.0), "old_entropy": torch.ones(64), "advantages": torch.ones(64)}
 
     def step() -> None:
-        erc.policy_loss(logits, labels, **given, objective="erc-dapo", backend=BACKEND).loss.backward()
-        sum(erc.token_stats(logits, labels, backend=BACKEND)).sum().backward()
+        erc.policy_loss(logits, labels, **given, objective="erc-dapo").loss.backward()
+        sum(erc.token_stats(logits, labels)).sum().backward()
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -170,17 +139,17 @@ def seconds(call, repeats: int = 20) -> float:
 
 
 @pytest.mark.parametrize("name", ["statistics", "fused loss", "fused loss in place", "scale"])
-def test_bandwidth(name, host, capsys):
+def test_bandwidth(name, ops, capsys):
     """At least 60 % of what a plain copy of the same logits reaches; printed beside the data sheet's peak."""
     rows = 2048
     logits = torch.randn(1, rows, V, dtype=torch.bfloat16)
     labels, factor = random_labels(rows, V=V), torch.full((rows,), 0.5)
     target = torch.empty_like(logits)
     calls = {
-        "statistics": (lambda: host.ops.stats_forward(logits, labels, None, params(), IGNORE), 1),
-        "fused loss": (lambda: loss_call(host, logits, labels), 2),
-        "fused loss in place": (lambda: loss_call(host, target, labels, in_place=True), 2),
-        "scale": (lambda: host.ops.scale_rows_(target, factor), 2),
+        "statistics": (lambda: ops.stats_forward(logits, labels, None, params(), IGNORE), 1),
+        "fused loss": (lambda: loss_call(ops, logits, labels), 2),
+        "fused loss in place": (lambda: loss_call(ops, target, labels, in_place=True), 2),
+        "scale": (lambda: ops.scale_rows_(target, factor), 2),
     }
     call, passes = calls[name]
     size = logits.numel() * logits.element_size()

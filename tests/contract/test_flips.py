@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import erc
+from benchmarks.hidden_states import decidable, peaked_head
 from tests.oracle import peaked_rows
 
 VOCAB, ROWS = 8192, 240
@@ -79,3 +80,43 @@ def test_eager_and_uncentred_forms_do_flip(old_and_new):
     eager = low.logsumexp(-1) - (torch.softmax(low, -1) * low).sum(-1)
     assert flips(eager.float()) > 10
     assert flips(erc.token_stats(new).entropy) == 0
+
+
+# ---- from hidden states ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bfloat16_head():
+    """Hidden states, weight and labels in bfloat16, and log-probs, entropies and max |x| of their exact logits, for
+    entropies from 1e-5 to 10 nats."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = peaked_head(600, 128, VOCAB, generator)
+    labels = torch.randint(VOCAB, (len(hidden),), generator=generator)
+    logits = hidden.double() @ weight.double().t()
+    exact = erc.reference.token_stats(logits, labels)
+    rows = (exact.entropy > 1e-5) & (exact.entropy < 10)
+    assert rows.sum() > 300 and (exact.entropy[rows] < 1e-3).sum() > 40
+    return hidden[rows], weight, labels[rows], exact.logprob[rows], exact.entropy[rows], logits[rows].abs().amax(-1)
+
+
+def test_no_decision_flips_from_bfloat16_hidden_states(bfloat16_head, kernels):
+    hidden, weight, labels, logprob, entropy, largest = bfloat16_head
+    generator = torch.Generator().manual_seed(5)
+    rho = 1 + 0.06 * (2 * torch.rand(len(entropy), generator=generator, dtype=torch.float64) - 1)
+    old_entropy = (entropy / rho).float()
+    sure = decidable(entropy, old_entropy.double(), largest)
+    assert sure.double().mean() > 0.9
+    expected = decisions(entropy, old_entropy)
+    assert 0.1 < expected.float().mean() < 0.9
+
+    def flipped(stats):
+        return (decisions(stats.entropy, old_entropy) != expected)[sure].float().mean()
+
+    stats = erc.linear_token_stats(hidden, weight, labels)
+    assert flipped(stats) == 0
+    assert ((stats.logprob.double() - logprob).abs() <= 4e-7 * largest.clamp(min=1)).all()
+    rounded = erc.linear_token_stats(hidden, weight, labels, logits_dtype=torch.bfloat16)
+    assert flipped(rounded) > 0.05, "what a bfloat16 head decides by rounding"
+    assert (rounded.logprob.double() - logprob).abs().max() > 1e-2
+    stored = erc.token_stats(hidden @ weight.t(), labels)
+    assert flipped(stored) > 0.05

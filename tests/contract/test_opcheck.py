@@ -12,6 +12,7 @@ from erc.constants import NUM_PARAMS, PAIRED_OUTPUTS
 from erc.ops import SCHEMAS
 from erc.rows import row_scaling
 from tests.backends import OnDevice, operators  # noqa: F401
+from tests.oracle import random_labels, random_logits
 
 OUTER, INNER, VOCAB = 2, 3, 37
 ROWS = OUTER * INNER
@@ -82,3 +83,19 @@ def test_opcheck(name, requires_grad, operators):  # noqa: F811
     if requires_grad and name in ("stats_forward", "policy_loss", "paired_forward"):
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
     opcheck(getattr(operators.ops, name), arguments)
+
+
+def test_compiles_into_one_graph(kernels):
+    if kernels == "torch":
+        pytest.skip("PyTorch's own operators read their params")
+    logits, labels, advantages = random_logits(4, 70), random_labels(4, V=70), torch.ones(4)
+
+    def forward(rows):
+        loss = erc.policy_loss(rows, labels, old_logprob=None, advantages=advantages, objective="ppo").loss
+        return loss + erc.token_stats(rows, labels).entropy.sum()
+
+    eager, compiled = (logits.clone().requires_grad_(True) for _ in range(2))
+    forward(eager).backward()
+    torch._dynamo.reset()  # what was compiled for another backend
+    torch.compile(forward, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert torch.equal(compiled.grad, eager.grad) and (eager.grad != 0).any()

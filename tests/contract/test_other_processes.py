@@ -15,12 +15,21 @@ from erc.backend import cpu_isa
 
 HERE = Path(__file__).parent
 EVERY_BACKEND = (
+    "test_derivatives.py",
+    "test_edges.py",
+    "test_entropy_ratio.py",
     "test_extreme_rows.py",
+    "test_fused_loss.py",
+    "test_linear_dtypes.py",
     "test_linear_rows.py",
     "test_opcheck.py",
+    "test_order.py",
     "test_row_operators.py",
-    "test_token_operators.py",
+    "test_shards.py",
     "test_small_differences.py",
+    "test_stats.py",
+    "test_token_operators.py",
+    "test_triton.py",
     "test_unread_values.py",
 )
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""policy_loss on the CPU backend against the float64 oracle, and its gradient rules."""
+"""policy_loss: every preset against the float64 oracle, reductions, forms of its arguments, its gradient's rules."""
 
 from __future__ import annotations
 
@@ -65,35 +65,13 @@ def assert_same(tested, exact):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("name", erc.objectives())
-def test_every_preset_matches_the_oracle(name):
+def test_every_preset_matches_the_oracle(name, kernels):
     logits, labels, arguments = make_problem()
     if erc.objective(name).nll_coef:
         arguments["nll_mask"] = (arguments["advantages"] > 0).float()[:, None].expand(labels.shape)
     (tested, gradient), (exact, expected) = (f(logits, labels, arguments, objective=name) for f in (run, run_oracle))
     assert_same(tested, exact)
     assert_gradient_and_mutations(gradient, expected, relative=COEFFICIENT_ERROR)
-
-
-KL = [None, *(erc.KLPenalty(kind, 0.5) for kind in ("k1", "k2", "k3", "abs", "k3+"))]
-KL += [erc.KLPenalty("k3", 0.5, clamp=0.01), erc.KLPenalty("k2", 0.5, importance_weighted=True)]
-GATES = [None, erc.EntropyRatioClip(), erc.EntropyRatioClip(0.02, 0.2, value="zero")]
-
-
-@pytest.mark.parametrize("gate", GATES, ids=["no gate", "kept", "zero"])
-@pytest.mark.parametrize(
-    "kl", KL, ids=lambda kl: "no kl" if kl is None else f"{kl.kind} {kl.clamp} {kl.importance_weighted}"
-)
-def test_kl_and_gate_compose_with_dual_clip_and_entropy_bonus(kl, gate):
-    logits, labels, arguments = make_problem()
-    ratio = erc.PPOClip(0.1, 0.15, dual_clip=1.3)
-    objective = erc.Objective(ratio, gate, kl, entropy_coef=0.05, entropy_reduction="loss")
-    (tested, gradient), (exact, expected) = (
-        f(logits, labels, arguments, objective=objective) for f in (run, run_oracle)
-    )
-    assert_same(tested, exact)
-    assert_gradient_and_mutations(gradient, expected, relative=COEFFICIENT_ERROR)
-    if gate is not None:
-        assert 0 < tested.metrics["erc_fraction"] < 1 and tested.metrics["clip_fraction"] > 0
 
 
 @pytest.mark.parametrize("name", ["erc-dapo", "erc-gspo"])
@@ -115,17 +93,6 @@ def test_every_reduction_and_arbitrary_upstream_gradients(name, reduction, norma
         settings["entropy_normalizer"] = normalizer
     (tested, gradient), (exact, expected) = (f(logits, labels, arguments, **settings) for f in (run, run_oracle))
     assert tested.loss.shape == ((B, T) if reduction == "none" else ())
-    assert_same(tested, exact)
-    assert_gradient_and_mutations(gradient, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype):
-    logits, labels, arguments = make_problem(dtype)
-    settings = {"objective": erc.objective("erc-gppo", entropy_coef=0.02), "temperature": 0.8}
-    if dtype == torch.float64:
-        arguments = {k: v.double() for k, v in arguments.items()}
-    (tested, gradient), (exact, expected) = (f(logits, labels, arguments, **settings) for f in (run, run_oracle))
     assert_same(tested, exact)
     assert_gradient_and_mutations(gradient, expected)
 
@@ -199,19 +166,6 @@ def test_an_unchanged_policy_has_ratios_of_exactly_one():
     out, _ = run(logits, labels, arguments)
     assert out.metrics["ratio_max"] == out.metrics["entropy_ratio_min"] == out.metrics["entropy_ratio_max"] == 1
     assert out.metrics["erc_fraction"] == out.metrics["clip_fraction"] == out.metrics["approx_kl"] == 0
-
-
-def test_ties_on_a_bound_keep_the_unclipped_branch():
-    """Widths of 0 put the bound at r = 1, where an unchanged policy stands exactly."""
-    logits, labels, arguments = make_problem()
-    stats = erc.token_stats(logits, labels)
-    arguments |= {"old_logprob": stats.logprob, "old_entropy": stats.entropy}
-    out, gradient = run(logits, labels, arguments, objective=erc.Objective(erc.PPOClip(0.0, 0.0)))
-    assert out.metrics["clip_fraction"] == 0
-    _, expected = run_oracle(logits, labels, arguments, objective=erc.Objective(erc.NoClip()))
-    assert_gradient(gradient, expected)
-    band = erc.Objective(erc.PPOClip(), erc.EntropyRatioClip(0.0, 0.0))
-    assert run(logits, labels, arguments, objective=band)[0].metrics["erc_fraction"] == 1, "the gate's band is open"
 
 
 def test_an_advantage_of_zero_is_never_clipped():
@@ -325,6 +279,17 @@ def test_explain_tells_backend_and_path():
         assert explained.path == "fused" and "one read" in str(explained) and "one write" in str(explained)
     assert erc.explain(logits, "gspo", backend="torch").path == "reference"
     assert "GSPO" in erc.explain(logits, "gspo").path_reason or explained.backend == "torch"
+
+
+def test_explain_prints_the_plan_of_a_head_that_is_not_there():
+    hidden, weight = (torch.empty(n, 3584, dtype=torch.bfloat16, device="meta") for n in (8192, 152_064))
+    words = str(erc.explain(hidden.requires_grad_(), weight=weight.requires_grad_()))
+    assert "path fused" in words and "plan: 7 chunks of 1,171 rows; 1,019 MiB" in words and "a model of" in words
+    assert "plan" not in str(erc.explain(hidden))
+    whole = erc.explain(hidden, weight=weight, memory_budget=2**40).plan
+    assert whole.rows.chunks(whole.shape) == 1 and "1 chunk of 8,192 rows" in str(whole)
+    frozen = erc.explain(hidden.detach(), weight=weight.detach())
+    assert "bare products" not in str(frozen), "without a gradient there is one product"
 
 
 def test_objective_loss_is_the_same_loss_from_logprobs_and_entropies():

@@ -4,6 +4,7 @@ beyond what the public functions of logits ask of them."""
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -178,3 +179,31 @@ def test_scaling_rows(rows, V, dtype, every_form):  # noqa: F811
         every_form.ops.scale_rows_(overwritten[:, 1:], scale)
         assert torch.equal(overwritten[:, 1:], expected) and (overwritten[:, 0] == SENTINEL).all()
     assert not torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cuts", [(0, 700, 700, 1032), (0, 1, 131)])
+def test_divergences_of_shards_add_up(cuts, dtype, every_form):  # noqa: F811
+    """Sums over a shard's columns with the states of whole rows; and the shard's columns of the gradient."""
+    ops, n, columns = every_form.ops, 3, cuts[-1]
+    new, old = (random_logits(1, n, columns, dtype=dtype, seed=seed) for seed in (0, 1))
+    new[0, 1, 0], old[0, 2, -1] = -INF, NAN  # a forbidden token, and a row without a distribution
+    p = params(temperature=0.7)
+    stats, saved = ops.paired_forward(new, old, None, p)
+    assert stats[3:, :2].min() > 1e-2 and stats[3:, 2].isnan().all()
+    states = saved[:6].contiguous()
+    parts = [(new[..., a:b].contiguous(), old[..., a:b].contiguous()) for a, b in pairwise(cuts)]
+    found = [ops.paired_forward(*part, None, p, states) for part in parts]
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 2e-6, "atol": 1e-7, "equal_nan": True}
+    for whole, index in ((stats, (3, 4, 5)), (saved, (6, 7))):
+        which = 0 if whole is stats else 1
+        for k in index:
+            total = sum(part[which][k].double() for part in found)
+            torch.testing.assert_close(total, whole[k].double(), **tolerance)
+    for part in found:
+        assert same(part[0][:3], stats[:3]) and same(part[1][:6], states)
+    grads = random_logits(6, n, seed=3).to(stats.dtype)
+    whole = ops.paired_backward(new, old, None, p, saved, grads)
+    shards = [ops.paired_backward(*part, None, p, saved, grads) for part in parts]
+    torch.testing.assert_close(torch.cat(shards, -1), whole, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert whole[0, :2].abs().max() > 1e-3

@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from benchmarks.machine_code.emulator.machine import Machine, Step
 
 # What has no effect here: memory is consistent, and no lane runs ahead of its warp.
-_NOTHING = ("NOP", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE", "YIELD", "DEPBAR", "LDGDEPBAR", "ENDCOLLECTIVE",
-            "SYNCS.CCTL")
+_NOTHING = (
+    "NOP",
+    "MEMBAR",
+    "ERRBAR",
+    "CGAERRBAR",
+    "CCTL",
+    "FENCE",
+    "YIELD",
+    "DEPBAR",
+    "LDGDEPBAR",
+    "ENDCOLLECTIVE",
+    "SYNCS.CCTL",
+)
 
 
 @effect(*_NOTHING)

@@ -107,8 +107,12 @@ void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T *new_row = call.rows.logits.row<T>(i), *old_row = call.old_logits.row<T>(i);
       const RowScale<Real> scale(call.rows, i);
-      const RowState<double> p = rounded<Real>(row_sweep<kSoftcap>(scale, new_row, vocab_size)).state;
-      const RowState<double> q = rounded<Real>(row_sweep<kSoftcap>(scale, old_row, vocab_size)).state;
+      const Real* known = static_cast<const Real*>(call.states);
+      const auto state_of = [&](const T* row, int64_t first) -> RowState<double> {
+        if (known) return {known[first * n + i], known[(first + 1) * n + i], known[(first + 2) * n + i]};
+        return rounded<Real>(row_sweep<kSoftcap>(scale, row, vocab_size)).state;
+      };
+      const RowState<double> p = state_of(new_row, 0), q = state_of(old_row, 3);
       double entropy = p.is_valid() ? p.entropy() : NAN, old_entropy = q.is_valid() ? q.entropy() : NAN;
       PairedSums sums{NAN, NAN, NAN, NAN};
       if (p.is_valid() && q.is_valid()) {
