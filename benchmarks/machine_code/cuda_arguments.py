@@ -52,7 +52,9 @@ PolicyLoss = _struct(
     grad_logits=Rows, workspace=c_void_p,
 )  # fmt: skip
 Partition = _struct("Partition", **dict.fromkeys(("vocab_size", "segment_size", "segments", "log_segments"), c_int))
-RowScale = _struct("RowScale", **dict.fromkeys(("scale", "rate", "chain", "chain_by_rate", "softcap", "inner", "decay"), c_float))
+RowScale = _struct(
+    "RowScale", **dict.fromkeys(("scale", "rate", "chain", "chain_by_rate", "softcap", "inner", "decay"), c_float)
+)
 RowAddress = _struct("RowAddress", data=c_void_p, outer_bytes=c_int64, inner_bytes=c_int64)
 Prepared = _struct(
     "Prepared", partition=Partition, scale=RowScale, logits=RowAddress, inner=c_int, factor=c_uint32, shift=c_int
