@@ -3,7 +3,8 @@
 The calls run as on a GPU, with operators that only know shapes. A launch is an operator of PyTorch that computes or
 fills, even where PyTorch takes several kernels for it; for ours it is the number of kernels in `LAUNCHES`, which a test
 holds to the CUDA sources. An operator moves each of its tensors once: logits that a gradient sweep reads again come
-from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. Memory is
+from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. A support has
+64 ids a token, padding included; its kernels move those, and not the rows that they lie in. Memory is
 what lives at once beyond the inputs, gradients included.
 
 Modelled time of a launch: max(LAUNCH, bytes / (bandwidth * efficiency)); the host is assumed to queue ahead.
@@ -34,6 +35,7 @@ LAUNCH = 2e-6
 """Seconds that a launch takes at least."""
 ROWS, LENGTH, VOCAB = 16, 512, 151_936
 _META = "erc_meta"
+_SPARSE = ("support_forward_", "support_backward_")
 _NOTHING = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view", "_reshape_alias", "unbind", "split")
 
 
@@ -118,6 +120,7 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Tensor]) 
     schema, name = func._schema.arguments, func.name()
     fills = name.removeprefix("aten::").startswith(("copy_", "zero_", "fill_"))
     changes = name.startswith("aten::") and not fills
+    sparse = name.split("::")[1] in _SPARSE  # of the rows they touch what `values` [K] holds, and nothing else
     given = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
     if name == f"{_META}::scale_rows_":
         given = given[1:]
@@ -125,6 +128,8 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Tensor]) 
     writes: dict[Any, int] = {}
     for argument, value in given:
         written = argument.alias_info is not None and argument.alias_info.is_write
+        if sparse and argument.name in ("logits", "grad_logits"):
+            continue
         for tensor in _tensors(value):
             if written:
                 writes[_place(tensor)] = _bytes(tensor)
@@ -188,12 +193,18 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
     def gradients(value: Tensor | list[Tensor], *upstream: Tensor) -> None:
         torch.autograd.grad(value, logits, upstream or None)
 
-    def loss(name: str) -> Callable[[], Any]:
+    def loss(name: str, **more: Any) -> Callable[[], Any]:
         nll = {"nll_mask": rewarded, "nll_normalizer": tensor()} if erc.objective(name).nll_coef else {}
-        return lambda: gradients(erc.policy_loss(logits, labels, objective=name, **arguments, **nll).loss)
+        return lambda: gradients(erc.policy_loss(logits, labels, objective=name, **arguments, **nll, **more).loss)
 
     def stats() -> None:
         found = erc.token_stats(logits, labels, backend="meta")
+        gradients([found.logprob, found.entropy], rewarded, rewarded)
+
+    kept = erc.SamplingSupport.from_ids(tensor(rows, length, 64, dtype=torch.long))
+
+    def kept_stats() -> None:
+        found = erc.token_stats(logits, labels, support=kept, backend="meta")
         gradients([found.logprob, found.entropy], rewarded, rewarded)
 
     def ratio() -> None:
@@ -203,7 +214,10 @@ def calls(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB) -> dict[st
     return {
         "token_stats": lambda: erc.token_stats(logits.detach(), labels, backend="meta"),
         "token_stats and backward": stats,
+        "token_stats over a support and backward": kept_stats,
         "entropy_ratio and backward": ratio,
+        "policy_loss over a support and backward: erc-dapo": loss("erc-dapo", support=kept),
+        "policy_loss over a support and backward: gspo": loss("gspo", support=kept),
         **{f"policy_loss and backward: {name}": loss(name) for name in erc.objectives()},
     }
 

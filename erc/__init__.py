@@ -12,6 +12,7 @@ from erc.loss import objective_loss, policy_loss
 from erc.parallel import VocabShard
 from erc.results import EntropyRatio, PolicyLoss, TokenStats
 from erc.stats import entropy_ratio, token_stats
+from erc.support import SamplingSupport
 from erc.surrogate.batch_rules import ClipCov, KLCov
 from erc.surrogate.entropy_control import AdaptiveEntropyCoef
 from erc.surrogate.entropy_ratio import EntropyRatioClip
@@ -70,6 +71,7 @@ __all__ = [
     "RatioTerms",
     "Reinforce",
     "RolloutCorrection",
+    "SamplingSupport",
     "TokenStats",
     "VocabShard",
     "backends",

@@ -57,6 +57,7 @@ def choose_route(
     sharded: bool = False,
     split: bool = False,
     linear: bool = False,
+    support: bool = False,
 ) -> Route:
     """The route of a call. Everything that decides it is here, for the logits forms, the linear forms and `explain`.
 
@@ -66,6 +67,8 @@ def choose_route(
         return Route("reference", "plain PyTorch: several tensors as large as the logits")
     if sharded:
         return Route("two-phase", "a sharded row needs the other ranks' columns before any gradient")
+    if support:
+        return Route("two-phase", "the log-prob over a support is not what the sweep over the full vocabulary leaves")
     if not objective.fused:
         return Route("two-phase", objective.two_phase_reason)
     if split and not linear:

@@ -11,6 +11,9 @@ from enum import IntEnum
 ABSENT_LABEL = -(2**63)
 """The label of a row whose labelled column lies in another vocabulary shard."""
 
+CUT_LABEL = ABSENT_LABEL + 1
+"""The label, in a backward, of a row that a sampling support cut: `support_backward_` makes its log-prob's gradient."""
+
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +- this; outside, their derivative is 0."""
 
@@ -186,6 +189,7 @@ def header() -> str:
         "namespace erc {",
         "",
         "constexpr int64_t kAbsentLabel = INT64_MIN;",
+        "constexpr int64_t kCutLabel = kAbsentLabel + 1;",
         f"constexpr double kMaxLogRatio = {MAX_LOG_RATIO:g};",
         f"constexpr double kRatioEps = {RATIO_EPS:g};",
         f"constexpr int64_t kCountRun = {COUNT_RUN};",

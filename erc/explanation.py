@@ -41,11 +41,13 @@ def explain(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     sharded: bool = False,
+    support: bool = False,
     backend: str | None = None,
 ) -> Explanation:
     """What `policy_loss(logits, ..., objective=objective)` would run, and why; with the `weight` of a head what
     `linear_policy_loss` would of hidden states in place of `logits`, and how many of their rows at a time; with
-    `sharded` either of them under `vocab_shard`. Runs nothing. Meta tensors stand for those of a GPU.
+    `sharded` or `support` either of them with `vocab_shard=` or `support=`. Runs nothing. Meta tensors stand for those
+    of a GPU.
 
     >>> import torch, erc
     >>> print(erc.explain(torch.zeros(2, 5), "gspo", backend="torch"))
@@ -69,7 +71,7 @@ def explain(
             )
     path = choose_route(
         name, chosen, dtype, needs_grad=needs_grad, grad_scale=grad_scale, grad_dtype=grad_dtype, sharded=sharded,
-        linear=weight is not None,
+        linear=weight is not None, support=support,
     )  # fmt: skip
     return Explanation(name, reason, path.name, path.reason, plan)
 

@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from erc.constants import ABSENT_LABEL
+from erc.constants import ABSENT_LABEL, CUT_LABEL
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective as preset
 from erc.surrogate.validation import values_are_readable
@@ -84,7 +84,7 @@ def label_rows(labels: Tensor, leading: tuple[int, ...], device: torch.device, i
     row_tensor("labels", labels, leading, device)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels must be an integer tensor, got {labels.dtype}")
-    if not isinstance(ignore_index, int) or not ABSENT_LABEL < ignore_index < -ABSENT_LABEL:
+    if not isinstance(ignore_index, int) or not CUT_LABEL < ignore_index < -ABSENT_LABEL:
         raise ValueError(f"ignore_index must be an int64 other than its smallest, got {ignore_index!r}")
     return labels.contiguous()
 

@@ -23,6 +23,7 @@ from erc.parallel import VocabShard, agreement, check_columns, check_shardable
 from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, tokens_of, two_phase_result
 from erc.rows import as_rows, check_inplace, row_scaling
 from erc.stats import row_statistics
+from erc.support import SamplingSupport, check_support
 from erc.surrogate.objective import Objective
 
 
@@ -51,6 +52,7 @@ def policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    support: SamplingSupport | None = None,
     inplace_backward: bool = False,
     vocab_shard: VocabShard | None = None,
     validate: bool = False,
@@ -89,6 +91,12 @@ def policy_loss(
         generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
         grad_scale: GradScaler's current scale, a number or a 0-d tensor, which is not read on the host. float16 logits
             take the two-phase path without it, because a fused gradient is rounded before it is scaled.
+        support: the tokens that the sampler kept of each row (top-k, top-p, min-p, a grammar), as `token_stats`; the
+            loss runs two-phase. Ratio rules, rollout corrections and `approx_kl` take the log-prob over them, and old
+            and rollout log-probs must be over the same; gate, entropy bonus and exact KL are of the full vocabulary; KL
+            estimates and the NLL say which they take (`KLPenalty(over=)`, `Objective.nll_over`). The metric
+            `kept_mass` is the mean probability that the full distribution gives the kept tokens; with
+            `rollout_logprob`, `mismatch_kl` is the k3 estimate of KL(engine || old policy), both over them.
         temperature, softcap, logit_scale, vocab_shard, validate, backend: as `token_stats`; a sharded loss runs
             two-phase. Under torch.compile pass a temperature that changes from step to step as a tensor: Dynamo
             compiles again for every new Python float.
@@ -129,13 +137,16 @@ def policy_loss(
         if inplace_backward and needs_grad:
             check_inplace(logits)
         name, _ = select(logits, backend)
+        if support is not None:
+            check_support(support, logits.shape[:-1], logits.device, labels)
+            facts.add(token_ids=support.token_ids, offsets=support.offsets)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward, facts)
         scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
         route = choose_route(
             name, objective, logits.dtype,
             needs_grad=needs_grad, grad_scale=grad_scale, sharded=vocab_shard is not None,
-            split=sequence_group is not None,
+            split=sequence_group is not None, support=support is not None,
         )  # fmt: skip
         fused = route.name == "fused"
         call = loss_call(objective, arguments, labels, ignore_index, logits, scaling, vocab_size, fused=fused)
@@ -145,8 +156,10 @@ def policy_loss(
         call.add_facts(facts)
     if fused:
         return fused_loss(call, backend_operators, logits, needs_grad, inplace_backward)
-    logprob, entropy, _ = row_statistics(backend_operators, logits, table[1], scaling, ignore_index, vocab_shard)
-    return two_phase_result(TokenCall(call, backend_operators, table, logprob, entropy))
+    logprob, entropy, _, logprob_full = row_statistics(
+        backend_operators, logits, table[1], scaling, ignore_index, support, vocab_shard
+    )
+    return two_phase_result(TokenCall(call, backend_operators, table, logprob, entropy, logprob_full))
 
 
 def fused_loss(call: LossCall, backend_operators: Any, logits: Tensor, needs_grad: bool, inplace: bool) -> PolicyLoss:
@@ -208,6 +221,7 @@ def objective_loss(
     logprob: Tensor,
     entropy: Tensor,
     *,
+    logprob_full: Tensor | None = None,
     old_logprob: Tensor | None,
     advantages: Tensor,
     objective: str | Objective = "erc-dapo",
@@ -228,7 +242,9 @@ def objective_loss(
     """The policy loss from log-probs and entropies that a trainer holds already: no vocabulary work.
 
     Differentiable in `logprob` `[*]` (nats, float32 or float64), and in `entropy` `[*]` if and only if the objective
-    has an entropy term; the entropy-ratio gate reads the entropy's value only. Everything else as `erc.policy_loss`.
+    has an entropy term; the entropy-ratio gate reads the entropy's value only. Where `logprob` is over a sampling
+    support, `logprob_full` `[*]` is over the full vocabulary, for the terms that compare it; differentiable, too.
+    Everything else as `erc.policy_loss`.
 
     >>> import torch
     >>> logprob = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -248,4 +264,4 @@ def objective_loss(
     if not isinstance(logprob, Tensor):
         raise TypeError(f"logprob must be a torch.Tensor, got {type(logprob).__name__}")
     chosen = operators(select(logprob)[0])
-    return two_phase_result(tokens_of(chosen, logprob, entropy, objective, arguments))
+    return two_phase_result(tokens_of(chosen, logprob, entropy, objective, arguments, logprob_full))

@@ -17,7 +17,7 @@ Conventions:
   step travels there, so nothing recompiles and nothing synchronises. `erc.constants.Param` is its layout.
 * A label equal to `ignore_index` marks a row that is not read; any other label outside `[0, V)` is an error on the CPU
   and makes the row NaN on a GPU. `partial_stats_` takes labels of the whole vocabulary, and the backward that follows
-  it `ABSENT_LABEL` where another shard holds the labelled column.
+  it `ABSENT_LABEL` where another shard holds the labelled column; `stats_backward` also takes `CUT_LABEL`.
 * A gradient's memory is the logits' own, or other memory of their dtype, or, of float32 logits, of a 16-bit dtype.
 """
 
@@ -55,6 +55,18 @@ SCHEMAS = {
     "stats_backward_": f"({_ROWS}, {_SOME}, {_GRADIENTS}, Tensor(a!) grad_logits) -> ()",
     # State of a vocabulary shard that starts at column `start`: [4, N] (row_max, sum_rest, weighted_sum, label value).
     "partial_stats_": f"({_ROWS}, {_SOME}, int start, Tensor(a!) state) -> ()",
+    # What a sampler kept of each token: `token_ids` [K] of the whole vocabulary, token t's from offsets[t] on, rising
+    # strictly after padding of -1. The rows' statistics become NaN where they break that or lack the label (an error on
+    # the CPU). `values` [K] are the kept logits, which `gathered` says are there already; state [3, N]; `dense_labels`
+    # are the labels for the backward of the full vocabulary, `CUT_LABEL` where `support_backward_` does the rest.
+    "support_forward_": f"({_ROWS.replace('Tensor? labels', 'Tensor labels')}, {_SOME}, int start, int vocab_size, "
+    "Tensor token_ids, Tensor offsets, bool gathered, Tensor(a!) values, Tensor(b!) logprob_full, Tensor(c!) entropy, "
+    "Tensor(d!) logsumexp, Tensor(e!) saved, Tensor(f!) logprob, Tensor(g!) state, Tensor(h!) dense_labels) -> ()",
+    # Overwrites the kept columns of cut rows in what `stats_backward` left.
+    "support_backward_": f"(Tensor labels, Tensor? temperature, Tensor params, {_SOME}, int start, Tensor token_ids, "
+    "Tensor offsets, Tensor values, Tensor saved, Tensor logprob_full, Tensor state, Tensor dense_labels, "
+    "Tensor grad_logprob, Tensor? grad_logprob_full, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+    "Tensor(a!) grad_logits) -> ()",
     # All that is known of a token before its logits are read: [N, 8] (`erc.constants.Column`), the labels that remain,
     # and what the summary of the same tokens counts with.
     "token_table": f"({_TOKENS}, int vocab_size, bool wide) -> (Tensor table, Tensor labels, Tensor counter)",

@@ -202,7 +202,7 @@ def check_shardable(backend: str, inplace_backward: bool, facts: Facts) -> None:
         raise ValueError("inplace_backward is not available with vocab_shard")
 
 
-def _row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
+def row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
     """x = v * scale, as the kernels take it: csrc/common/row_state.h."""
     scalar, softcap, logit_scale = params[: Param.RULE].tolist()
     numerator = logit_scale if softcap == 0 else 1.0
@@ -211,7 +211,7 @@ def _row_scale(params: Tensor, temperature: Tensor | None) -> float | Tensor:
 
 def merge_states(states: Tensor, params: Tensor, temperature: Tensor | None) -> Tensor:
     """States `[parts, 4, N]` of disjoint columns as the state `[4, N]` of the row, in float64, in the order given."""
-    scale = _row_scale(params, temperature)
+    scale = row_scale(params, temperature)
     row_max, sum_rest, weighted_sum, label = states.double().unbind(1)
     top, winner = row_max.max(0)
     empty = torch.isneginf(row_max)
@@ -229,7 +229,7 @@ def state_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, entropy and logsumexp `[N]` of row states `[4, N]`; 0 where `ignored`, NaN where a row has no
     distribution."""
-    scale = _row_scale(params, temperature)
+    scale = row_scale(params, temperature)
     row_max, sum_rest, weighted_sum, label = state.double()
     log_sum = torch.log1p(sum_rest)
     logsumexp = row_max * scale + log_sum
@@ -266,6 +266,25 @@ def sharded_stats(
     return _ShardedStats.apply(rows, labels, temperature, params, ignore_index, shard, backend_operators)
 
 
+def sharded_state(
+    rows: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    shard: VocabShard,
+    backend_operators: Any,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor]:
+    """The statistics, and what a backward needs of them: labels as local columns, and the state `[3, N]`."""
+    state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
+    backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
+    state = merge_states(shard.gather(state).wait(), params, temperature)
+    state = poisoned(state, labels, ignore_index, shard.vocab_size)
+    ignored = None if labels is None else labels == ignore_index
+    local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
+    return state_statistics(state, params, temperature, ignored), local, state[:3].contiguous()
+
+
 class _ShardedStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -278,16 +297,11 @@ class _ShardedStats(torch.autograd.Function):
         shard: VocabShard,
         backend_operators: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
-        backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
-        state = merge_states(shard.gather(state).wait(), params, temperature)
-        state = poisoned(state, labels, ignore_index, shard.vocab_size)
-        ignored = None if labels is None else labels == ignore_index
-        local = None if labels is None else shard.local_labels(labels, ignore_index, rows.shape[-1])
-        ctx.save_for_backward(rows, local, temperature, params, state[:3].contiguous())
+        stats, local, saved = sharded_state(rows, labels, temperature, params, ignore_index, shard, backend_operators)
+        ctx.save_for_backward(rows, local, temperature, params, saved)
         ctx.operators = backend_operators
         ctx.set_materialize_grads(False)
-        return state_statistics(state, params, temperature, ignored)
+        return stats
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

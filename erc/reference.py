@@ -20,6 +20,7 @@ from erc.inputs import check_constant, check_logits, label_rows, resolve_objecti
 from erc.ops import stats_dtype
 from erc.results import EntropyRatio, PolicyLoss, TokenCall, TokenStats, tokens_of, two_phase_result
 from erc.rows import RowScaling, as_rows, row_scaling, scaling_params
+from erc.support import SamplingSupport, check_support
 from erc.surrogate.entropy_ratio import entropy_ratio_of
 from erc.surrogate.metrics import token_summary
 from erc.surrogate.objective import Objective
@@ -127,6 +128,41 @@ class OPERATORS:
         return [stat.to(stats_dtype(logits.dtype)) for stat in stats], None
 
 
+def support_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    support: SamplingSupport,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob over the kept tokens, entropy, logsumexp and log-prob over the full vocabulary, `[N]` each.
+
+    `d logprob / dx_j = 1[j = y] - p_support(j)` for a kept j and 0 for others; a row that was not cut, or kept all of
+    the vocabulary, is computed as without a support, bit for bit. Ignored rows are not read and give 0.
+
+    Raises:
+        IndexError: on the CPU, for a label that its row's support does not hold; elsewhere that row is NaN.
+    """
+    labels, vocab_size = labels.reshape(-1), logits.shape[-1]
+    active = labels != ignore_index
+    cut, invalid = support.cut_rows(labels, vocab_size, ignore_index)
+    invalid = invalid | (active & ((labels < 0) | (labels >= vocab_size)))
+    x = torch.where(active[:, None], _widened(logits), 0.0)
+    x = _scaling(params, temperature).apply(x * torch.where(invalid, nan, 1.0)[:, None])  # NaN, and so is its gradient
+    full = Row(x)
+    broken = full.logsumexp.detach().isnan()  # over the full vocabulary: NaN over any part of it, too
+    kept = support.to_mask(vocab_size) | ~cut[:, None]
+    # A row that was not cut takes its gradient from `full` alone, whose order of summation is that without a support.
+    of_cut = torch.where(cut[:, None], x * torch.where(broken, nan, 1.0)[:, None], 0.0)
+    part = Row(torch.where(kept, of_cut, -torch.inf))
+    column = torch.where(active & ~invalid, labels, 0)
+    logprob_full = full.logprob(column)
+    logprob = torch.where(cut, part.logprob(column), logprob_full)
+    stats = (logprob, full.entropy, full.logsumexp, logprob_full)
+    return tuple(torch.where(active, stat, 0.0).to(stats_dtype(logits.dtype)) for stat in stats)
+
+
 def _scaling(params: Tensor, temperature: Tensor | None) -> RowScaling:
     return RowScaling(tuple(params[: Param.RULE].tolist()), temperature)
 
@@ -159,6 +195,7 @@ def token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    support: SamplingSupport | None = None,
 ) -> TokenStats:
     """Log-prob of the labels, entropy and logsumexp of each row; see `erc.token_stats`."""
     check_logits(logits)
@@ -166,11 +203,27 @@ def token_stats(
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     if labels is not None:
         labels = label_rows(labels, leading, logits.device, ignore_index)
+    if support is not None:
+        check_support(support, leading, logits.device, labels)
     with labels_explained(labels, leading, logits.shape[-1], ignore_index):
-        logprob, entropy, logsumexp, _ = OPERATORS.stats_forward(
-            as_rows(logits), labels, scaling.temperature, scaling_params(scaling), ignore_index
-        )
-    return TokenStats(None if labels is None else logprob.view(leading), entropy.view(leading), logsumexp.view(leading))
+        stats = _row_statistics(logits, labels, scaling, scaling_params(scaling), ignore_index, support)
+    return TokenStats.of_rows(*stats, leading)
+
+
+def _row_statistics(
+    logits: Tensor,
+    labels: Tensor | None,
+    scaling: RowScaling,
+    params: Tensor,
+    ignore_index: int,
+    support: SamplingSupport | None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Log-prob, entropy, logsumexp and, with a support, log-prob over the full vocabulary; `[N]` each."""
+    arguments = (as_rows(logits), labels, scaling.temperature, params, ignore_index)
+    if support is not None:
+        return support_statistics(*arguments, support)
+    logprob, entropy, logsumexp, _ = OPERATORS.stats_forward(*arguments)
+    return None if labels is None else logprob, entropy, logsumexp, None
 
 
 def entropy_ratio(
@@ -201,24 +254,34 @@ def policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    support: SamplingSupport | None = None,
     **arguments: Any,
 ) -> PolicyLoss:
     """The policy loss from logits; see `erc.policy_loss`, whose other arguments are these."""
     check_logits(logits)
+    if support is not None:
+        check_support(support, logits.shape[:-1], logits.device, labels)
     scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
     call = loss_call(
         resolve_objective(objective), TokenArguments(**arguments), labels, ignore_index, logits, scaling,
         logits.shape[-1], fused=False,
     )  # fmt: skip
     table = call.token_table(OPERATORS)
-    logprob, entropy, _, _ = OPERATORS.stats_forward(
-        as_rows(logits), table[1], scaling.temperature, call.tokens.params, ignore_index
+    logprob, entropy, _, logprob_full = _row_statistics(
+        logits, table[1], scaling, call.tokens.params, ignore_index, support
     )
-    return two_phase_result(TokenCall(call, OPERATORS, table, logprob, entropy))
+    return two_phase_result(TokenCall(call, OPERATORS, table, logprob, entropy, logprob_full))
 
 
 def objective_loss(
-    logprob: Tensor, entropy: Tensor, *, objective: str | Objective = "erc-dapo", **arguments: Any
+    logprob: Tensor,
+    entropy: Tensor,
+    *,
+    logprob_full: Tensor | None = None,
+    objective: str | Objective = "erc-dapo",
+    **arguments: Any,
 ) -> PolicyLoss:
     """The policy loss from log-probs and entropies; see `erc.objective_loss`, whose other arguments are these."""
-    return two_phase_result(tokens_of(OPERATORS, logprob, entropy, objective, TokenArguments(**arguments)))
+    return two_phase_result(
+        tokens_of(OPERATORS, logprob, entropy, objective, TokenArguments(**arguments), logprob_full)
+    )

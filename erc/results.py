@@ -12,15 +12,37 @@ from erc.inputs import EXACT_DTYPES, resolve_objective, row_tensor
 from erc.rows import UNSCALED
 from erc.surrogate.metrics import metrics_by_name
 from erc.surrogate.objective import Objective
+from erc.surrogate.ratio_rules import MAX_LOG_RATIO, log_difference
 from erc.surrogate.token_loss import TokenBatch, TokenLosses, filtered_tokens, token_losses, with_derivatives
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics `[*]` in nats: float32, or float64 for float64 logits. `logprob` is None without labels."""
+    """Per-token statistics `[*]` in nats: float32, or float64 for float64 logits. Log-probs are None without labels.
+
+    With a sampling support `logprob` is over the kept tokens and `logprob_full` over the full vocabulary, whose
+    difference is the log of the kept mass; without one they are the same tensor. Entropy and logsumexp are always of
+    the full vocabulary.
+    """
 
     logprob: Tensor | None
     entropy: Tensor
     logsumexp: Tensor
+    logprob_full: Tensor | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        logprob: Tensor | None,
+        entropy: Tensor,
+        logsumexp: Tensor,
+        logprob_full: Tensor | None,
+        leading: tuple[int, ...],
+    ) -> TokenStats:
+        """Statistics `[N]` in the shape of the caller's rows; `logprob_full` is None without a support."""
+        logprob, entropy, logsumexp, logprob_full = (
+            None if stat is None else stat.view(leading) for stat in (logprob, entropy, logsumexp, logprob_full)
+        )
+        return cls(logprob, entropy, logsumexp, logprob if logprob_full is None else logprob_full)
 
 
 class EntropyRatio(NamedTuple):
@@ -41,7 +63,9 @@ class PolicyLoss(NamedTuple):
     """The result of a policy loss. `loss` carries the gradient; everything else is detached.
 
     `loss` is a scalar, or `[*]` for reduction "none". `per_token_loss` `[*]` is unweighted and 0 where masked.
-    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.surrogate.metrics.metrics_by_name`).
+    `metrics` is a dict of 0-d tensors that were never synchronised (`erc.surrogate.metrics.metrics_by_name`). With a
+    sampling support `logprob` is over the kept tokens and `logprob_full` over the full vocabulary; without one they are
+    the same tensor.
     """
 
     loss: Tensor
@@ -49,6 +73,7 @@ class PolicyLoss(NamedTuple):
     logprob: Tensor
     entropy: Tensor
     metrics: dict[str, Tensor]
+    logprob_full: Tensor | None = None
 
 
 class TokenCall(NamedTuple):
@@ -79,7 +104,8 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
         filtered = filtered_tokens(objective, inputs)
         terms = objective.ratio.terms(inputs) if objective.ratio.kernel_id is None else None
     by_autograd = terms is not None and terms.derivative is None
-    if by_autograd or tokens.operators.token_losses is None or tokens.logprob_full is not None:
+    reads_full = tokens.logprob_full is not None and objective.reads_full_logprob
+    if by_autograd or tokens.operators.token_losses is None or reads_full:
         batch, losses = tokens.judged()
         loss, flags = losses.loss, losses.flags
         per_token = torch.stack((loss.detach(), losses.token_loss, tokens.logprob.detach(), tokens.entropy.detach()))
@@ -104,24 +130,29 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
         loss = with_derivatives(loss, derivatives[0], d_entropy, tokens.logprob, tokens.entropy)
     out = loss_result(call, loss, per_token[1:], *summed[1:])
     if tokens.logprob_full is not None:
-        out = _support_metrics(tokens, batch, out)
+        out = _with_support(tokens, batch or call.batch(table, labels), out)
     return add_exact_kl(call, out, tokens.operators, batch)
 
 
 @torch.no_grad()
-def _support_metrics(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
-    """With a support: the mean kept mass, and the KL estimate over what the objective compares. The summary of the
-    tokens knows the log-probs over the support alone."""
+def _with_support(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
+    """What a support adds: the log-prob over the full vocabulary, the mean kept mass, how far the engine's log-probs
+    are from those of the old policy (k3 of their KL), and the KL estimate over what the objective compares. The summary
+    of the tokens knows the log-probs over the support alone."""
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
 
     metrics = out.metrics | {"kept_mass": mean((tokens.logprob_full - tokens.logprob).exp())}
-    kl = tokens.call.objective.kl
+    kl, rollout = tokens.call.objective.kl, tokens.call.arguments.rollout_logprob
+    old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
+    if rollout is not None:
+        log_ratio = log_difference(old_logprob, rollout.reshape(-1).to(old_logprob.dtype))
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        metrics["mismatch_kl"] = mean(log_ratio.expm1() - log_ratio)
     if kl is not None and kl.kind != "full":
-        old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
         metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, tokens.logprob_full))
-    return out._replace(metrics=metrics)
+    return out._replace(metrics=metrics, logprob_full=tokens.logprob_full.detach().view(tokens.call.leading))
 
 
 def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor, count: Tensor) -> PolicyLoss:
@@ -131,7 +162,7 @@ def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor
         loss = loss.view(call.leading)
     if call.scale is not None:
         loss = loss / call.scale  # the weights of the tokens hold it, and so do their gradients
-    return PolicyLoss(loss, token_loss, logprob, entropy, metrics_by_name(metrics, count))
+    return PolicyLoss(loss, token_loss, logprob, entropy, metrics_by_name(metrics, count), logprob)
 
 
 def add_exact_kl(call: LossCall, out: PolicyLoss, operators: Any, batch: TokenBatch | None = None) -> PolicyLoss:
@@ -151,14 +182,23 @@ def add_exact_kl(call: LossCall, out: PolicyLoss, operators: Any, batch: TokenBa
 
 
 def tokens_of(
-    operators: Any, logprob: Tensor, entropy: Tensor, objective: str | Objective, arguments: TokenArguments
+    operators: Any,
+    logprob: Tensor,
+    entropy: Tensor,
+    objective: str | Objective,
+    arguments: TokenArguments,
+    logprob_full: Tensor | None = None,
 ) -> TokenCall:
     """The stations without the rows, from log-probs and entropies that exist already."""
-    for name, tensor in (("logprob", logprob), ("entropy", entropy)):
+    statistics = {"logprob": logprob, "entropy": entropy}
+    if logprob_full is not None:
+        statistics["logprob_full"] = logprob_full
+    for name, tensor in statistics.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in EXACT_DTYPES:
             raise TypeError(f"{name} must be a float32 or float64 tensor, got {getattr(tensor, 'dtype', type(tensor))}")
     leading = logprob.shape
-    row_tensor("entropy", entropy, leading, logprob.device)
+    for name, tensor in statistics.items():
+        row_tensor(name, tensor, leading, logprob.device)
     labels = torch.zeros(leading, dtype=torch.int64, device=logprob.device)  # of a vocabulary of one token
     like = logprob.detach()[..., None]
     call = loss_call(resolve_objective(objective), arguments, labels, -100, like, UNSCALED, 1, fused=False)
@@ -166,4 +206,6 @@ def tokens_of(
     ignored = table[1] != 0
     logprob, entropy = (values.reshape(-1).masked_fill(ignored, 0.0) for values in (logprob, entropy.to(logprob.dtype)))
     entropy = entropy.masked_fill(logprob.isnan(), torch.nan)  # a row without a distribution has neither
-    return TokenCall(call, operators, table, logprob, entropy)
+    if logprob_full is not None:
+        logprob_full = logprob_full.to(logprob.dtype).reshape(-1).masked_fill(ignored, 0.0)
+    return TokenCall(call, operators, table, logprob, entropy, logprob_full)

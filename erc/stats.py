@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erc import reference
 from erc.backend import operators, select
 from erc.call import labels_explained
 from erc.inputs import check_constant, check_label_values, label_rows
+from erc.kept import support_statistics
 from erc.ops import contiguous, no_graph, refuse_double_backward, refuse_forward_mode
 from erc.parallel import VocabShard, agreement, check_columns, check_shardable, sharded_pair, sharded_stats
 from erc.results import EntropyRatio, TokenStats
 from erc.rows import RowScaling, as_rows, check_inplace, row_scaling, scaling_params
+from erc.support import SamplingSupport, check_support
 
 
 def token_stats(
@@ -25,6 +28,7 @@ def token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    support: SamplingSupport | None = None,
     inplace_backward: bool = False,
     vocab_shard: VocabShard | None = None,
     validate: bool = False,
@@ -41,6 +45,9 @@ def token_stats(
         temperature: positive; a number, or a tensor `[*]` with one value a row.
         softcap: positive, or None.
         logit_scale: positive.
+        support: the tokens that the sampler kept of each row, in the order of the flattened labels: `logprob` is then
+            over them, `logprob_full` over the full vocabulary like everything else. Costs a gather of the kept logits,
+            and in the backward as many writes, beside the sweeps that run without it.
         inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used
             by anything else afterwards.
         vocab_shard: `logits` are this rank's columns of a larger vocabulary (`erc.VocabShard`); labels stay global. One
@@ -56,7 +63,8 @@ def token_stats(
 
     Raises:
         TypeError, ValueError: naming the argument.
-        IndexError: a label out of range (on a GPU, where reading it would synchronise, the row is NaN instead).
+        IndexError: a label out of range or outside its support (on a GPU, where reading it would synchronise, the row
+            is NaN instead).
 
     >>> import torch, erc
     >>> logits = torch.zeros(2, 4, requires_grad=True)
@@ -73,18 +81,19 @@ def token_stats(
         scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
         if labels is not None:
             labels = label_rows(labels, leading, logits.device, ignore_index).to(torch.int64)
+        if support is not None:
+            check_support(support, leading, logits.device, labels)
+            facts.add(token_ids=support.token_ids, offsets=support.offsets)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward, facts)
             if labels is not None:
                 check_label_values(labels, vocab_size, ignore_index)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
     with labels_explained(labels, leading, vocab_size, ignore_index):
-        logprob, entropy, logsumexp = row_statistics(
-            operators(name), logits, labels, scaling, ignore_index, vocab_shard, inplace_backward
+        stats = row_statistics(
+            operators(name), logits, labels, scaling, ignore_index, support, vocab_shard, inplace_backward
         )
-    return TokenStats(
-        logprob.view(leading) if labels is not None else None, entropy.view(leading), logsumexp.view(leading)
-    )
+    return TokenStats.of_rows(*stats, leading)
 
 
 def row_statistics(
@@ -93,20 +102,33 @@ def row_statistics(
     labels: Tensor | None,
     scaling: RowScaling,
     ignore_index: int,
+    support: SamplingSupport | None = None,
     vocab_shard: VocabShard | None = None,
     inplace_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and logsumexp `[N]` of checked arguments, differentiable in `logits`."""
-    arguments = (labels, scaling.temperature, scaling_params(scaling), ignore_index)
-    if backend_operators is not operators("torch"):
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Log-prob, entropy, logsumexp and, with a support, log-prob over the full vocabulary: `[N]` of checked arguments,
+    differentiable in `logits`."""
+    rows, params = as_rows(logits), scaling_params(scaling)
+    arguments = (labels, scaling.temperature, params, ignore_index)
+    by_autograd = backend_operators is operators("torch")
+    if not by_autograd:
         refuse_forward_mode(logits)
-    if vocab_shard is not None:
-        return sharded_stats(as_rows(logits), *arguments, vocab_shard, backend_operators)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
-    if inplace_backward and differentiable and backend_operators is not operators("torch"):
-        return _InplaceStats.apply(as_rows(logits), backend_operators, arguments)
-    with nullcontext() if differentiable else no_graph():
-        return backend_operators.stats_forward(as_rows(logits), *arguments)[:3]
+    if support is not None:
+        if by_autograd:
+            return reference.support_statistics(rows, *arguments, support)
+        inplace = inplace_backward and differentiable
+        return support_statistics(
+            backend_operators, rows, labels, scaling, params, ignore_index, support, vocab_shard, inplace
+        )
+    if vocab_shard is not None:
+        stats = sharded_stats(rows, *arguments, vocab_shard, backend_operators)
+    elif inplace_backward and differentiable and not by_autograd:
+        stats = _InplaceStats.apply(rows, backend_operators, arguments)
+    else:
+        with nullcontext() if differentiable else no_graph():
+            stats = backend_operators.stats_forward(rows, *arguments)[:3]
+    return stats[0] if labels is not None else None, *stats[1:], None
 
 
 class _InplaceStats(torch.autograd.Function):

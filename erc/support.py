@@ -10,18 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from erc.call import TokenArguments, loss_call
-from erc.inputs import check_logits, label_rows, resolve_objective
-from erc.ops import stats_dtype
-from erc.reference import OPERATORS, Row
-from erc.results import PolicyLoss, TokenCall, two_phase_result
-from erc.rows import row_scaling
-from erc.surrogate.objective import Objective
+from erc.inputs import check_label_values
 from erc.surrogate.validation import values_are_readable
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -34,9 +28,9 @@ class SamplingSupport:
     Within a row, ids rise strictly; entries of -1 before them are skipped, so that padded forms need no compaction. A
     row without a token was not cut: it means the full vocabulary.
 
-    `token_ids` is `[K]`, int32 or int64, `offsets` `[N + 1]`, int64. Rows are in the order of the flattened labels.
-    The class methods read other forms and sort; this constructor takes what is sorted already. On the CPU it checks the
-    values; on a GPU nothing is read here, and a row that breaks the rule is NaN.
+    `token_ids` is `[K]`, `offsets` `[N + 1]`; int32 or int64, held as int64. Rows are in the order of the flattened
+    labels. The class methods read other forms and sort; this constructor takes what is sorted already. On the CPU it
+    checks the values; on a GPU nothing is read here, and a row that breaks the rule is NaN.
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected.
@@ -55,13 +49,14 @@ class SamplingSupport:
                 raise TypeError(f"{name} must be a 1-D int32 or int64 tensor, got {_described(tensor)}")
         if self.token_ids.device != self.offsets.device:
             raise ValueError(f"offsets must be on {self.token_ids.device} like token_ids, got {self.offsets.device}")
-        object.__setattr__(self, "offsets", self.offsets.to(torch.int64))
+        for name in ("token_ids", "offsets"):
+            object.__setattr__(self, name, getattr(self, name).to(torch.int64).contiguous())
         _check_offsets(self.offsets, len(self.token_ids))
         if not values_are_readable(self.token_ids):
             return
         if len(self.token_ids) and int(self.token_ids.min()) < -1:
             raise ValueError(f"token_ids must be >= 0, or -1 for padding, got {int(self.token_ids.min())}")
-        before, after, rows = self.token_ids[:-1], self.token_ids[1:], self._row_of_ids()
+        before, after, rows = self.token_ids[:-1], self.token_ids[1:], self.row_of_ids()
         bad = (rows[:-1] == rows[1:]) & (after <= before) & (after >= 0)
         if bool(bad.any()):
             i = int(bad.nonzero()[0])
@@ -179,14 +174,43 @@ class SamplingSupport:
         """
         if values_are_readable(self.token_ids) and len(self.token_ids) and int(self.token_ids.max()) >= vocab_size:
             raise IndexError(f"token_ids must be below the vocabulary's {vocab_size}, got {int(self.token_ids.max())}")
-        column = torch.where(self.token_ids < 0, vocab_size, self.token_ids.long())
+        outside = (self.token_ids < 0) | (self.token_ids >= vocab_size)
+        column = torch.where(outside, vocab_size, self.token_ids.long())
         mask = torch.zeros(self.rows, vocab_size + 1, dtype=torch.bool, device=self.token_ids.device)
-        mask[self._row_of_ids(), column] = True
+        mask[self.row_of_ids(), column] = True
         mask = mask[:, :vocab_size]
         return mask | ~mask.any(-1, keepdim=True)
 
-    def _row_of_ids(self) -> Tensor:
+    def row_of_ids(self) -> Tensor:
+        """The row `[K]` of each of `token_ids`."""
         return _row_of(self.offsets, len(self.token_ids))
+
+    def count(self, chosen: Tensor) -> Tensor:
+        """How many of the chosen entries (bool `[K]`) each row has, `[N]`."""
+        total = torch.cat([self.offsets.new_zeros(1), chosen.long().cumsum(0)])[self.offsets]
+        return total.diff()
+
+    def cut_rows(self, labels: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Which rows were cut, and which break a rule and must be NaN (no row, on the CPU); bool `[N]` both.
+
+        Ignored rows, and rows that kept the whole vocabulary, are not cut.
+
+        Raises:
+            IndexError: on the CPU, for a label that its row's support does not hold, or an id beyond the vocabulary.
+        """
+        ids, rows = self.token_ids.long(), self.row_of_ids()
+        active, kept = labels != ignore_index, self.count(ids >= 0)
+        lacking = (kept > 0) & (self.count(ids == labels[rows]) == 0)
+        falling = (rows[1:] == rows[:-1]) & (ids[1:] <= ids[:-1]) & (ids[:-1] >= 0)
+        broken = (ids >= vocab_size) | (ids < -1)
+        broken = self.count(torch.cat([broken[:1], broken[1:] | falling])) > 0
+        invalid = active & (lacking | broken)
+        if values_are_readable(labels) and bool(invalid.any()):
+            check_label_values(labels, vocab_size, ignore_index)
+            self.to_mask(vocab_size)
+            row = int(invalid.nonzero()[0])
+            raise IndexError(f"labels must lie in their row's support, but that of row {row} lacks {int(labels[row])}")
+        return active & ~invalid & (kept > 0) & (kept < vocab_size), invalid
 
 
 def _check_offsets(offsets: Tensor, kept: int) -> None:
@@ -215,93 +239,15 @@ def _described(given: Any) -> str:
     )
 
 
-# ---- the definition, in plain PyTorch --------------------------------------------------------------------------------
-
-
-class SupportStats(NamedTuple):
-    """Statistics of rows whose sampling was cut, each `[*]`. `logprob` is over the kept tokens, `logprob_full`, entropy
-    and logsumexp over the full vocabulary; `kept_mass` is the probability that the full distribution gives the kept
-    tokens, so `logprob = logprob_full - log(kept_mass)`."""
-
-    logprob: Tensor
-    entropy: Tensor
-    logsumexp: Tensor
-    logprob_full: Tensor
-    kept_mass: Tensor
-
-
-def support_stats(
-    logits: Tensor,
-    labels: Tensor,
-    support: SamplingSupport,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-) -> SupportStats:
-    """What every backend must compute with a support: in float64, rounded once, gradients by autograd.
-
-    `d logprob / dx_j = 1[j = y] - p_support(j)` for a kept j and 0 for others; a row that was not cut, or kept all of
-    the vocabulary, is computed as without a support, bit for bit. Ignored rows are not read and give 0.
-
-    Raises:
-        IndexError: on the CPU, for a label that its row's support does not hold; elsewhere that row is NaN.
-    """
-    check_logits(logits)
-    leading, vocab_size = logits.shape[:-1], logits.shape[-1]
+def check_support(
+    support: SamplingSupport, leading: tuple[int, ...], device: torch.device, labels: Tensor | None
+) -> None:
+    """Raises where `support` does not go with rows of shape `leading`."""
+    if not isinstance(support, SamplingSupport):
+        raise TypeError(f"support must be an erc.SamplingSupport or None, got {type(support).__name__}")
+    if labels is None:
+        raise ValueError("labels must be given with support: it changes the log-prob of a label and nothing else")
     if support.rows != prod(leading):
         raise ValueError(f"support must have one row per row of logits, {prod(leading)}, got {support.rows}")
-    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    labels = label_rows(labels, leading, logits.device, ignore_index).reshape(-1)
-    active, kept = labels != ignore_index, support.to_mask(vocab_size)
-    column = torch.where(active, labels, 0)[:, None]
-    outside = active & ~kept.gather(-1, column).squeeze(-1)
-    if values_are_readable(labels) and bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        raise IndexError(f"labels must lie in their row's support, but that of row {row} lacks {int(labels[row])}")
-    x = torch.where(active[:, None], logits.reshape(-1, vocab_size).double(), 0.0)
-    x = scaling.apply(torch.where(outside[:, None], torch.nan, x))
-    full, cut = Row(x), Row(torch.where(kept, x, -torch.inf))
-    column = column.squeeze(-1)
-    stats = SupportStats(
-        cut.logprob(column),
-        full.entropy,
-        full.logsumexp,
-        full.logprob(column),
-        (cut.logsumexp - full.logsumexp).exp(),
-    )
-    dtype = stats_dtype(logits.dtype)
-    return SupportStats(*(torch.where(active, stat, 0.0).to(dtype).view(leading) for stat in stats))
-
-
-def support_loss(
-    logits: Tensor,
-    labels: Tensor,
-    support: SamplingSupport,
-    *,
-    objective: str | Objective = "erc-dapo",
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    **arguments: Any,
-) -> PolicyLoss:
-    """`policy_loss` of rows whose sampling was cut, whose other arguments are these.
-
-    Ratio rules, rollout corrections and `approx_kl` take the log-prob over the kept tokens, and old and rollout values
-    must be over the same; gate, entropy bonus and exact KL are of the full vocabulary; KL estimates and the NLL say
-    which they take (`KLPenalty(over=)`, `Objective.nll_over`). `out.logprob` is over the kept tokens; the metric
-    `kept_mass` is the mean probability that the full distribution gives them.
-    """
-    objective, leading = resolve_objective(objective), logits.shape[:-1]
-    scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
-    given, vocab_size = TokenArguments(**arguments), logits.shape[-1]
-    call = loss_call(objective, given, labels, ignore_index, logits, scaling, vocab_size, fused=False)
-    table = call.token_table(OPERATORS)
-    scale = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    stats = support_stats(logits, table[1].view(leading), support, ignore_index=ignore_index, **scale)
-    logprob, entropy, logprob_full = (
-        getattr(stats, name).reshape(-1) for name in ("logprob", "entropy", "logprob_full")
-    )
-    return two_phase_result(TokenCall(call, OPERATORS, table, logprob, entropy, logprob_full))
+    if support.offsets.device != device:
+        raise ValueError(f"support must be on {device} like logits, got {support.offsets.device}: support.to(device)")

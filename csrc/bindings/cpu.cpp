@@ -19,6 +19,13 @@ class Cpu {
 
   void run(const StatsForward& call) { each_row(kernels().stats_forward, call, call.rows.logits); }
   void run(const StatsBackward& call) { each_row(kernels().stats_backward, call, call.rows.logits); }
+  bool run(SupportForward call) {
+    int32_t broken = 0;
+    call.broken = &broken;
+    each_row(kernels().support_forward, call, call.rows.logits);
+    return broken == 0;
+  }
+  void run(const SupportBackward& call) { each_row(kernels().support_backward, call, call.grad_logits); }
   void run(const PolicyLoss& call) { each_row(kernels().policy_loss, call, call.rows.logits); }
   void run(const PairedForward& call) { each_row(kernels().paired_forward, call, call.rows.logits); }
   void run(const PairedBackward& call) { each_row(kernels().paired_backward, call, call.rows.logits); }

@@ -46,6 +46,11 @@ class Cuda {
 
   void run(const StatsForward& call) { check(cuda::stats_forward(call, device_.stream), "stats_forward"); }
   void run(const StatsBackward& call) { check(cuda::stats_backward(call, device_.stream), "stats_backward"); }
+  bool run(const SupportForward& call) {
+    check(cuda::support_forward(call, device_.stream), "support_forward");
+    return true;
+  }
+  void run(const SupportBackward& call) { check(cuda::support_backward(call, device_.stream), "support_backward"); }
   void run(const PolicyLoss& call) { check(cuda::policy_loss(call, device_.stream), "policy_loss"); }
   void run(const PairedForward& call) { check(cuda::paired_forward(call, device_.stream), "paired_forward"); }
   void run(const PairedBackward& call) { check(cuda::paired_backward(call, device_.stream), "paired_backward"); }

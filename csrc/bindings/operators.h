@@ -237,6 +237,58 @@ struct Operators {
                        saved, grad_logprob, grad_entropy, grad_logsumexp, grad_logits);
   }
 
+  // ---- sampling supports ---------------------------------------------------------------------------------------------
+
+  // After the statistics of the full vocabulary, which become NaN where a row breaks a rule; see SupportForward.
+  static void support_forward_(const Tensor& logits, const Tensor& labels, const MaybeTensor& temperature, const Tensor& params,
+                               int64_t ignore_index, const MaybeTensor& row_index, int64_t first_token, int64_t start,
+                               int64_t vocab_size, const Tensor& token_ids, const Tensor& offsets, bool gathered,
+                               const Tensor& values, const Tensor& logprob_full, const Tensor& entropy, const Tensor& logsumexp,
+                               const Tensor& saved, const Tensor& logprob, const Tensor& state, const Tensor& dense_labels) {
+    Backend backend(logits);
+    const Like like(logits);
+    const int64_t n = labels.numel();
+    SupportForward call{};
+    call.rows = row_inputs(like, logits, labels, temperature, params, ignore_index, {row_index, first_token, n}, start);
+    call.support = support_of(like, token_ids, offsets, n);
+    call.vocab_size = vocab_size;
+    call.gathered = gathered;
+    call.values = like.target(values, "values", call.support.num_ids, like.real);
+    call.logprob_full = like.target(logprob_full, "logprob_full", n, like.real);
+    call.entropy = like.target(entropy, "entropy", n, like.real);
+    call.logsumexp = like.target(logsumexp, "logsumexp", n, like.real);
+    call.saved = like.target(saved, "saved", 3 * n, like.real);
+    call.logprob = like.target(logprob, "logprob", n, like.real);
+    call.state = like.target(state, "state", 3 * n, like.real);
+    call.dense_labels = static_cast<int64_t*>(like.target(dense_labels, "dense_labels", n, ScalarType::Long));
+    STD_TORCH_CHECK(backend.run(call), kInvalidValue);
+  }
+
+  static void support_backward_(const Tensor& labels, const MaybeTensor& temperature, const Tensor& params,
+                                const MaybeTensor& row_index, int64_t first_token, int64_t start, const Tensor& token_ids,
+                                const Tensor& offsets, const Tensor& values, const Tensor& saved, const Tensor& logprob_full,
+                                const Tensor& state, const Tensor& dense_labels, const Tensor& grad_logprob,
+                                const MaybeTensor& grad_logprob_full, const MaybeTensor& grad_entropy,
+                                const MaybeTensor& grad_logsumexp, const Tensor& grad_logits) {
+    Backend backend(grad_logits);
+    const Like like(grad_logits);
+    const int64_t n = labels.numel();
+    SupportBackward call{};
+    call.rows = row_inputs(like, grad_logits, labels, temperature, params, kAbsentLabel, {row_index, first_token, n}, start);
+    call.support = support_of(like, token_ids, offsets, n);
+    call.values = like.values(values, "values", call.support.num_ids);
+    call.saved = like.values(saved, "saved", 3 * n);
+    call.logprob_full = like.values(logprob_full, "logprob_full", n);
+    call.state = like.values(state, "state", 3 * n);
+    call.dense_labels = static_cast<const int64_t*>(like.values(dense_labels, "dense_labels", n, ScalarType::Long));
+    call.grad_logprob = like.values(grad_logprob, "grad_logprob", n);
+    call.grad_logprob_full = like.values(grad_logprob_full, "grad_logprob_full", n);
+    call.grad_entropy = like.values(grad_entropy, "grad_entropy", n);
+    call.grad_logsumexp = like.values(grad_logsumexp, "grad_logsumexp", n);
+    call.grad_logits = rows_of(grad_logits);
+    backend.run(call);
+  }
+
   // ---- tokens --------------------------------------------------------------------------------------------------------
 
   static std::tuple<Tensor, Tensor, Tensor> token_table(
@@ -470,6 +522,8 @@ struct Operators {
     m.impl("stats_backward", TORCH_BOX(&stats_backward));
     m.impl("stats_backward_", TORCH_BOX(&stats_backward_));
     m.impl("partial_stats_", TORCH_BOX(&partial_stats_));
+    m.impl("support_forward_", TORCH_BOX(&support_forward_));
+    m.impl("support_backward_", TORCH_BOX(&support_backward_));
     m.impl("token_table", TORCH_BOX(&token_table));
     m.impl("token_losses", TORCH_BOX(&token_losses));
     m.impl("token_summary", TORCH_BOX(&token_summary));
@@ -493,6 +547,12 @@ struct Operators {
     Tensor workspace = like.bytes(bytes);
     call.workspace = workspace.mutable_data_ptr();
     backend.run(call);
+  }
+
+  static Support support_of(const Like& like, const Tensor& token_ids, const Tensor& offsets, int64_t num_tokens) {
+    const int64_t count = token_ids.numel();
+    return {static_cast<const int64_t*>(like.values(token_ids, "token_ids", count, ScalarType::Long)),
+            static_cast<const int64_t*>(like.values(offsets, "offsets", num_tokens + 1, ScalarType::Long)), count};
   }
 
   static void run_stats_backward(Backend& backend, const Tensor& logits, const MaybeTensor& labels,

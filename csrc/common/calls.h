@@ -75,6 +75,37 @@ struct StatsBackward {
   Rows grad_logits;                                                  // may be the logits themselves
 };
 
+// The tokens that a sampler kept: of a token the columns ids[offsets[token]] to ids[offsets[token + 1] - 1] of the whole vocabulary,
+// rising strictly after padding of -1. None: the full vocabulary.
+struct Support {
+  const int64_t *ids, *offsets;  // [num_ids], [num_tokens + 1]
+  int64_t num_ids;
+};
+
+// Log-probs over a support; labels are those of the whole vocabulary.
+struct SupportForward {
+  RowInputs rows;
+  Support support;
+  int64_t vocab_size;
+  bool gathered;  // the values are there already
+  void* values;   // [num_ids]: the kept logits
+  void *logprob_full, *entropy, *logsumexp, *saved;  // of the full vocabulary, as StatsForward leaves them; NaN where a rule is broken
+  void* logprob;  // over the support
+  void* state;    // [3, num_tokens] of cut rows: the largest kept logit, R and S (common/support.h)
+  int64_t* dense_labels;  // the labels, kCutLabel for a cut row
+  int32_t* broken;        // on the CPU: set to 1 where a rule is broken
+};
+
+// After StatsBackward with the dense labels.
+struct SupportBackward {
+  RowInputs rows;  // the logits are gone
+  Support support;
+  const void *values, *saved, *logprob_full, *state;
+  const int64_t* dense_labels;
+  const void *grad_logprob, *grad_logprob_full, *grad_entropy, *grad_logsumexp;  // null counts as 0, but for the first
+  Rows grad_logits;
+};
+
 struct PolicyLoss {
   RowInputs rows;
   const void* table;  // [num_tokens, kNumColumns]

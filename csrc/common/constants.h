@@ -6,6 +6,7 @@
 namespace erc {
 
 constexpr int64_t kAbsentLabel = INT64_MIN;
+constexpr int64_t kCutLabel = kAbsentLabel + 1;
 constexpr double kMaxLogRatio = 20;
 constexpr double kRatioEps = 1e-08;
 constexpr int64_t kCountRun = 4096;

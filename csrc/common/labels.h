@@ -5,7 +5,7 @@
 
 namespace erc {
 
-enum class LabelKind { kIgnored, kAbsent, kHere, kOutOfRange };
+enum class LabelKind { kIgnored, kAbsent, kCut, kHere, kOutOfRange };
 
 constexpr int64_t kNoColumn = -1;
 
@@ -20,6 +20,7 @@ ERC_HOST_DEVICE Label token_label(const RowInputs& in, int64_t token) {
   const int64_t label = in.labels[token];
   if (label == in.ignore_index) return {LabelKind::kIgnored, kNoColumn};
   if (label == kAbsentLabel) return {LabelKind::kAbsent, kNoColumn};
+  if (label == kCutLabel) return {LabelKind::kCut, kNoColumn};
   const int64_t column = label - in.label_start;
   if (column >= 0 && column < in.logits.vocab_size) return {LabelKind::kHere, column};
   return {LabelKind::kOutOfRange, kNoColumn};

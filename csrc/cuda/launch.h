@@ -16,6 +16,8 @@ int64_t summary_bytes(int64_t num_tokens);
 
 cudaError_t stats_forward(const StatsForward& call, cudaStream_t stream);
 cudaError_t stats_backward(const StatsBackward& call, cudaStream_t stream);
+cudaError_t support_forward(const SupportForward& call, cudaStream_t stream);
+cudaError_t support_backward(const SupportBackward& call, cudaStream_t stream);
 cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream);
 cudaError_t paired_forward(const PairedForward& call, cudaStream_t stream);
 cudaError_t paired_backward(const PairedBackward& call, cudaStream_t stream);

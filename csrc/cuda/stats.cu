@@ -147,8 +147,9 @@ __global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward
     if (label.kind != LabelKind::kIgnored) {
       const Real* saved = static_cast<const Real*>(call.saved);
       const RowState<Real> state{saved[token], saved[n + token], saved[2 * n + token]};
-      const StatGrads<Real> upstream{optional(call.grad_logprob, token, Real(0)), optional(call.grad_entropy, token, Real(0)),
-                                     optional(call.grad_logsumexp, token, Real(0))};
+      const bool cut = label.kind == LabelKind::kCut;
+      const StatGrads<Real> upstream{cut ? Real(0) : optional(call.grad_logprob, token, Real(0)),
+                                     optional(call.grad_entropy, token, Real(0)), optional(call.grad_logsumexp, token, Real(0))};
       const bool here = column >= 0 && column < segment.columns;
       const Real label_value = here ? V::value(scale, segment.begin[column]) : Real(0);
       *plan = GradientPlan<Real>(state, scale, upstream, label_value, true);

@@ -20,12 +20,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from erc.call import TokenArguments
 from erc.constants import TokenFlag
+from erc.integrations.sampling_masks import SAMPLING_MASK, padded_ids
 from erc.integrations.transformers import HeadInputs, head_inputs
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
 from erc.reference import OPERATORS
 from erc.results import PolicyLoss, TokenStats, tokens_of
 from erc.rlvr.in_context import InContextRollouts
+from erc.support import SamplingSupport
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.presets import objective
@@ -64,6 +66,7 @@ _LOGGED = {
     "clip_fraction": "clip_ratio/region_mean",
 }
 _LOGGED_WITH_KL = {"kl": "kl"}
+_LOGGED_WITH_SUPPORT = {"kept_mass": "sampling/kept_mass"}
 _LOGGED_WITH_GATE = {
     "erc_fraction": "erc/fraction",
     "erc_fraction_low": "erc/fraction_low",
@@ -163,6 +166,10 @@ class ERCTrainer(GRPOTrainer):
     Where every update of a generation belongs to one optimizer step, as with TRL's defaults, the policy is the rollout
     policy: the entropy ratio is then 1, and the gate is left out with a warning. It is left out in evaluation too.
 
+    A `rollout_func` that samples with top-k, top-p or a grammar returns one more field, `sampling_mask`: per rollout
+    which tokens the sampler kept (`erc.integrations.sampling_masks`), and log-probs over them. Ratios and TRL's vLLM
+    correction are then over the kept tokens; reference KL, gate and bonus stay over the full vocabulary.
+
     Args:
         objective: an `erc.Objective` in place of the one that `args.objective` names.
         in_context: `erc.rlvr.InContextRollouts`: which rollouts of a group see which demonstrations, in training.
@@ -194,6 +201,9 @@ class ERCTrainer(GRPOTrainer):
         self._old_entropies: Tensor | None = None
         self._rewards: Tensor | None = None
         self._records_old = False
+        self._masks: list[Any] | None = None
+        self._tool_mask: list[list[int]] | None = None
+        self._masks_old = False
         for model in (self.model, self.ref_model):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)
@@ -209,6 +219,9 @@ class ERCTrainer(GRPOTrainer):
         if self.in_context is not None and self.model.training:
             inputs = self._demonstrated(inputs)
         output = super()._generate_and_score_completions(inputs)
+        if self._masks is not None:
+            output["sampling_ids"] = self._sampling_ids(output["completion_mask"].bool())
+            self._masks, self._masks_old = None, False
         if self._old_entropies is not None:
             output["old_entropies"], self._old_entropies = self._old_entropies, None
         if self.model.training:
@@ -219,6 +232,23 @@ class ERCTrainer(GRPOTrainer):
             if self.objective.nll_coef:
                 output["num_nll_in_batch"] = self.accelerator.gather(output["nll_mask"].sum()).sum()
         return output
+
+    def _generate(self, prompts: list) -> tuple:
+        """TRL's method; what the sampler kept of each rollout is kept, too."""
+        generated = super()._generate(prompts)
+        fields = next((part for part in generated if isinstance(part, dict) and SAMPLING_MASK in part), {})
+        self._masks, self._tool_mask = fields.pop(SAMPLING_MASK, None), generated[2]
+        # TRL asks for log-probs of the rollout policy first, where it wants them, and for those of the reference then.
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        self._masks_old = self._masks is not None and (corrects or self._leaves_the_rollout_policy())
+        return generated
+
+    def _sampling_ids(self, present: Tensor) -> Tensor:
+        """int32 `[B, T, k]` of the completions `[B, T]`: one row per token that the engine generated."""
+        generated = present.clone()
+        for row, mask in zip(generated, self._tool_mask or [], strict=False):
+            row[: len(mask)] &= torch.tensor(mask, dtype=torch.bool, device=row.device)
+        return padded_ids(self._masks, generated)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's method; the rewards of all ranks are kept for the NLL term."""
@@ -288,11 +318,17 @@ class ERCTrainer(GRPOTrainer):
         entropies too."""
         _refuse_images(others)
         records, self._records_old = self._records_old, False
-        labels = input_ids[:, -logits_to_keep:].masked_fill(attention_mask[:, -logits_to_keep:] == 0, -100)
-        parts = (values.split(batch_size or len(values)) for values in (input_ids, attention_mask, labels))
+        present = attention_mask[:, -logits_to_keep:] != 0
+        labels = input_ids[:, -logits_to_keep:].masked_fill(~present, -100)
+        cut, self._masks_old = self._masks_old, False
+        kept = self._sampling_ids(present) if cut else torch.full((*labels.shape, 1), -1, device=labels.device)
+        size = batch_size or len(labels)
+        parts = (values.split(size) for values in (input_ids, attention_mask, labels, kept))
         found = [
-            self._call_head(model, ids, mask, logits_to_keep, partial(_token_stats, kept, self.temperature))
-            for ids, mask, kept in zip(*parts, strict=True)
+            self._call_head(
+                model, ids, mask, logits_to_keep, partial(_token_stats, some, rows if cut else None, self.temperature)
+            )
+            for ids, mask, some, rows in zip(*parts, strict=True)
         ]
         logps, entropies = (torch.cat([getattr(stats, name) for stats in found]) for name in ("logprob", "entropy"))
         if records:
@@ -334,6 +370,7 @@ class ERCTrainer(GRPOTrainer):
             "normalizer": self._normalizer(inputs, len(completion), accumulation, mode),
             "entropy_normalizer": mask.sum().float() * accumulation if self.entropy_coef else None,
         }
+        support = {"support": SamplingSupport.from_ids(inputs["sampling_ids"])} if "sampling_ids" in inputs else {}
         if "nll_mask" in inputs:
             arguments["nll_normalizer"] = self._per_rank(inputs["num_nll_in_batch"], accumulation)
         out = self._call_head(
@@ -341,7 +378,9 @@ class ERCTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_ids"], completion], 1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
             completion.shape[1],
-            lambda head: head.policy_loss(completion, objective=objective, temperature=self.temperature, **arguments),
+            lambda head: head.policy_loss(
+                completion, objective=objective, temperature=self.temperature, **arguments, **support
+            ),
         )
         self._record(out, mode, objective)
         self._record_extremes(out, mode, objective, TokenArguments(**arguments))
@@ -381,6 +420,7 @@ class ERCTrainer(GRPOTrainer):
         logged = (
             _LOGGED | (_LOGGED_WITH_KL if objective.kl else {}) | (_LOGGED_WITH_GATE if objective.entropy_ratio else {})
         )
+        logged = logged | (_LOGGED_WITH_SUPPORT if "kept_mass" in out.metrics else {})
         sums = torch.stack([out.metrics[name].float() * tokens for name in logged] + [tokens.float()])
         *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         for name, total in zip(logged.values(), sums, strict=True):
@@ -416,8 +456,9 @@ def _named(args: Any) -> Objective:
     return objective(args.objective)
 
 
-def _token_stats(labels: Tensor, temperature: float, head: HeadInputs) -> TokenStats:
-    return head.token_stats(labels, temperature=temperature)
+def _token_stats(labels: Tensor, kept: Tensor | None, temperature: float, head: HeadInputs) -> TokenStats:
+    support = None if kept is None else SamplingSupport.from_ids(kept)
+    return head.token_stats(labels, temperature=temperature, support=support)
 
 
 def _refuse_images(inputs: dict[str, Any]) -> None:

@@ -27,10 +27,12 @@ from erc.integrations.verl_batch import (
     OLD_ENTROPIES,
     carried_entropies,
     carried_nll,
+    carried_support,
     counting_nll,
     entropies,
     nll_rows,
     with_batch,
+    with_support,
 )
 from erc.integrations.versions import require
 from erc.integrations.weights import GIVEN_WEIGHTS, rollout_logprob
@@ -195,17 +197,20 @@ def install() -> None:
     import verl.workers.utils.losses as losses
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.workers.engine.base import BaseEngine
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
     register()
     use_fused_statistics()
     _replace(losses.ppo_loss, with_batch(losses.ppo_loss))
     BaseEngine.train_batch = counting_nll(BaseEngine.train_batch)
+    FSDPEngineWithLMHead.forward_step = with_support(FSDPEngineWithLMHead.forward_step)
     RayPPOTrainer._compute_old_log_prob = _keeping_entropies(RayPPOTrainer._compute_old_log_prob)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """verl's function of that name: log-probs `[*]` in float32. The backward never writes over the logits."""
-    return token_stats(logits, labels).logprob
+    """verl's function of that name: log-probs `[*]` in float32, over what the sampler kept where the batch says so. The
+    backward never writes over the logits."""
+    return token_stats(logits, labels, support=carried_support(labels)).logprob
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -228,7 +233,9 @@ class FusedLinearForPPO(torch.nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        stats = linear_token_stats(hidden_states, vocab_weights, input_ids.long(), temperature=temperature)
+        labels = input_ids.long()
+        support = carried_support(labels)
+        stats = linear_token_stats(hidden_states, vocab_weights, labels, temperature=temperature, support=support)
         return stats.logprob, stats.entropy
 
 

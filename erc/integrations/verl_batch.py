@@ -1,6 +1,7 @@
 """Layer 4: what verl's batches carry beside what verl hands to a registered loss: entropies of both policies, and the
 rows with reward 1. `erc.integrations.verl` puts `with_batch` around verl's `ppo_loss` and `counting_nll` around its
-update of a mini-batch; a loop of one's own sets `entropies` and `nll_rows`.
+update of a mini-batch; a loop of one's own sets `entropies` and `nll_rows`. And what the sampler kept of each response
+token, for the log-probs that verl's engine computes: `with_support` is around its forward.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erc.support import SamplingSupport
+
 OLD_ENTROPIES = "old_entropys"
 """The batch's key of the rollout policy's entropies, `[B, response_length]`, spelled as verl spells `entropys`."""
 
 _OLD = (OLD_ENTROPIES, "entropy")
 """Where they are found: verl's trainer of today keeps what its old-log-prob pass found under the second name."""
+
+SAMPLING_IDS = "sampling_ids"
+"""The batch's key of what the sampler kept: integers `[B, response_length, k]`, filled up with -1, or jagged."""
 
 _SCORES = ("token_level_scores", "rm_scores")
 """The keys of the verifier's scores, `[B, response_length]`, in verl's older trainer and in that of today."""
@@ -35,6 +41,7 @@ NOT_INSTALLED = (
 
 _entropies: ContextVar[tuple[Tensor, Tensor] | str] = ContextVar("erc_entropies", default=NOT_INSTALLED)
 _nll: ContextVar[tuple[Tensor, Any] | None] = ContextVar("erc_nll", default=None)
+_support: ContextVar[SamplingSupport | None] = ContextVar("erc_support", default=None)
 _nll_tokens: ContextVar[Tensor | None] = ContextVar("erc_nll_tokens", default=None)
 
 
@@ -90,6 +97,55 @@ def with_batch(ppo_loss: Callable[..., tuple[Tensor, dict]]) -> Callable[..., tu
             return ppo_loss(config, model_output, data, dp_group)
 
     return loss
+
+
+def with_support(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of verl's engine on a micro-batch, whose log-probs, of old policy, reference and update alike, are
+    over the kept tokens where the batch has `SAMPLING_IDS`. Entropies stay those of the full vocabulary."""
+
+    @wraps(forward_step)
+    def step(engine: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if SAMPLING_IDS not in micro_batch.keys():  # noqa: SIM118
+            return forward_step(engine, micro_batch, *args, **kwargs)
+        with _setting(_support, _packed_support(micro_batch)):
+            return forward_step(engine, micro_batch, *args, **kwargs)
+
+    return step
+
+
+def carried_support(labels: Tensor) -> SamplingSupport | None:
+    """The support that is set, for packed rows with these labels; rows that pad them are not cut.
+
+    Raises:
+        RuntimeError: where sequence parallelism gave this process a part of the rows.
+    """
+    support, rows = _support.get(), labels.numel()
+    if support is None:
+        return None
+    if rows < support.rows:
+        raise RuntimeError(
+            f"{SAMPLING_IDS} does not go with Ulysses sequence parallelism: {support.rows} rows, of which this process "
+            f"has {rows}. Set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
+        )
+    offsets = support.offsets
+    padding = offsets[-1:].expand(rows - support.rows)
+    return SamplingSupport(support.token_ids.to(labels.device), torch.cat([offsets, padding]).to(labels.device))
+
+
+def _packed_support(data: Any) -> SamplingSupport:
+    """Of the packed rows of a micro-batch, where the row before a response token predicts it."""
+    ids, responses, ends = data[SAMPLING_IDS], data["responses"], data["input_ids"].offsets()[1:]
+    ids = ids.to_padded_tensor(-1) if ids.is_nested else ids
+    if responses.is_nested:
+        lengths = responses.offsets().diff()
+    else:
+        lengths = data["attention_mask"][:, -responses.shape[1] :].sum(1)
+    token = torch.arange(ids.shape[1], device=ids.device)
+    first = (ends - lengths - 1).to(ids.device)[:, None]
+    there = token < lengths.to(ids.device)[:, None]
+    packed = ids.new_full((int(ends[-1]), ids.shape[2]), -1)
+    packed[(first + token)[there]] = ids[there]
+    return SamplingSupport.from_ids(packed)
 
 
 def counting_nll(train_batch: Callable[..., Any]) -> Callable[..., Any]:

@@ -107,7 +107,7 @@ def linear_entropy_ratio(
         needs_grad(hidden, weight, bias), (old_hidden, old_weight, old_bias), vocab_shard,
     )  # fmt: skip
     if name == "torch":
-        stats, _ = pair.operators.paired_forward(*pair.stored(hidden, weight, bias), *pair.scaling)
+        stats, _ = pair.operators.paired_forward(*pair.stored(hidden, weight, bias), *pair.scaling())
     else:
         refuse_forward_mode(hidden, weight, bias, old_hidden, old_weight, old_bias)
         stats = _LinearEntropyRatio.apply(hidden, weight, bias, pair).unbind()
@@ -125,7 +125,6 @@ class _Pair(NamedTuple):
     old: tuple[Tensor, Tensor, Tensor | None]
     vocab_shard: VocabShard | None
 
-    @property
     def scaling(self) -> tuple[Tensor | None, Tensor]:
         return self.temperature, self.params
 

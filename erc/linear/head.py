@@ -145,15 +145,14 @@ class ActiveRows(NamedTuple):
     index: Tensor | None = None
     ignored: Tensor | None = None
 
-    @property
     def total(self) -> int:
         """How many rows are computed."""
         return self.count if self.index is None else len(self.index)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """At most `size` rows each."""
-        for start in range(0, self.total, size):
-            stop = min(start + size, self.total)
+        for start in range(0, self.total(), size):
+            stop = min(start + size, self.total())
             if self.index is None:
                 yield Chunk(slice(start, stop), None, start)
             else:
@@ -313,7 +312,7 @@ def shape_of(head: Head, active: ActiveRows, logits_dtype: torch.dtype, columns:
     """What a plan needs to know; `columns` where shards must agree on more than their own."""
     columns = len(head.weight) if columns is None else columns
     operand_bytes = head.weight.dtype.itemsize
-    return Shape(active.total, head.weight.shape[1], columns, operand_bytes, logits_dtype.itemsize)
+    return Shape(active.total(), head.weight.shape[1], columns, operand_bytes, logits_dtype.itemsize)
 
 
 def needs_grad(*tensors: Tensor | None) -> tuple[bool, bool, bool]:

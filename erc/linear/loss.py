@@ -37,6 +37,7 @@ from erc.ops import refuse_double_backward, refuse_forward_mode, stats_dtype
 from erc.parallel import VocabShard, agreement, check_shardable
 from erc.results import PolicyLoss, TokenCall, add_exact_kl, loss_result, two_phase_result
 from erc.rows import row_scaling
+from erc.support import SamplingSupport, check_support
 from erc.surrogate.objective import Objective
 
 
@@ -68,6 +69,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
+    support: SamplingSupport | None = None,
     vocab_shard: VocabShard | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
@@ -95,6 +97,7 @@ def linear_policy_loss(
             always, on a GPU, where counting them would synchronise, only with this number. Too large a one costs flops;
             too small a one raises, on a GPU by an assertion on the device.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
+        support: as `policy_loss`; runs two-phase.
         The others: as `policy_loss`.
 
     Returns:
@@ -129,10 +132,14 @@ def linear_policy_loss(
             generator=generator, sequence_group=sequence_group,
         )  # fmt: skip
         scaling = row_scaling(temperature, softcap, logit_scale, like.shape[:-1], like)
+        if support is not None:
+            check_support(support, like.shape[:-1], like.device, labels)
+            facts.add(token_ids=support.token_ids, offsets=support.offsets)
         needs = needs_grad(hidden, weight, bias)
         route = choose_route(
             name, objective, like.dtype, needs_grad=any(needs), grad_scale=grad_scale,
             grad_dtype=narrowest_dtype(hidden, weight), sharded=vocab_shard is not None, linear=True,
+            support=support is not None,
         )  # fmt: skip
         fused = route.name == "fused"
         call = loss_call(objective, arguments, labels, ignore_index, like, scaling, like.shape[-1], fused=fused)
@@ -141,7 +148,7 @@ def linear_policy_loss(
         call.add_facts(facts)
         facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)
     if not fused:
-        logprob, entropy, _ = linear_row_stats(
+        logprob, entropy, _, logprob_full = linear_row_stats(
             hidden,
             weight,
             bias,
@@ -154,8 +161,9 @@ def linear_policy_loss(
             active,
             like.dtype,
             main_grad,
+            support,
         )
-        return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy))
+        return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy, logprob_full))
     refuse_forward_mode(hidden, weight, bias)
     rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)
     loss, per_token, metrics, count = _FusedLinearLoss.apply(hidden, weight, bias, rows)

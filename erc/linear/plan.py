@@ -42,8 +42,7 @@ class Shape(NamedTuple):
     operand_bytes: int
     logit_bytes: int
 
-    @property
-    def in_place(self) -> bool:
+    def in_place(self) -> bool:  # no property: PyTorch 2.10 compiles none of a tuple
         """Whether the gradient is written over the logits."""
         return self.operand_bytes == self.logit_bytes
 
@@ -55,7 +54,7 @@ class RowPlan(NamedTuple):
     window: int
 
     def buffer_bytes(self, shape: Shape, gradient: bool = True) -> int:
-        second = 0 if shape.in_place or not gradient else self.rows * shape.operand_bytes
+        second = 0 if shape.in_place() or not gradient else self.rows * shape.operand_bytes
         return shape.columns * (self.window * shape.logit_bytes + second)
 
     def chunks(self, shape: Shape) -> int:
@@ -87,17 +86,20 @@ def memory_budget_of(memory_budget: int | None, device: torch.device) -> int:
 def plan_rows(shape: Shape, budget: int, machine: Machine) -> RowPlan:
     """The plan of the least modelled time within `budget` bytes, one row at least."""
     row_bytes = max(1, shape.columns)
-    if shape.in_place:
+    if shape.in_place():
         rows = _share(shape.rows, budget // (row_bytes * shape.logit_bytes))
         return RowPlan(rows, rows)
     both = budget // (row_bytes * (shape.logit_bytes + shape.operand_bytes))
     windows = [both, *range(_ALIGNMENT, min(both, shape.rows), _ALIGNMENT)]
-    plans = []
+    best, fastest = RowPlan(1, 1), float("inf")
     for window in windows:
         left = budget - row_bytes * shape.logit_bytes * window
         rows = _share(shape.rows, left // (row_bytes * shape.operand_bytes))
-        plans.append(RowPlan(rows, _share(rows, window)))
-    return min(plans, key=lambda plan: modelled_seconds(plan, shape, machine).overlapped)
+        plan = RowPlan(rows, _share(rows, window))
+        seconds = modelled_seconds(plan, shape, machine).overlapped
+        if seconds < fastest:
+            best, fastest = plan, seconds
+    return best
 
 
 def window_rows(shape: Shape, budget: int) -> int:
@@ -165,7 +167,7 @@ def modelled_seconds(plan: RowPlan, shape: Shape, machine: Machine, needs_weight
     operand, logit = shape.operand_bytes, shape.logit_bytes
     flops = 2 * logits * width
     windows, chunks = max(1, -(-rows // plan.window)), plan.chunks(shape)
-    converted = 0 if machine.widens or shape.in_place else 6 * weight * windows
+    converted = 0 if machine.widens or shape.in_place() else 6 * weight * windows
     products = [
         (flops, operand * (weight * windows + rows * width) + logit * logits),
         (flops, operand * (logits + weight * chunks + rows * width)),

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from erc import reference
 from erc.backend import operators, select
 from erc.call import labels_explained
 from erc.inputs import check_label_values, label_rows
+from erc.kept import KeptRows
 from erc.linear.head import (
     ActiveRows,
     AddedToMainGrad,
@@ -41,6 +43,7 @@ from erc.parallel import (
 )
 from erc.results import TokenStats
 from erc.rows import RowScaling, row_scaling, scaling_params
+from erc.support import SamplingSupport, check_support
 
 
 def linear_token_stats(
@@ -54,6 +57,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
+    support: SamplingSupport | None = None,
     vocab_shard: VocabShard | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
@@ -89,6 +93,9 @@ def linear_token_stats(
             labels = label_rows(labels, leading, hidden.device, ignore_index).reshape(-1).to(torch.int64)
             if vocab_shard is not None:
                 check_label_values(labels.view(leading), like.shape[-1], ignore_index)
+        if support is not None:
+            check_support(support, leading, hidden.device, labels)
+            facts.add(token_ids=support.token_ids, offsets=support.offsets)
         active = active_rows(labels, leading.numel(), ignore_index, num_active)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
         facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)
@@ -106,8 +113,9 @@ def linear_token_stats(
             active,
             like.dtype,
             main_grad,
+            support,
         )
-    return TokenStats(*(None if stat is None else stat.view(leading) for stat in stats))
+    return TokenStats.of_rows(*stats, leading)
 
 
 def linear_row_stats(
@@ -123,8 +131,10 @@ def linear_row_stats(
     active: ActiveRows,
     logits_dtype: torch.dtype,
     main_grad: Tensor | None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Log-prob, entropy and logsumexp of checked arguments, `[N]` each."""
+    support: SamplingSupport | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Log-prob, entropy, logsumexp and, with a support, log-prob over the full vocabulary of checked arguments, `[N]`
+    each."""
     params = scaling_params(scaling)
     if backend == "torch":
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -136,18 +146,25 @@ def linear_row_stats(
             weight = AddedToMainGrad.apply(weight, main_grad)
         with no_autocast(hidden.device):
             logits = torch.nn.functional.linear(rows, weight, bias)[None]
-        stats = operators(backend).stats_forward(logits, labels, scaling.temperature, params, ignore_index)
-        return (None if labels is None else stats[0]), *stats[1:3]
+        arguments = (logits, labels, scaling.temperature, params, ignore_index)
+        if support is not None:
+            return reference.support_statistics(*arguments, support)
+        stats = operators(backend).stats_forward(*arguments)
+        return (None if labels is None else stats[0]), *stats[1:3], None
     refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         local = vocab_shard.local_rows
         weight, bias, main_grad = (None if t is None else local(t) for t in (weight, bias, main_grad))
+    kept = None
+    if support is not None:
+        like = hidden.new_empty((0, len(weight)), dtype=logits_dtype)
+        kept = KeptRows.of(operators(backend), labels, scaling, params, ignore_index, support, vocab_shard, like)
     rows = _Rows(
         operators(backend), labels, scaling.temperature, params, ignore_index, active, budget, product_dtype(weight),
-        logits_dtype, needs_grad(hidden, weight, bias), vocab_shard, main_grad,
+        logits_dtype, needs_grad(hidden, weight, bias), vocab_shard, main_grad, kept,
     )  # fmt: skip
-    logprob, entropy, logsumexp = _LinearStats.apply(hidden, weight, bias, rows)
-    return (None if labels is None else logprob), entropy, logsumexp
+    logprob, entropy, logsumexp, full = _LinearStats.apply(hidden, weight, bias, rows)
+    return (None if labels is None else logprob), entropy, logsumexp, full
 
 
 class _Rows(NamedTuple):
@@ -163,6 +180,7 @@ class _Rows(NamedTuple):
     needs: tuple[bool, bool, bool]
     vocab_shard: VocabShard | None
     main_grad: Tensor | None
+    kept: KeptRows | None
 
     def shape(self, head: Head) -> Shape:
         """Of even shards, so that every rank's plan is the same."""
@@ -184,7 +202,11 @@ class _LinearStats(torch.autograd.Function):
             buffers = Buffers(RowPlan(size, size), head, rows.logits_dtype, gradient=False)
             # Of rows that are not read every statistic is 0, and the state that of a single certain token.
             stats = torch.zeros(6 if shard is None else 4, count, dtype=real, device=hidden.device)
-            gathered = []
+            gathered, kept = [], rows.kept
+            over_support = None if kept is None else torch.zeros_like(stats[0])
+            # Of a shard the kernel looks for kept logits alone; the statistics come when all ranks' are there.
+            full = stats if shard is None or kept is None else stats.new_zeros(6, count)
+            full = (*full[:3], full[3:])
             for chunk in rows.active.chunks(size):
                 ((logits, *_),) = buffers.windows(head, rows.active.of(head, chunk), chunk)
                 if shard is None:
@@ -192,19 +214,24 @@ class _LinearStats(torch.autograd.Function):
                 else:
                     rows.operators.partial_stats_(logits, *arguments, *chunk[1:], shard.start, stats)
                     gathered.append((chunk.index, shard.gather(stats[:, chunk.index])))
+                if kept is not None:
+                    kept.statistics_(logits, *chunk[1:], full, over_support)
             for index, parts in gathered:
                 temperature = None if rows.temperature is None else rows.temperature[index]
                 stats[:, index] = merge_states(parts.wait(), rows.params, temperature)
         if shard is not None:
             stats = poisoned(stats, rows.labels, rows.ignore_index, shard.vocab_size)
-        saved = stats[3:] if shard is None else stats[:3]
-        ctx.save_for_backward(hidden, weight, bias, saved)
+        if shard is None:
+            full = (*(stat.clone() for stat in stats[:3]), stats[3:])
+        else:
+            ignored = None if rows.labels is None else rows.labels == rows.ignore_index
+            full = (*state_statistics(stats, rows.params, rows.temperature, ignored), stats[:3])
+            if kept is not None:
+                kept.gather_(full, over_support)
+        ctx.save_for_backward(hidden, weight, bias, full[3], None if kept is None else full[0])
         ctx.rows = rows
         ctx.set_materialize_grads(False)
-        if shard is None:
-            return stats[0].clone(), stats[1].clone(), stats[2].clone()
-        ignored = None if rows.labels is None else rows.labels == rows.ignore_index
-        return state_statistics(stats, rows.params, rows.temperature, ignored)
+        return (*full[:3], None) if kept is None else (over_support, *full[1:3], full[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,13 +239,14 @@ class _LinearStats(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, None, None, None
         rows = ctx.rows
-        hidden, weight, bias, saved = ctx.saved_tensors
+        hidden, weight, bias, saved, full = ctx.saved_tensors
         labels, ignore_index = rows.labels, rows.ignore_index
-        if labels is None:
-            grads = (None, *grads[1:])
-        elif rows.vocab_shard is not None:
+        kept, grads = rows.kept, tuple(map(contiguous, grads))
+        upstream = (None if labels is None else grads[0], *grads[1:3])
+        if kept is not None:
+            labels, ignore_index, upstream = kept.dense(grads, len(weight))
+        elif labels is not None and rows.vocab_shard is not None:
             labels, ignore_index = rows.vocab_shard.local_labels(labels, ignore_index, len(weight)), LOCAL_IGNORE_INDEX
-        grads = tuple(map(contiguous, grads))
         with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
             shape = rows.shape(head)
@@ -231,8 +259,10 @@ class _LinearStats(torch.autograd.Function):
                 for logits, some, grad_logits in buffers.windows(head, chunk_hidden, chunk):
                     rows.operators.stats_backward_(
                         logits, labels, rows.temperature, rows.params, ignore_index, some.row_index, some.first_token,
-                        saved, *grads, grad_logits,
+                        saved, *upstream, grad_logits,
                     )  # fmt: skip
+                    if kept is not None:
+                        kept.gradient_(some.row_index, some.first_token, full, saved, grads, grad_logits)
                 gradients.add(head, chunk.index, chunk_hidden, buffers.gradient[: len(chunk_hidden)])
             gradients.finish()
         return (*gradients.like((hidden, weight, bias)), None)

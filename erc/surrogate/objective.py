@@ -134,6 +134,12 @@ class Objective:
         )
 
     @property
+    def reads_full_logprob(self) -> bool:
+        """Whether a term compares log-probs over the full vocabulary where those of the ratio are over a support."""
+        estimated = self.kl is not None and self.kl.kind != "full" and self.kl.over == "full"
+        return estimated or (self.nll_coef != 0 and self.nll_over == "full")
+
+    @property
     def own_normalizers(self) -> tuple[str, ...]:
         """The arguments that replace the count of a term which does not share the loss's reduction. With reduction
         "none" no term has any: each is of its token alone."""

@@ -45,17 +45,17 @@ class TokenBatch:
     @classmethod
     def of_table(cls, table: Tensor, present: int, mask: Tensor, **others: Any) -> TokenBatch:
         """The batch of a token table, whose columns `present` says which are given."""
-        columns = dict(zip(Column, table.unbind(1), strict=True))
+        columns = table.unbind(1)
         return cls(
             mask=mask,
-            weight=columns[Column.WEIGHT],
-            advantages=columns[Column.ADVANTAGE],
-            old_logprob=columns[Column.OLD_LOGPROB] if present & Present.OLD_LOGPROB else None,
-            old_entropy=columns[Column.OLD_ENTROPY] if present & Present.OLD_ENTROPY else None,
-            ref_logprob=columns[Column.REF_LOGPROB] if present & Present.REF_LOGPROB else None,
-            policy_weight=columns[Column.POLICY_WEIGHT],
-            entropy_weight=columns[Column.ENTROPY_WEIGHT],
-            logprob_weight=columns[Column.LOGPROB_WEIGHT],
+            weight=columns[Column.WEIGHT.value],
+            advantages=columns[Column.ADVANTAGE.value],
+            old_logprob=columns[Column.OLD_LOGPROB.value] if present & Present.OLD_LOGPROB else None,
+            old_entropy=columns[Column.OLD_ENTROPY.value] if present & Present.OLD_ENTROPY else None,
+            ref_logprob=columns[Column.REF_LOGPROB.value] if present & Present.REF_LOGPROB else None,
+            policy_weight=columns[Column.POLICY_WEIGHT.value],
+            entropy_weight=columns[Column.ENTROPY_WEIGHT.value],
+            logprob_weight=columns[Column.LOGPROB_WEIGHT.value],
             **others,
         )
 

@@ -1,8 +1,8 @@
 """Layer 1: the Triton backend, for NVIDIA and AMD GPUs from one source, and for CPU tensors in Triton's interpreter.
 
 Reading order: `rows`, `sweep` and `gradient` (a row, and all that follows from it), `stats`, `token_loss`,
-`policy_loss`, `tokens`; then `paired` and `scale`. `params` and `launch` are the host side, `tuning` the table of
-launch shapes.
+`policy_loss`, `tokens`; then `support`, `paired` and `scale`. `params` and `launch` are the host side, `tuning` the
+table of launch shapes.
 
 In the interpreter exp and log are NumPy's, which are more exact than a GPU's; fused multiply-adds are emulated exactly;
 cache hints do nothing; programs run one after another.
@@ -16,6 +16,7 @@ from .paired import paired_backward, paired_forward
 from .policy_loss import loss_rows_, policy_loss, policy_loss_
 from .scale import scale_rows, scale_rows_
 from .stats import partial_stats_, stats_backward, stats_backward_, stats_forward, stats_forward_
+from .support import support_backward_, support_forward_
 from .tokens import token_losses, token_summary, token_table
 
 OPERATORS = {
@@ -24,6 +25,8 @@ OPERATORS = {
     "stats_backward": stats_backward,
     "stats_backward_": stats_backward_,
     "partial_stats_": partial_stats_,
+    "support_forward_": support_forward_,
+    "support_backward_": support_backward_,
     "token_table": token_table,
     "loss_rows_": loss_rows_,
     "token_losses": token_losses,

@@ -7,12 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from erc.constants import CUT_LABEL as _CUT_LABEL
+
 from .elementary import real
 from .gradient import StatGrads, write_gradient, write_zeros
 from .launch import launch, shared_lanes
 from .params import RowInputs, Rows, columns_per_segment, kernel, read_scaling, row_inputs, rows_of
 from .rows import label_of, load_label, row_pointer, row_scaling, token_of
 from .sweep import RowState, row_entropy, row_logprob, row_logsumexp, row_state
+
+CUT_LABEL = tl.constexpr(_CUT_LABEL)
 
 
 @triton.jit
@@ -99,12 +103,20 @@ def stats_backward_kernel(
     label = label_of(labels_ptr, token, ignore_index, V)
     start = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
     target = row_pointer(out_ptr, row, inner, out_stride_outer, out_stride_inner, L)
-    if label.ignored:
+    # A row that a support cut has its log-prob's gradient from another kernel; often nothing else.
+    cut = token < token
+    if labels_ptr is not None:
+        cut = tl.load(labels_ptr + token, mask=token >= 0, other=ignore_index) == CUT_LABEL
+    unread = label.ignored
+    if grad_entropy_ptr is None:  # noqa: SIM102 (one after the other: each is known when the kernel is compiled)
+        if grad_logsumexp_ptr is None:
+            unread = unread | cut
+    if unread:
         write_zeros(target, begin, end, L)
     else:
         g_logprob, g_entropy, g_logsumexp = real(0.0, L), real(0.0, L), real(0.0, L)
         if grad_logprob_ptr is not None:
-            g_logprob = tl.load(grad_logprob_ptr + token)
+            g_logprob = tl.where(cut, 0.0, tl.load(grad_logprob_ptr + token))
         if grad_entropy_ptr is not None:
             g_entropy = tl.load(grad_entropy_ptr + token)
         if grad_logsumexp_ptr is not None:

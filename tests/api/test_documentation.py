@@ -30,6 +30,24 @@ def test_the_plots_are_drawn(tmp_path):
     assert path.stat().st_size > 20_000
 
 
+def test_the_plot_of_supports_is_drawn_and_shows_what_it_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("typer")
+    import torch
+
+    from examples import support_bias
+
+    path = tmp_path / "support.png"
+    support_bias.draw(path, count=50, vocab_size=300)
+    assert path.stat().st_size > 20_000
+    generator = torch.Generator().manual_seed(1)
+    logits = support_bias.rows(200, 1000, generator)
+    full, replayed, mass = support_bias.ratios(logits, support_bias.kept_tokens(logits, 0.9), generator)
+    torch.testing.assert_close(replayed, torch.ones(200), rtol=1e-5, atol=0)
+    torch.testing.assert_close(full, mass, rtol=1e-4, atol=0)
+    assert full.mean() < 0.95
+
+
 def test_the_curves_of_ppo():
     pytest.importorskip("matplotlib")
     pytest.importorskip("typer")

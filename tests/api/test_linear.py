@@ -80,12 +80,12 @@ def test_linear_token_stats_matches_the_oracle_in_all_three_outputs(budget):
     hidden, weight, bias, labels = make_head()
     stats = erc.linear_token_stats(hidden, weight, labels, bias=bias, temperature=0.7, memory_budget=budget)
     upstream = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(2))
-    grads = torch.autograd.grad(list(stats), (hidden, weight, bias), list(upstream))
+    grads = torch.autograd.grad(list(stats[:3]), (hidden, weight, bias), list(upstream))
 
     def reference(h, w, b):
         logits = torch.nn.functional.linear(h, w, b)
         exact = erc.reference.token_stats(logits, labels, temperature=0.7)
-        return sum((u.double() * stat).sum() for u, stat in zip(upstream, exact, strict=True))
+        return sum((u.double() * stat).sum() for u, stat in zip(upstream, exact[:3], strict=True))
 
     _, exact = oracle_gradients(reference, hidden, weight, bias)
     assert_close_to_oracle(grads, exact, 3e-5)

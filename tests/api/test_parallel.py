@@ -81,7 +81,17 @@ class PolicyLossBody:
         else:
             out = erc.policy_loss(hidden @ local.t(), labels, vocab_shard=shard, validate=True, **arguments)
         out.loss.backward()
-        if not self.linear:
+        if self.linear:  # the same, into a tensor of the caller's, and with a bound of active rows
+            main_grad = torch.zeros_like(local)
+            again = erc.linear_policy_loss(
+                hidden.detach(), local, labels, vocab_shard=shard, validate=True, memory_budget=400, num_active=ROWS,
+                main_grad=main_grad, **arguments,
+            )  # fmt: skip
+            kept = local.grad.clone()
+            again.loss.backward()
+            assert torch.equal(local.grad, kept) and torch.equal(again.loss, out.loss)
+            torch.testing.assert_close(main_grad, kept, rtol=1e-6, atol=1e-7)
+        else:
             dist.all_reduce(hidden.grad)
         metrics = {name: value.item() for name, value in out.metrics.items()}
         return out.loss.item(), metrics, out.logprob.tolist(), hidden.grad, local.grad

@@ -23,7 +23,7 @@ def costs():
 
 
 def objectives(costs):
-    return {name.split(": ")[1]: cost for name, cost in costs.items() if name.startswith("policy_loss")}
+    return {name.split(": ")[1]: cost for name, cost in costs.items() if name.startswith("policy_loss and")}
 
 
 def test_token_level_losses_take_six_launches_and_sequence_rules_at_most_forty(costs):
@@ -34,6 +34,17 @@ def test_token_level_losses_take_six_launches_and_sequence_rules_at_most_forty(c
             assert cost.kernels == 6 and cost.ours == 5, name
         elif not rule.needs_batch:
             assert 6 < cost.kernels <= 40, name
+
+
+def test_a_support_adds_two_launches_to_the_statistics_and_two_kernels_to_any_loss(costs):
+    plain, kept = costs["token_stats and backward"], costs["token_stats over a support and backward"]
+    assert kept.kernels == kept.ours == plain.kernels + 2
+    two_phase = costs["policy_loss and backward: gspo"].ours + 2
+    for name in ("gspo", "erc-dapo"):
+        cost = costs[f"policy_loss over a support and backward: {name}"]
+        assert cost.ours == two_phase
+        assert cost.peak <= LOGITS + 10 * PER_TOKEN < 2 * LOGITS, "no mask of the vocabulary's size"
+        assert cost.bytes <= costs["policy_loss and backward: gspo"].bytes + 20 * PER_TOKEN
 
 
 def test_logits_are_read_once_and_their_gradient_written_once(costs):

@@ -28,6 +28,29 @@ def compiles(objective: str) -> bool:
     return bool(gradients[0].any()) and torch.allclose(*gradients)
 
 
+def head_compiles(objective: str) -> bool:
+    """The same from bfloat16 hidden states, with float32 logits: gradients of hidden states and weight."""
+    leaves = [torch.randn(9, 8).bfloat16().requires_grad_(), torch.randn(64, 8).bfloat16().requires_grad_()]
+    labels = torch.arange(9)
+    rollout = dict(zip(("old_logprob", "old_entropy"), erc.linear_token_stats(*leaves, labels)[:2], strict=True))
+    rollout = {name: value.detach() for name, value in rollout.items()}
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return erc.linear_policy_loss(
+            hidden * 1,
+            weight,
+            labels,
+            advantages=torch.ones(9),
+            objective=objective,
+            memory_budget=64 * 6 * 4,
+            **rollout,
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager, traced = (torch.autograd.grad(function(*leaves), leaves) for function in (loss, compiled))
+    return all(bool(a.any()) and torch.allclose(a, b) for a, b in zip(eager, traced, strict=True))
+
+
 def main() -> None:
     torch.manual_seed(0)
     facts = {
@@ -36,7 +59,8 @@ def main() -> None:
         "erc": erc.__file__,
         "backends": erc.backends(),
         "contract": {f"{each.backend} {each.dtype}": each.passed for each in check()},
-        "compiles": {name: compiles(name) for name in ("erc-dapo", "erc-gspo", "clip-cov")},
+        "compiles": {name: compiles(name) for name in ("erc-dapo", "erc-gspo", "clip-cov")}
+        | {f"{name} from hidden states": head_compiles(name) for name in ("erc-dapo", "clip-cov")},
     }
     print(json.dumps(facts))
 

@@ -35,6 +35,14 @@ def a_call(logits):
     return loss_call(objective, arguments, torch.randint(VOCAB, shape), -100, logits, scaling, VOCAB, fused=True)
 
 
+def support_arguments(labels: torch.Tensor) -> tuple[tuple, tuple]:
+    """Ids and offsets of a support that holds the label and the next tokens, and what is written of it: kept logits,
+    log-probs, state and dense labels."""
+    support = erc.SamplingSupport.from_ids(torch.stack([labels, (labels + 1) % VOCAB, (labels + 5) % VOCAB], 1))
+    outputs = (torch.zeros(3 * ROWS),), torch.zeros(ROWS), torch.zeros(3, ROWS), torch.zeros(ROWS, dtype=torch.long)
+    return (support.token_ids, support.offsets), outputs
+
+
 def operator_arguments(name: str, ops) -> tuple:
     """Arguments of an operator of `ops`, on the CPU."""
     logits = torch.randn(OUTER, INNER, VOCAB)
@@ -48,6 +56,8 @@ def operator_arguments(name: str, ops) -> tuple:
     grads = [torch.randn(ROWS) for _ in range(3)]
     loss = (call.scaling.temperature, *call.tokens, False, True)
     table, labels_left, counter = call.token_table(ops)
+    kept, over = support_arguments(labels)
+    full = ops.stats_forward(*rows)
     per_token, flags = torch.zeros(4, ROWS), torch.zeros(ROWS, dtype=torch.int32)
     return {
         "stats_forward": rows,
@@ -55,6 +65,11 @@ def operator_arguments(name: str, ops) -> tuple:
         "stats_backward": (*rows, saved, *grads),
         "stats_backward_": (*rows, *some, saved, *grads, torch.zeros_like(logits, dtype=torch.bfloat16)),
         "partial_stats_": (*rows, None, 0, 0, torch.zeros(4, ROWS)),
+        "support_forward_": (*rows, *some, 0, VOCAB, *kept, False, *over[0], *full, *over[1:]),
+        "support_backward_": (
+            *(labels, None, params, *some, 0, *kept, over[0][0], full[3], full[0], over[2], over[3]),
+            *(grads[0], None, *grads[1:], torch.zeros_like(logits)),
+        ),
         "token_table": (*call.tokens, VOCAB, False),
         "loss_rows_": (
             *(logits, labels_left, call.scaling.temperature, call.tokens.params, -100),

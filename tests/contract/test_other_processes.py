@@ -28,6 +28,7 @@ EVERY_BACKEND = (
     "test_shards.py",
     "test_small_differences.py",
     "test_stats.py",
+    "test_support_rows.py",
     "test_token_operators.py",
     "test_triton.py",
     "test_unread_values.py",

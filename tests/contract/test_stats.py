@@ -43,8 +43,8 @@ def compare(logits, labels, relative=1e-6, **scaling):
     if logits.shape[-1] == 1:
         return
     upstream = [random_logits(*stats.entropy.shape, spread=1.0, seed=seed).to(stats.entropy.dtype) for seed in range(3)]
-    (gradient,) = torch.autograd.grad(list(stats), tested, upstream)
-    (expected,) = torch.autograd.grad(list(exact), exact_logits, [u.double() for u in upstream])
+    (gradient,) = torch.autograd.grad(list(stats[:3]), tested, upstream)
+    (expected,) = torch.autograd.grad(list(exact[:3]), exact_logits, [u.double() for u in upstream])
     assert_gradient_and_mutations(gradient, expected, softcap, relative)
 
 

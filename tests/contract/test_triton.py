@@ -140,6 +140,6 @@ def test_autotuning_finds_the_fastest_line_and_leaves_no_trace(small_programs, m
         return abs(line.loss_programs - 1.5) + abs(line.split_below - 0.25)
 
     before = tuning.tuning_of(device, 2 * 67)
-    assert autotune.best_tuning(67, 2, 1, seconds) == tuning.Tuning(1.5, 0.25)
+    assert autotune.best_tuning(67, 2, 1, seconds, device=DEVICE) == tuning.Tuning(1.5, 0.25)
     assert len(set(seen)) == len(autotune.PROGRAMS) + len(autotune.SPLITS) - 1  # one line is in both
     assert tuning.tuning_of(device, 2 * 67) == before

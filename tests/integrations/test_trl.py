@@ -334,6 +334,81 @@ def pretend_vllm(trainer) -> None:
     trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
 
 
+def cutting_engine(prompts: list[str], trainer) -> dict[str, list]:
+    """Samples with top-k 5 of the model's own distribution, and reports what it kept and log-probs over it; in the
+    three forms that engines have."""
+    rollouts = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "sampling_mask": []}
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for i, ids in enumerate(trainer.processing_class(prompts, add_special_tokens=False)["input_ids"]):
+        tokens, logprobs, kept = list(ids), [], []
+        for _ in range(5):
+            with torch.no_grad():
+                top = model(input_ids=torch.tensor([tokens])).logits[0, -1].float().topk(5)
+            chosen = int(torch.multinomial(top.values.softmax(-1), 1, generator=generator))
+            tokens.append(int(top.indices[chosen]))
+            logprobs.append(float(top.values.log_softmax(-1)[chosen]))
+            kept.append([tokens[-1], *top.indices.tolist()])
+        flat = [token for row in kept for token in row[1:]]
+        mask = ({"token_ids": flat, "offsets": list(range(0, 26, 5))}, SimpleNamespace(ids=flat, counts=[5] * 5), kept)
+        for values, value in zip(rollouts.values(), (ids, tokens[len(ids) :], logprobs, mask[i % 3]), strict=True):
+            values.append(value)
+    return rollouts
+
+
+def test_what_the_sampler_kept_is_replayed(tmp_path, monkeypatch):
+    """A rollout of the present policy: over the kept tokens every ratio is 1, over the full vocabulary it is the kept
+    mass; the loss is that of the reference."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    seen: list = []
+
+    def noting(trainer) -> None:
+        pretend_vllm(trainer)
+        compute = trainer._compute_loss
+
+        def computing(model, inputs):
+            loss = compute(model, inputs)
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            kept = inputs["completion_ids"].shape[1]
+            logits = trainer.accelerator.unwrap_model(model)(input_ids=ids, attention_mask=mask).logits
+            support = erc.SamplingSupport.from_ids(inputs["sampling_ids"])
+            exact = erc.reference.token_stats(logits[:, -kept - 1 : -1], inputs["completion_ids"], support=support)
+            seen.append((inputs, exact, loss))
+            return loss
+
+        trainer._compute_loss = computing
+
+    log = train(
+        tmp_path, ERCTrainer, ERCConfig, steps=2, objective="erc-dapo", trainer={"rollout_func": cutting_engine},
+        prepare=noting, vllm_importance_sampling_clip_max=3.0,
+    )[0]  # fmt: skip
+    (first, exact, _), (second, moved, _) = seen[:2]
+    for inputs in (first, second):
+        ratio = inputs["importance_sampling_ratio"]
+        torch.testing.assert_close(ratio, torch.ones_like(ratio))
+    torch.testing.assert_close(first["old_per_token_logps"], exact.logprob, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first["old_per_token_logps"], first["sampling_per_token_logps"], rtol=1e-4, atol=1e-5)
+    assert (exact.logprob_full < exact.logprob - 0.1).all(), "the ratio without the support would be biased"
+    assert not torch.allclose(moved.logprob, second["old_per_token_logps"], atol=1e-5), "an update lies between"
+    mass = (exact.logprob_full - exact.logprob).exp().mean()
+    assert log[0]["sampling/kept_mass"] == pytest.approx(float(mass), rel=1e-3)
+    assert log[0]["loss"] == pytest.approx(0, abs=1e-3) and log[1]["grad_norm"] > 0
+
+
+def test_a_mask_that_does_not_fit_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def engine_that_forgets(prompts, trainer):
+        rollouts = cutting_engine(prompts, trainer)
+        rollouts["sampling_mask"][1] = rollouts["sampling_mask"][2][:3]
+        return rollouts
+
+    options = {"trainer": {"rollout_func": engine_that_forgets}, "prepare": pretend_vllm}
+    with pytest.raises(ValueError, match="rollout 1 has 3 for 5 tokens"):
+        train(tmp_path, ERCTrainer, ERCConfig, steps=1, **options)
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 def test_training_on_another_engines_rollouts_with_tool_masks_equals_trls(tmp_path, mode, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")

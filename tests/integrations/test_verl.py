@@ -18,7 +18,7 @@ except ImportError as error:
     pytest.skip(f"needs verl: {error}", allow_module_level=True)
 
 from erc.integrations import verl as integration
-from erc.integrations.verl_batch import with_batch
+from erc.integrations.verl_batch import with_batch, with_support
 
 SHAPE = (3, 6)
 
@@ -242,3 +242,63 @@ def test_twenty_steps_with_a_verifier_raise_the_reward():
             dropped.append(metrics["actor/erc_fraction"])
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
     assert dropped[0] == 0 and max(dropped) > 0
+
+
+def micro_batch(generator: torch.Generator) -> tuple[dict, torch.Tensor, erc.SamplingSupport]:
+    """Two packed sequences with prompts of 2 and 3 tokens and responses of 4 and 2; their logits, and the support of
+    each row, of which the last of a sequence, and those of the prompt but the last, predict no response token."""
+    prompts, responses = ([3, 4], [5, 6, 7]), ([8, 9, 1, 2], [4, 3])
+    jagged = {
+        "input_ids": [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses, strict=True)],
+        "prompts": [torch.tensor(prompt) for prompt in prompts],
+        "responses": [torch.tensor(response) for response in responses],
+    }
+    batch = {name: torch.nested.nested_tensor(parts, layout=torch.jagged) for name, parts in jagged.items()}
+    logits = torch.randn(11, 12, generator=generator)
+    kept = [[8, 1, 2], [9, 11], [1], [2, 0, 5], [4, 10, 3], [3, 1]]
+    ids = torch.full((2, 4, 3), -1, dtype=torch.int32)
+    for place, row in zip([(0, t) for t in range(4)] + [(1, t) for t in range(2)], kept, strict=True):
+        ids[place][: len(row)] = torch.tensor(row, dtype=torch.int32)
+    rows = [[]] * 11
+    for row, tokens in zip((1, 2, 3, 4, 8, 9), kept, strict=True):
+        rows[row] = tokens
+    expected = erc.SamplingSupport.from_counts([i for row in rows for i in row], [len(row) for row in rows])
+    return batch | {"sampling_ids": ids}, logits, expected
+
+
+@pytest.mark.parametrize("form", ["dense", "jagged"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_an_engines_log_probs_are_over_what_the_sampler_kept(form, padding):
+    batch, logits, expected = micro_batch(torch.Generator().manual_seed(0))
+    if form == "jagged":
+        parts = [ids[:length] for ids, length in zip(batch["sampling_ids"], (4, 2), strict=True)]
+        batch["sampling_ids"] = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    labels = torch.roll(batch["input_ids"].values(), -1)
+    logits = torch.cat([logits, torch.randn(padding, 12)])
+    labels = torch.cat([labels, torch.zeros(padding, dtype=torch.long)])
+    hidden, weight = torch.randn(len(labels), 5), torch.randn(12, 5)
+
+    def forward_step(engine, data, loss_function, forward_only):
+        linear = integration.FusedLinearForPPO()(hidden, weight, labels, 0.7)
+        return integration.logprobs_from_logits(logits, labels), integration.entropy_from_logits(logits), linear
+
+    forward = with_support(forward_step)
+    logprob, entropy, linear = forward(None, batch, None, forward_only=True)
+    count = 11
+    exact = erc.reference.token_stats(logits[:count].double(), labels[:count], support=expected)
+    torch.testing.assert_close(logprob[:count], exact.logprob.float())
+    torch.testing.assert_close(entropy[:count], exact.entropy.float())
+    assert (exact.logprob > exact.logprob_full + 0.01).sum() == 6, "six response tokens were cut"
+    exact = erc.reference.token_stats((hidden @ weight.T)[:count], labels[:count], support=expected, temperature=0.7)
+    torch.testing.assert_close(linear[0][:count], exact.logprob, rtol=1e-4, atol=1e-5)
+    plain = erc.token_stats(logits, labels).logprob
+    assert torch.equal(logprob[count:], plain[count:]), "padding was not cut"
+    del batch["sampling_ids"]
+    assert torch.equal(forward(None, batch, None, forward_only=True)[0], plain)
+
+
+def test_a_part_of_the_rows_is_refused():
+    batch, logits, _ = micro_batch(torch.Generator().manual_seed(0))
+    forward = with_support(lambda *_: integration.logprobs_from_logits(logits[:5], torch.zeros(5, dtype=torch.long)))
+    with pytest.raises(RuntimeError, match="Ulysses sequence parallelism: 11 rows, of which this process has 5"):
+        forward(None, batch, None)

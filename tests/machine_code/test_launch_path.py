@@ -56,3 +56,27 @@ def test_only_nvidia_kernels_have_a_register_limit(dtype, softcap):
         options = compile_options("policy_loss_kernel", arch, target.warp_size, dtype, softcap)
         limited = arch.startswith("sm_") and (softcap or dtype != torch.bfloat16)
         assert ("maxnreg" in options) == (limited or (OLD_COMPILER and arch.startswith("sm_")))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_kernels_of_a_support_compile_without_spilling(arch):
+    """With a softcap, a temperature per row and every gradient: the most that they do."""
+    rows, columns, ids = 3, 64, 12
+    params = PARAMS.clone()
+    params[1] = 30.0
+    logits, labels = torch.zeros(1, rows, columns, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64)
+    given = [torch.zeros(ids, dtype=torch.int64), torch.zeros(rows + 1, dtype=torch.int64)]
+    values, state, per_row = torch.zeros(ids), torch.zeros(3, rows), [torch.zeros(rows) for _ in range(8)]
+    with stub_driver(arch) as launches:
+        OPERATORS["support_forward_"](
+            logits, labels, per_row[0], params, -100, None, 0, 0, columns, *given, False, values, *per_row[1:4],
+            torch.zeros(3, rows), per_row[4], state, labels.clone(),
+        )  # fmt: skip
+        OPERATORS["support_backward_"](
+            labels, per_row[0], params, None, 0, 0, *given, values, torch.zeros(3, rows), per_row[1], state,
+            labels.clone(), *per_row[4:8], logits,
+        )  # fmt: skip
+    assert [launch.grid for launch in launches] == [(rows,)] * 2
+    for launch in launches:
+        assert launch.kernel.metadata.target == TARGETS[arch]
+        assert getattr(launch.kernel, "n_spills", 0) in (0, None)

@@ -68,7 +68,8 @@ void stats_backward(const StatsBackward& call, int64_t begin, int64_t end) {
           continue;
         }
         const RowSweep sweep{{saved[token], saved[n + token], saved[2 * n + token]}};
-        const StatGrads<double> grads{optional_value<T>(call.grad_logprob, token, 0),
+        const bool cut = label.kind == LabelKind::kCut;
+        const StatGrads<double> grads{cut ? Real(0) : optional_value<T>(call.grad_logprob, token, 0),
                                       optional_value<T>(call.grad_entropy, token, 0),
                                       optional_value<T>(call.grad_logsumexp, token, 0)};
         row_gradient<decltype(softcap)::value>(RowScale<Real>(in, token), sweep, grads, in.logits.row<T>(i), vocab_size,
