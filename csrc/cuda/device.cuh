@@ -206,12 +206,6 @@ ERC_DEVICE int count_block(int32_t* counter) {
   return before;
 }
 
-// A barrier of kThreads threads, those of one of at most 15 groups.
-template <int kThreads>
-ERC_DEVICE void sync_group(int group) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
-}
-
 // ---- bulk asynchronous copies (sm_90 and later) --------------------------------------------------------------------
 
 ERC_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kLanes, kBlocks<V, 5>)
   __syncthreads();
   if (thread == 0) shared.known = {token_row<Real>(call, token), V::value(scale, logits[label.column])};
 
-  const SegmentState<Real> state = segment_state(scale, segment, shared.group);
+  const SegmentState<Real> state = segment_state<1>(scale, segment, &shared.group);
 
   cluster_wait();
   if (thread < kWarp) {
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kBlockGroups* kLanes, 1)
     const auto segments = global_segments<V>(partition, logits);
     if (label.kind == LabelKind::kHere) {
       if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), V::value(scale, logits[label.column])};
-      segment_states<V>(scale, partition.segments, segments, shared.group, shared.states);
+      segment_states<V, kBlockGroups>(scale, partition.segments, segments, shared.group, shared.states);
       if (threadIdx.x < kWarp) {
         const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
         if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known);

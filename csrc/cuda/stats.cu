@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kLanes, kStatsBlocks<V>)
   const RowScale<Real> scale = row_scale(rows, host.scale, token);
   const auto* logits = host.logits.template row<const typename V::Element>(host.index(row));
   auto& shared = *reinterpret_cast<GroupShared<Real>*>(dynamic_shared());
-  const SegmentState<Real> state = segment_state(scale, global_segments<V>(partition, logits)(g), shared);
+  const SegmentState<Real> state = segment_state<1>(scale, global_segments<V>(partition, logits)(g), &shared);
   if (threadIdx.x != 0) return;
   workspace.states[blockIdx.x] = state;
   if (g == 0 && label.kind == LabelKind::kHere) workspace.label_values[row] = V::value(scale, logits[label.column]);

@@ -263,6 +263,7 @@ struct alignas(16) GroupShared {
   static constexpr int kWarps = kLanes / kWarp;
   Real max[kWarps], rest[kWarps], weighted[kWarps];
   int holder[kWarps], maxima[kWarps];
+  bool again;  // whether this group must sweep its segment by the guarded form
 
   template <class Value>
   ERC_DEVICE static Value sum(const Value (&x)[kWarps]) {
@@ -287,7 +288,7 @@ ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V:
     shared.max[warp] = warp_largest;
     shared.holder[warp] = warp * kWarp + __ffs(holders) - 1;
   }
-  sync_group<kLanes>(threadIdx.x / kLanes);
+  __syncthreads();
   Real row_max = shared.max[0];
   int owner = shared.holder[0];
 #pragma unroll
@@ -324,7 +325,7 @@ ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V:
     shared.weighted[warp] = weighted;
     shared.maxima[warp] = maxima;
   }
-  sync_group<kLanes>(threadIdx.x / kLanes);
+  __syncthreads();
   maxima = Shared::sum(shared.maxima);
   rest = Shared::sum(shared.rest) + (maxima > 0 ? Real(maxima - 1) : Real(0));
   weighted = Shared::sum(shared.weighted) * Real(0.69314718055994530942);
@@ -335,26 +336,36 @@ ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V:
   return {row_max, rest, weighted, Real(guarded)};
 }
 
-// The state of a segment, for every thread of the group that sweeps it.
-template <class V, class Memory>
+// The state of a segment, for every thread of the group that sweeps it. Groups of a block meet at the same barriers: if one must
+// sweep again, all do. kGroups: of a block, at most.
+template <int kGroups, class V, class Memory>
 ERC_DEVICE SegmentState<typename V::Real> segment_state(const RowScale<typename V::Real>& scale, const Segment<V, Memory>& segment,
-                                                        GroupShared<typename V::Real>& shared) {
-  const int lane = threadIdx.x % kLanes;
-  const auto fast = merge_lanes(scale, segment, sweep_lane<false>(scale, segment, lane), shared, false);
-  if (is_finite(fast.sum_rest)) return fast;
-  return merge_lanes(scale, segment, sweep_lane<true>(scale, segment, lane), shared, true);
+                                                        GroupShared<typename V::Real>* shared) {
+  const int lane = threadIdx.x % kLanes, group = kGroups == 1 ? 0 : threadIdx.x / kLanes;
+  const int groups = kGroups == 1 ? 1 : blockDim.x / kLanes;
+  const auto fast = merge_lanes(scale, segment, sweep_lane<false>(scale, segment, lane), shared[group], false);
+  const bool is_fine = is_finite(fast.sum_rest);
+  bool again = !is_fine;
+  if (groups > 1) {
+    if (lane == 0) shared[group].again = again;
+    __syncthreads();
+    for (int other = 0; other < groups; ++other) again = again || shared[other].again;
+  }
+  if (!again) return fast;
+  const auto guarded = merge_lanes(scale, segment, sweep_lane<true>(scale, segment, lane), shared[group], true);
+  return is_fine ? fast : guarded;
 }
 
 // ---- a row ---------------------------------------------------------------------------------------------------------
 
-// The states of all segments into `states`. Groups of kLanes threads take a segment at a time, so any number of them gives the
-// same states. segment_of(g) is segment g of the row. Ends with a barrier.
-template <class V, class SegmentOf>
+// The states of all segments into `states`. Groups of kLanes threads take a segment at a time, so any number of them, which divides
+// that of the segments, gives the same states. segment_of(g) is segment g of the row. Ends with a barrier.
+template <class V, int kGroups = 1, class SegmentOf>
 ERC_DEVICE void segment_states(const RowScale<typename V::Real>& scale, int segments, const SegmentOf& segment_of,
                                GroupShared<typename V::Real>* shared, SegmentState<typename V::Real>* states) {
   const int group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
   for (int g = group; g < segments; g += groups) {
-    const auto state = segment_state(scale, segment_of(g), shared[group]);
+    const auto state = segment_state<kGroups>(scale, segment_of(g), shared);
     if (threadIdx.x % kLanes == 0) states[g] = state;
   }
   __syncthreads();

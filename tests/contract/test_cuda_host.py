@@ -193,7 +193,6 @@ def test_more_rows_than_a_second_grid_dimension_holds(host):
         ("partial_mask", "fewer than 32 lanes"),
         ("copy_without_wait", "nobody waited"),
         ("wait_for_nobody", "nobody sends"),
-        ("half_a_group", "missing threads"),
         ("misaligned_load", "not aligned"),
         ("cluster_wait_alone", "without arriving"),
     ],

@@ -55,9 +55,6 @@ void wait_for_nobody(float*) {
   erc::cuda::wait_for_states(barrier);
 }
 
-// Threads of the first group of 32 at its barrier, which takes 256.
-void half_a_group(float*) { erc_host::sync_group(0, 256, __FILE__, __LINE__); }
-
 void misaligned_load(float* out) { out[0] = erc::cuda::as_float(erc::cuda::load_streaming(out + 1).word[0]); }
 
 void cluster_wait_alone(float*) { erc::cuda::cluster_wait(); }
@@ -87,7 +84,8 @@ const struct {
     {"divergent_barrier", divergent_barrier},     {"missing_thread", missing_thread},
     {"shuffle_without_a_lane", shuffle_without_a_lane}, {"partial_mask", partial_mask},
     {"uninitialised_shared", uninitialised_shared}, {"missing_barrier", missing_barrier},
-    {"copy_without_wait", copy_without_wait}, {"wait_for_nobody", wait_for_nobody}, {"half_a_group", half_a_group},     {"misaligned_load", misaligned_load},
+    {"copy_without_wait", copy_without_wait},     {"misaligned_load", misaligned_load},
+    {"wait_for_nobody", wait_for_nobody},
     {"cluster_wait_alone", cluster_wait_alone},   {"sound", sound},
     {"vote_without_a_lane", vote_without_a_lane}, {"votes_and_atomics", votes_and_atomics},
 };

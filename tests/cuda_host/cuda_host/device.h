@@ -144,10 +144,6 @@ inline void store_streaming(void* p, const Raw& raw) {
 inline int count_block(int32_t* counter) { return (*counter)++; }
 
 inline char* dynamic_shared() { return erc_host::shared_memory(); }
-template <int kThreads>
-inline void sync_group(int group, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  erc_host::sync_group(group, kThreads, file, line);
-}
 
 using CopyBarrier = uint64_t;
 using erc_host::cluster_arrive;

@@ -57,7 +57,6 @@ struct Block {
   int rank = 0;
   char* shared = nullptr;
   Meeting barrier;
-  std::vector<Meeting> groups;  // by number, made when first used
   std::vector<Meeting> warps;
   std::vector<Copy> copies;  // issued, not yet landed: they land when somebody waits for them, as late as the rules allow
 };
@@ -191,7 +190,6 @@ void run_cluster(int64_t first_block, int64_t grid, int block_threads, int clust
     block->shared = static_cast<char*>(memory);
     if (memory != nullptr) std::memset(memory, machine.poison, shared_bytes);
     block->barrier.expected = block_threads;
-    block->groups.resize(16);
     block->warps.resize((block_threads + kWarp - 1) / kWarp);
     for (size_t w = 0; w < block->warps.size(); ++w) block->warps[w].expected = std::min(kWarp, block_threads - int(w) * kWarp);
     for (int t = 0; t < block_threads; ++t) {
@@ -290,13 +288,6 @@ char* shared_memory() { return current->block->shared; }
 
 void sync_threads(const char* file, int line) {
   Meeting& barrier = current->block->barrier;
-  wait_until_over(barrier, arrive_at(barrier, "barrier", file, line));
-}
-
-void sync_group(int group, int size, const char* file, int line) {
-  if (group < 0 || group > 14 || int(current->thread_idx.x) / size != group) fail("a barrier of another group at %s:%d", file, line);
-  Meeting& barrier = current->block->groups[group];
-  barrier.expected = size;
   wait_until_over(barrier, arrive_at(barrier, "barrier", file, line));
 }
 

@@ -58,8 +58,6 @@ bool execute(const void* kernel, int64_t grid, int block, int cluster, int share
 
 char* shared_memory();
 void sync_threads(const char* file, int line);
-// A barrier of the threads [group * size, (group + 1) * size) of the block.
-void sync_group(int group, int size, const char* file, int line);
 // Gives the warp `value`, waits for all its lanes, returns what lane `from` gave.
 uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int line);
 // The warp's votes, lane i in bit i.
