@@ -53,16 +53,16 @@ ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, c
 // What one thread does between the two sweeps.
 template <class Real>
 ERC_DEVICE FinishedToken<Real> finish_token(const PolicyLoss& call, const RowScale<Real>& scale, const RowResult<Real>& result,
-                                            const KnownToken<Real>& known) {
+                                            const TokenInputs<Real>& known, Real label_value) {
   Real logprob = Real(NAN), entropy = Real(NAN);
   if (result.state.is_valid()) {
-    logprob = result.state.logprob(known.label_value, scale.scale);
+    logprob = result.state.logprob(label_value, scale.scale);
     entropy = result.state.entropy();
   }
-  const auto in = TokenInputs<Real>::read(&known.inputs, 0, call.params.present, logprob);
+  const auto in = TokenInputs<Real>::read(&known, 0, call.params.present, logprob);
   const TokenLoss<Real> loss = token_loss(LossParams<Real>::from(call.params), in, logprob, entropy);
   const StatGrads<Real> grads{loss.d_logprob, loss.d_entropy, Real(0)};
-  return {GradientPlan<Real>(result.state, scale, grads, known.label_value, result.guarded),
+  return {GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded),
           weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags};
 }
 
@@ -128,11 +128,11 @@ template <class V>
 struct ClusterShared {
   using T = typename V::Element;
   using Real = typename V::Real;
-  SegmentState<Real> gathered[kMaxSegments];  // of all blocks' segments
+  SegmentState<Real> gathered[kMaxSegments + 1];  // of all blocks' segments; behind them the label's value, as a row_max
   GroupShared<Real> group;
   CopyBarrier copied[kParts], exchanged;
   FinishedToken<Real> finished;
-  KnownToken<Real> known;
+  TokenInputs<Real> known;  // loaded while the row is
 
   static ERC_HOST_DEVICE int tile_bytes(const Partition& partition) {
     constexpr int kAlignment = alignof(ClusterShared);  // a multiple of 16; a misaligned row is copied with what is around it
@@ -178,25 +178,34 @@ __global__ void __launch_bounds__(kLanes, kBlocks<V, 5>)
   }
   if (thread == 0) {
     tile.copy(memory, shared.copied);
-    expect_states(&shared.exchanged, partition.segments * int(sizeof(SegmentState<Real>)));
+    expect_states(&shared.exchanged, (partition.segments + 1) * int(sizeof(SegmentState<Real>)));
   }
   cluster_arrive();  // "this block runs, and its barriers are set": it may be sent states from now on
   __syncthreads();
-  if (thread == 0) shared.known = {token_row<Real>(call, token), V::value(scale, logits[label.column])};
+  if (thread == 0) shared.known = token_row<Real>(call, token);
 
   const SegmentState<Real> state = segment_state<1>(scale, segment, &shared.group);
 
   cluster_wait();
   if (thread < kWarp) {
+    // Eight lanes send the segment's state, and in the block that holds it eight more the label's value: read by others from the
+    // row, it might be overwritten where the gradient takes the row's place.
+    const int64_t column = label.column - first;
+    const bool sends_label = thread >= kMaxSegments && column >= 0 && column < columns;
+    const int to = thread % kMaxSegments, slot = sends_label ? partition.segments : rank;
+    const bool sends = to < partition.segments && (thread < kMaxSegments || (sends_label && thread < 2 * kMaxSegments));
+    SegmentState<Real> sent = state;
+    if (sends_label) sent.row_max = V::value(scale, segment.begin[column]);
     if (partition.segments > 1) {
-      if (thread < partition.segments) send_state(shared.gathered + rank, thread, state, &shared.exchanged);
+      if (sends) send_state(shared.gathered + slot, to, sent, &shared.exchanged);
       wait_for_states(&shared.exchanged);
     } else {  // a cluster of one block has nobody to send to
-      if (thread == 0) shared.gathered[0] = state;
+      if (sends) shared.gathered[slot] = sent;
       __syncwarp();
     }
     const RowResult<Real> result = merge_segments(shared.gathered, partition.segments, scale.scale);
-    if (thread == 0) shared.finished = finish_token(call, scale, result, shared.known);
+    const Real label_value = shared.gathered[partition.segments].row_max;
+    if (thread == 0) shared.finished = finish_token(call, scale, result, shared.known, label_value);
   }
   const GradientPlan<Real>& plan = meet(shared.finished, call, token, rank == 0);
   gradient_segment(plan, scale, segment, label.column - first, out);
@@ -236,7 +245,7 @@ __global__ void __launch_bounds__(kBlockGroups* kLanes, 1)
       segment_states<V, kBlockGroups>(scale, partition.segments, segments, shared.group, shared.states);
       if (threadIdx.x < kWarp) {
         const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
-        if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known);
+        if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
       }
     } else if (threadIdx.x == 0) {
       shared.finished = finish_unread<Real>(label);
@@ -275,7 +284,7 @@ __global__ void __launch_bounds__(kLanes, 2)
       if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), workspace.label_values[row]};
       const auto* states = workspace.states + int64_t(row) * partition.segments;
       const RowResult<Real> result = merge_segments(states, partition.segments, scale.scale);
-      if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known);
+      if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
     }
   } else if (threadIdx.x == 0) {
     shared.finished = finish_unread<Real>(label);
