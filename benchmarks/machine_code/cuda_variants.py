@@ -60,7 +60,7 @@ MAIN = (
     CudaKernel("stats, unaligned", "stats", "stats_row_kernel", 224, variant="unaligned"),
     CudaKernel("loss, cluster, unaligned", "policy_loss", "loss_cluster_kernel", 38_432, _CLUSTERS, cluster=8,
                variant="unaligned"),
-    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 640, threads=512, variant="unaligned"),
+    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 448, threads=256, variant="unaligned"),
 )  # fmt: skip
 
 

@@ -214,20 +214,21 @@ __global__ void __launch_bounds__(kLanes, kBlocks<V, 5>)
 
 // ---- block ---------------------------------------------------------------------------------------------------------
 
-// At most: groups of kLanes threads that share a row.
-constexpr int kBlockGroups = 4;
+// At most: groups of kLanes threads that share a row. Four would leave too few registers for misaligned rows.
+template <class V>
+constexpr int kBlockGroups = V::aligned ? 4 : 2;
 
 template <class V>
 struct BlockShared {
   using Real = typename V::Real;
   SegmentState<Real> states[kMaxSegments];
-  GroupShared<Real> group[kBlockGroups];
+  GroupShared<Real> group[kBlockGroups<V>];
   KnownToken<Real> known;
   FinishedToken<Real> finished;
 };
 
 template <class V>
-__global__ void __launch_bounds__(kBlockGroups* kLanes, 1)
+__global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
     loss_block_kernel(PolicyLoss call, Prepared<V> host, RowAddress grads) {
   using T = typename V::Element;
   using Real = typename V::Real;
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kBlockGroups* kLanes, 1)
     const auto segments = global_segments<V>(partition, logits);
     if (label.kind == LabelKind::kHere) {
       if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), V::value(scale, logits[label.column])};
-      segment_states<V, kBlockGroups>(scale, partition.segments, segments, shared.group, shared.states);
+      segment_states<V, kBlockGroups<V>>(scale, partition.segments, segments, shared.group, shared.states);
       if (threadIdx.x < kWarp) {
         const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
         if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
@@ -334,9 +335,9 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
     int groups = 1;
     if (wants_grad) {
       const int64_t resident = rows_in_l2(device, logits.vocab_size * int64_t(sizeof(typename V::Element)));
-      const int64_t all = int64_t(device.multiprocessors) * kBlockGroups;  // groups that a GPU holds
+      const int64_t all = int64_t(device.multiprocessors) * kBlockGroups<V>;  // groups that a GPU holds
       // The fewer rows fit, the more threads each of them needs.
-      while (groups < kBlockGroups && groups < partition.segments && resident * groups < all) groups *= 2;
+      while (groups < kBlockGroups<V> && groups < partition.segments && resident * groups < all) groups *= 2;
       const int64_t most = resident < all / groups ? resident : all / groups;
       grid = n < most ? n : most;
     }

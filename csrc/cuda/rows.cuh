@@ -398,7 +398,7 @@ struct Prepared {
 // Blocks that must fit on a multiprocessor: of bfloat16 as many as the compiler manages without spilling, of other rows so few
 // that it never has to. With a softcap packed arithmetic takes more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kCappedBlocks = 3;
+constexpr int kCappedBlocks = 2;
 #else
 constexpr int kCappedBlocks = 4;
 #endif
