@@ -142,8 +142,8 @@ def test_the_instructions_leave_the_memory_s_speed_reachable(name, arch, measure
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_and_shared_memory_hide_latency_by_other_blocks(arch, measured):
-    """512 threads on a multiprocessor, 1,024 of the statistics; of clusters of eight blocks four over eight of them. Half
-    as many where a softcap or misaligned rows take more registers."""
+    """512 threads on a multiprocessor, 1,024 of the statistics; of clusters of eight blocks four over eight of them.
+    Half as many where a softcap or misaligned rows take more registers."""
     for (name, of), found in measured.items():
         if of != arch:
             continue
