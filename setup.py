@@ -12,6 +12,7 @@ serves every Python and every PyTorch from 2.10 on. Environment variables that s
     CXX                 the C++ compiler, default c++, g++ or clang++
     ERC_SANITIZE=1      build erc/lib/liberc_cpu_asan.so instead, under AddressSanitizer and UBSan
     ERC_BUILD_JOBS      compilers at a time, default one for each processor
+    ERC_REPOSITORY_URL  where the sources are published: the package's description links there
 
 `python setup.py build_ext --inplace` compiles what changed, and nothing else.
 """
@@ -22,6 +23,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -306,13 +308,18 @@ def gencode(archs: str) -> list[str]:
     return flags
 
 
+def cuda_archs() -> str:
+    """What the CUDA library is compiled for, such as "8.0;9.0+PTX"."""
+    return os.environ.get("ERC_CUDA_ARCHS") or ";".join(gpu_archs()) or DEFAULT_CUDA_ARCHS
+
+
 def cuda_library() -> Library:
     """csrc/cuda/*.cu by nvcc, its bindings by the C++ compiler: these first, to fail before minutes are spent."""
     build_dir = BUILD_DIR / "cuda"
     compiler = cxx() or []
     driver = nvcc() or ""
     cuda_home = toolkit_of(driver)
-    archs = gencode(os.environ.get("ERC_CUDA_ARCHS") or ";".join(gpu_archs()) or DEFAULT_CUDA_ARCHS)
+    archs = gencode(cuda_archs())
     # No contraction: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
     flags = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     device = (driver, "-ccbin", compiler[0], *flags, *archs, *common_flags())
@@ -415,6 +422,41 @@ class BuildNative(Command):
         return {}
 
 
+def declared_version() -> str:
+    """`erc.__version__`, read without importing it. A wheel that was asked to hold the CUDA library names its GPUs:
+    `+cuda.sm80.sm90.ptx90` has code for two, and PTX for later ones."""
+    init = (ROOT / "erc" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', init, re.MULTILINE)
+    if found is None:
+        raise PlatformError("erc/__init__.py has no line __version__ = ...")
+    if not enabled("ERC_BUILD_CUDA") or "sdist" in sys.argv:
+        return found[1]
+    archs = (flag.rpartition("=")[2].replace("compute_", "ptx").replace("_", "") for flag in gencode(cuda_archs()))
+    return f"{found[1]}+cuda.{'.'.join(archs)}"
+
+
+def long_description(repository: str) -> str:
+    """The README for a package index, which resolves no relative link: links and images lead into `repository`, and
+    without one they become their text. Fenced code stays as it is."""
+
+    def link(match: re.Match[str]) -> str:
+        image, text, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        text = re.sub(pattern, link, text)  # an image in a link
+        if not repository:
+            return "" if image else text
+        return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/HEAD/{target})"
+
+    pattern = r"(!?)\[((?:!\[[^\]]*\]\([^)]*\)|[^\]])*)\]\(([^)\s]+)\)"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = re.split(r"(^```.*?^```$)", readme, flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = (re.sub(pattern, link, part) for part in parts[::2])
+    if repository:
+        parts[::2] = (re.sub(r'src="(?![a-z]+:)', f'src="{repository}/raw/HEAD/', part) for part in parts[::2])
+    return "".join(parts)
+
+
 class NativeDistribution(Distribution):
     """A distribution that belongs to one platform if and only if it holds compiled libraries."""
 
@@ -429,7 +471,13 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+REPOSITORY = os.environ.get("ERC_REPOSITORY_URL", "").rstrip("/")
+
 setup(
+    version=declared_version(),
+    long_description=long_description(REPOSITORY),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": REPOSITORY, "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md"} if REPOSITORY else {},
     distclass=NativeDistribution,
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     packages=find_packages(include=["erc", "erc.*"]),

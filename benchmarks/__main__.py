@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,8 @@ from benchmarks.call import call_rows
 from benchmarks.compare import change_table, changes, regressions
 from benchmarks.docs_page import docs_block
 from benchmarks.hidden_states import measure_hidden_states
+from benchmarks.host import __doc__ as host_doc
+from benchmarks.host import host_rows
 from benchmarks.machine_code.report import machine_code_table
 from benchmarks.markdown import rewrite
 from benchmarks.plots import save_plots
@@ -36,6 +37,7 @@ from benchmarks.results import Results, new_results
 from benchmarks.roofline import machine_code_roofline
 from benchmarks.step_share import EFFICIENCY, LENGTH, MFU, ROLLOUT_RATIO, TRAFFIC, step_share_table
 from benchmarks.step_share import __doc__ as step_share_doc
+from benchmarks.tables import terminal_table
 from benchmarks.workloads import DTYPES, OPERATORS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -233,40 +235,44 @@ def readme(
     results: Path,
     path: Annotated[Path, typer.Option(help="the README")] = _ROOT / "README.md",
     docs: Annotated[Path, typer.Option(help="the page of the benchmarks")] = _ROOT / "docs" / "benchmarks.md",
+    kernels: Annotated[Path, typer.Option(help="the page of the kernels")] = _ROOT / "docs" / "kernels.md",
 ) -> None:
-    """Rewrite the generated blocks of the README and of docs/benchmarks.md from a results file and its neighbours."""
+    """Rewrite the generated blocks of the README and of the docs from a results file and its neighbours."""
     try:
         rewrite(path, block(Results.load(results), results, path))
         _machine_code(results)
         rewrite(docs, docs_block(results.parent, docs))
+        figures = results.with_name("machine_code.json")
+        if figures.exists():
+            from benchmarks.machine_code import document  # needs Triton
+
+            rewrite(kernels, document.block(json.loads(figures.read_text())))
     except ValueError as error:
         _console.print(str(error))
         raise typer.Exit(2) from None
-    _console.print(f"rewrote the benchmarks of {path.name} and {docs.name} from {results}")
+    _console.print(f"rewrote the generated blocks of {path.name}, {docs.name} and {kernels.name}")
 
 
 @app.command()
 def call() -> None:
     """Launches, bytes and memory of every public call, counted on meta tensors, with modelled GPU times."""
     _console.print(call_doc, highlight=False)
-    table = Table(*CALL_HEADINGS)
-    for row in call_rows():
-        table.add_row(*row)
-    _console.print(table)
+    _console.print(terminal_table(CALL_HEADINGS, call_rows()))
+
+
+@app.command()
+def host(calls: Annotated[int, typer.Option(min=100, help="calls of each kind")] = 3000) -> None:
+    """Host time of one loss, station by station, beside F.cross_entropy."""
+    _console.print(host_doc, highlight=False)
+    _console.print(terminal_table(("", "microseconds", "x F.cross_entropy"), host_rows(calls)))
 
 
 @app.command("linear-plans")
 def linear_plans(output: Output = None) -> None:
     """The loss from hidden states by plan, ours and the peers': counted on meta tensors, with modelled GPU times."""
     _console.print(plans_of_heads.__doc__, highlight=False)
-    for headings, rows in (
-        (plans_of_heads.HEADINGS, plans_of_heads.time_rows()),
-        (plans_of_heads.COUNT_HEADINGS, plans_of_heads.count_rows()),
-    ):
-        table = Table(*headings)
-        for row in rows:
-            table.add_row(*row)
-        _console.print(table)
+    _console.print(terminal_table(plans_of_heads.HEADINGS, plans_of_heads.time_rows()))
+    _console.print(terminal_table(plans_of_heads.COUNT_HEADINGS, plans_of_heads.count_rows()))
     if output is not None:
         plans_of_heads.save(output)
         _console.print(f"wrote {output}")
@@ -291,16 +297,43 @@ def step_share(
     _console.print(step_share_table(length=length, mfu=mfu, efficiency=efficiency, rollout_ratio=rollout_ratio))
 
 
-@app.command(
-    "machine-code", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
-def machine_code(context: typer.Context) -> None:
-    """What the GPU kernels' machine code says of their speed: instructions, registers, roofline. Needs no GPU."""
-    if importlib.util.find_spec("benchmarks.machine_code.__main__") is None:
-        _console.print("benchmarks/machine_code is not there: it measures the compiled GPU kernels")
-        raise typer.Exit(2)
-    sys.argv = ["python -m benchmarks machine-code", *context.args]
-    runpy.run_module("benchmarks.machine_code", run_name="__main__", alter_sys=True)
+@app.command("machine-code")
+def machine_code(
+    arch: Annotated[list[str] | None, typer.Option(help="an architecture; may be repeated; default: all")] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the logits")] = "bfloat16",
+    output: Annotated[Path | None, typer.Option("--json", help="also write the figures as JSON; - prints them")] = None,
+    cubin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME:ARCH:FUNCTION:ELEMENTS:PATH, a kernel of a cubin to report on too; FUNCTION may be empty (the "
+            "only one), ELEMENTS counts those of a main-loop iteration and may be empty (read off the loads)"
+        ),
+    ] = None,
+    peers: Annotated[
+        Path | None, typer.Option(help="unpacked wheels of trl and liger-kernel; default: where they are installed")
+    ] = None,
+    model: Annotated[bool, typer.Option(help="whether blocks in flight are modelled, which takes minutes")] = True,
+) -> None:
+    """What the GPU kernels' machine code says of their speed: instructions, registers, roofline. Needs no GPU.
+
+    Exit status 1 where a kernel of ours spills."""
+    from benchmarks.machine_code import cli  # Triton compiles: nothing else here needs it
+
+    as_text = str(output) == "-"
+    say = partial(print, file=sys.stderr) if as_text else partial(_console.print, highlight=False)
+    try:
+        report = cli.document(arch or cli.ARCHS, dtype, cubin or (), peers, model, say)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    figures = json.dumps(report, indent=1)
+    if as_text:
+        print(figures)
+    else:
+        Console(width=None if sys.stdout.isatty() else 230).print(machine_code_table(report))
+    if output is not None and not as_text:
+        output.write_text(figures + "\n")
+    if cli.spilling(report):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

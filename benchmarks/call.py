@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import erc
+from benchmarks.hardware import GPU
 from benchmarks.markdown import markdown_table
-from benchmarks.step_share import ACCELERATORS, EFFICIENCY, Accelerator
+from benchmarks.step_share import ACCELERATORS, EFFICIENCY
 from erc import ops
 from erc.backend import register_namespace
 
@@ -48,7 +49,7 @@ class Launch:
     bytes: int
     flops: int = 0
 
-    def seconds(self, device: Accelerator) -> float:
+    def seconds(self, device: GPU) -> float:
         moving = self.bytes / (device.bandwidth * EFFICIENCY)
         return (self.kernels - 1) * LAUNCH + max(LAUNCH, moving)
 
@@ -77,7 +78,7 @@ class Cost:
     def flops(self) -> int:
         return sum(launch.flops for launch in self.launches)
 
-    def seconds(self, device: Accelerator) -> float:
+    def seconds(self, device: GPU) -> float:
         return sum(launch.seconds(device) for launch in self.launches)
 
 

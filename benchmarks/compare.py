@@ -8,6 +8,7 @@ from rich.table import Table
 
 from benchmarks.report import BASELINES
 from benchmarks.results import Results
+from benchmarks.tables import terminal_table
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def changes(before: Results, after: Results, *, relative: bool) -> list[Change]:
     """Every variant and case that both files have.
 
     Args:
-        relative: divide each time by the read or copy of its own run, which takes the machine's mood out.
+        relative: divide each time by the read or copy of its own run, so that the load of the machine cancels.
     """
     found = []
     for key in before.cases():
@@ -47,12 +48,12 @@ def regressions(found: list[Change], threshold: float) -> list[Change]:
 
 def change_table(found: list[Change], threshold: float) -> Table:
     """Slowest first."""
-    table = Table("case", "variant", "time, after / before", "", title="after against before")
+    rows = []
     for change in sorted(found, key=lambda c: -c.factor):
         mark = ""
         if change.certain and abs(change.factor - 1) > threshold:
             mark = "[red]slower[/red]" if change.factor > 1 else "[green]faster[/green]"
-        operator, objective, dtype, rows, vocab, *_ = change.case
-        case = f"{operator} {objective} {dtype} N={rows} V={vocab}"
-        table.add_row(case, change.variant, f"{change.factor:.2f}", mark)
-    return table
+        operator, objective, dtype, rows_of_case, vocab, *_ = change.case
+        case = f"{operator} {objective} {dtype} N={rows_of_case} V={vocab}"
+        rows.append((case, change.variant, f"{change.factor:.2f}", mark))
+    return terminal_table(("case", "variant", "time, after / before", ""), rows, "after against before", left=2)

@@ -1,4 +1,5 @@
-"""The generated part of `docs/benchmarks.md`: the model of a training step, linear forms, the GPU kernels' roofline."""
+"""The generated part of `docs/benchmarks.md`: what a run measured, the model of a training step, counted calls, linear
+forms, and what the GPU kernels' instructions leave reachable."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from pathlib import Path
 
 from benchmarks.call import call_block
 from benchmarks.linear_plans import linear_plans_block
-from benchmarks.markdown import BEGIN, END, markdown_table
+from benchmarks.markdown import generated, markdown_table
+from benchmarks.readme import measured_sections, step_share_sentence
 from benchmarks.results import Results
 from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, step_share_rows
 
@@ -20,8 +22,12 @@ def docs_block(folder: Path, document: Path) -> str:
         f"bandwidth; generation takes {ROLLOUT_RATIO:g} times as long as the update. "
         "`python -m benchmarks step-share` prints the formulas and takes other assumptions."
     )
-    parts = [BEGIN, "## Share of a training step, H100", step, assumed]
-    parts += ["## Every call, counted", call_block()]
+    parts: list[str] = []
+    for measured in (folder / "cpu.json", folder / "gpu.json"):
+        if measured.exists():
+            parts += [measured_sections(Results.load(measured), measured, document)]
+    parts += ["## Share of a training step, H100, modelled", step_share_sentence(), step, assumed]
+    parts += ["## Every call, counted; GPU times modelled", call_block()]
     plans = folder / "linear_plans.json"
     if plans.exists():
         parts += ["## Plans from hidden states, counted and modelled", linear_plans_block(plans)]
@@ -31,8 +37,11 @@ def docs_block(folder: Path, document: Path) -> str:
     figure = folder / "machine_code_roofline.png"
     if figure.exists():
         link = Path(os.path.relpath(figure, document.parent)).as_posix()
-        parts += ["## What the GPU kernels' instructions leave reachable", f"![Roofline of each GPU, bfloat16]({link})"]
-    return "\n\n".join([*parts, END])
+        parts += [
+            "## What the GPU kernels' instructions leave reachable, modelled",
+            f"![Rate that the instructions allow, by GPU]({link})",
+        ]
+    return generated("benchmarks", *parts)
 
 
 def _linear_table(results: Results) -> str:

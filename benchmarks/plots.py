@@ -1,33 +1,26 @@
-"""PNG plots of a results file: speed by V, memory by N, roofline and bandwidth, flips by entropy band."""
+"""PNG plots of a results file: speed by V and N, memory by N, roofline and bandwidth, flips by entropy band."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from benchmarks import ours
 from benchmarks.report import BASELINES, main_cases
 from benchmarks.results import Measurement, Results
 from benchmarks.roofline import measured_roofline
+from examples.palette import IMPLEMENTATIONS, figure, implementation_color, legend_below, plain_numbers, save
 
-_WIDTH, _HEIGHT = 7.0, 4.2
+_HEIGHT = 3.6
 
 
 def _style(name: str) -> dict:
+    """Ours are wide; a variant of an implementation has its colour, with dashes and squares."""
+    style = {"color": implementation_color(name), "marker": "o", "markersize": 4, "linestyle": "-", "linewidth": 1.2}
     if name in BASELINES:
-        return {"linestyle": ":", "color": "0.5", "marker": "."}
-    return {"linestyle": "-", "marker": "o", "linewidth": 2.2 if name.startswith("erc") else 1.2}
-
-
-def _finish(figure, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-    return path
+        return style | {"linestyle": ":", "marker": "."}
+    if "," in name and name not in IMPLEMENTATIONS:
+        style |= {"linestyle": "--", "marker": "s"}
+    return style | ({"linewidth": 2.4} if name.startswith("erc") else {})
 
 
 def _sweep(results: Results, operator: str, x: str, *, needs_memory: bool = False) -> tuple[list[Measurement], str]:
@@ -54,7 +47,15 @@ def _lines(axes, found: list[Measurement], x: str, y) -> None:
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), label=name, **_style(name))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+
+
+def _apart(values: list[int], factor: float = 1.8) -> list[int]:
+    """Those of ascending `values` whose labels have room on a logarithmic axis."""
+    kept: list[int] = []
+    for value in values:
+        if not kept or value > factor * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 def _speed_by(results: Results, x: str, label: str, path: Path) -> Path | None:
@@ -62,11 +63,17 @@ def _speed_by(results: Results, x: str, label: str, path: Path) -> Path | None:
     sweeps = [(found, title) for found, title in sweeps if found]
     if not sweeps:
         return None
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(_WIDTH * len(sweeps), _HEIGHT), squeeze=False)
-    for ax, (found, title) in zip(axes[0], sweeps, strict=True):
-        _lines(ax, found, x, lambda m: m.median / m.rows * 1e6)
-        ax.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds per token", title=title)
-    return _finish(figure, path)
+    drawn, axes = figure(_HEIGHT + 0.6, 1, len(sweeps), squeeze=False)
+    for axis, (found, title) in zip(axes[0], sweeps, strict=True):
+        _lines(axis, found, x, lambda m: m.median / m.rows * 1e6)
+        axis.set(xscale="log", yscale="log", xlabel=label, title=title)
+        plain_numbers(axis.xaxis, _apart(sorted({getattr(m, x) for m in found})))
+        axis.tick_params(axis="x", rotation=45)
+        plain_numbers(axis.yaxis)
+    axes[0, 0].set_ylabel("microseconds per token")
+    legend_below(drawn)
+    save(drawn, path)
+    return path
 
 
 def speed_by_vocab(results: Results, path: Path) -> Path | None:
@@ -84,31 +91,46 @@ def memory_by_rows(results: Results, path: Path) -> Path | None:
     found, title = _sweep(results, "policy-loss", "rows", needs_memory=True)
     if not found:
         return None
-    figure, ax = plt.subplots(figsize=(_WIDTH, _HEIGHT))
-    _lines(ax, found, "rows", lambda m: m.peak_extra_bytes / 2**20)
-    ax.set(xlabel="tokens N", ylabel="peak memory beyond the inputs, MiB", title=title)
-    return _finish(figure, path)
+    drawn, axis = figure(_HEIGHT + 0.4)
+    _lines(axis, found, "rows", lambda m: m.peak_extra_bytes / 2**20)
+    axis.set(xlabel="tokens N", ylabel="peak memory beyond the inputs, MiB", title=title)
+    legend_below(drawn)
+    save(drawn, path)
+    return path
 
 
 def bandwidth(results: Results, path: Path) -> Path | None:
-    """Each variant beside a plain read or copy of the same bytes."""
-    found = []
-    for key in [key for name in ("stats", "policy-loss") for key in main_cases(results, name).values()]:
-        case = results.of(key)
-        limit = case.get(ours.READ) or case.get(ours.COPY)
-        if limit:
-            found.append((key, limit, sorted((m for m in case.values() if m is not limit), key=lambda m: -m.median)))
-    if not found:
+    """Each variant beside a plain read or copy of the same bytes: a row of panels per dtype."""
+    cases = {name: main_cases(results, name) for name in ("stats", "policy-loss")}
+    cases = {name: found for name, found in cases.items() if found}
+    dtypes = list(dict.fromkeys(dtype for found in cases.values() for dtype in found))
+    panels = {}
+    for row, dtype in enumerate(dtypes):
+        for column, (operator, found) in enumerate(cases.items()):
+            case = results.of(found[dtype]) if dtype in found else {}
+            limit = case.get(ours.READ) or case.get(ours.COPY)
+            if limit:
+                panels[row, column] = (operator, dtype, limit, case)
+    if not panels:
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), _HEIGHT), squeeze=False)
-    for ax, (key, limit, bars) in zip(axes[0], found, strict=True):
+    drawn, axes = figure(0.5 + 1.9 * len(dtypes), len(dtypes), len(cases), squeeze=False)
+    for place, axis in (
+        (place, axes[place]) for place in [(r, c) for r in range(len(dtypes)) for c in range(len(cases))]
+    ):
+        if place not in panels:
+            axis.axis("off")
+            continue
+        operator, dtype, limit, case = panels[place]
+        bars = sorted((m for m in case.values() if m is not limit), key=lambda m: -m.median)
         shares = [100 * limit.median / m.median for m in bars]
-        ax.barh([m.variant for m in bars], shares, color=["C0" if m.variant.startswith("erc") else "0.7" for m in bars])
-        ax.set(xlabel=f"% of the speed of a plain {limit.variant}", title=f"{key[0]} {key[2]}")
+        axis.barh([m.variant for m in bars], shares, color=[implementation_color(m.variant) for m in bars])
+        axis.set(title=f"{operator}, {dtype}", xlabel=f"% of the speed of a plain {limit.variant}")
         for row, share in enumerate(shares):
-            ax.text(share, row, f" {share:.1f}", va="center", fontsize=8)
-        ax.margins(x=0.15)
-    return _finish(figure, path)
+            axis.text(share, row, f" {share:.3g}", va="center", fontsize=8)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.margins(x=0.15)
+    save(drawn, path)
+    return path
 
 
 def flips_by_band(results: Results, path: Path) -> Path | None:
@@ -117,20 +139,34 @@ def flips_by_band(results: Results, path: Path) -> Path | None:
     if not dtypes:
         return None
     of = "hidden states" if results.name == "hidden" else "logits"
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(_WIDTH * len(dtypes), _HEIGHT), squeeze=False)
-    for ax, dtype in zip(axes[0], dtypes, strict=True):
+    drawn, axes = figure(_HEIGHT + 0.6, 1, len(dtypes), squeeze=False, sharey=True)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
         rows = [row for row in results.accuracy if row.dtype == dtype and row.band != "all"]
         bands = list(dict.fromkeys(row.band for row in rows))
+        curves: dict[tuple[float, ...], list[str]] = {}
         for name in dict.fromkeys(row.implementation for row in rows):
             flips = {row.band: 100 * row.flipped for row in rows if row.implementation == name}
-            ax.plot(range(len(bands)), [flips.get(band, 0.0) for band in bands], label=name, **_style(name))
-        ax.set_yscale("symlog", linthresh=0.1)
-        ax.set_ylim(bottom=-0.02)
-        ax.set_xticks(range(len(bands)), bands, rotation=30, ha="right", fontsize=8)
-        ax.set(xlabel="entropy of the token, nats", ylabel="ERC decisions flipped, %", title=f"{dtype} {of}")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    return _finish(figure, path)
+            if not any(value != value for value in flips.values()):  # a peer without entropies decides nothing
+                curves.setdefault(tuple(flips.get(band, 0.0) for band in bands), []).append(name)
+        for values, names in sorted(curves.items(), key=lambda item: max(item[0]), reverse=True):
+            for number, name in enumerate(names):  # equal curves share one line, dash by dash
+                style = _style(name) | {"dash_capstyle": "butt", "linewidth": 2.2}
+                if len(names) > 1:
+                    style["linestyle"] = (4 * number, (4, 4 * (len(names) - 1)))
+                axis.plot(range(len(bands)), values, **style, clip_on=False, zorder=3)
+                axis.plot([], [], label=name, **_style(name))
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
+        axis.set_ylim(0, 110)
+        axis.set_xticks(
+            range(len(bands)), [band.replace("e-0", "e-") for band in bands], rotation=45, ha="right", fontsize=8
+        )
+        axis.set(xlabel="entropy of the token, nats", title=f"{dtype} {of}")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("ERC decisions flipped, %")
+    legend_below(drawn)
+    save(drawn, path)
+    return path
 
 
 PLOTS = {

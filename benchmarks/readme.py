@@ -1,15 +1,19 @@
-"""The README's tables and figures, generated from a results file; a test holds the README to it."""
+"""What the README and docs/benchmarks.md show of a results file: one table and one plot there, everything here.
+
+Tests hold both documents to the file."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from benchmarks.markdown import BEGIN, END, markdown_table
+from benchmarks.call import LENGTH, ROWS, VOCAB, calls, count
+from benchmarks.markdown import generated, markdown_table
 from benchmarks.plots import PLOTS, plot_path
 from benchmarks.report import BASELINES, TARGETS, flipped_share, main_cases, milliseconds, rule_costs, speedup, times
 from benchmarks.results import Measurement, Results
-from benchmarks.step_share import HEADINGS, MODELS, step_share_rows
+from benchmarks.step_share import ACCELERATORS, HEADINGS, MODELS, step_share_rows
+from benchmarks.targets import TARGET_HEADER, target_rows
 
 _CAPTIONS = {
     "speed_by_vocab": "Time per token over the vocabulary",
@@ -31,7 +35,7 @@ def _speed(results: Results, operator: str, objective: str, title: str) -> str:
     ours_name = next((n for n in ("erc cpu", "erc cuda", "erc triton", "erc torch") if n in names), None)
     header, rows = [title], []
     for dtype in cases:
-        header += [f"{dtype}, ms", f"{ours_name} is faster by" if ours_name else ""]
+        header += [f"{dtype}, ms", f"time over {ours_name}'s" if ours_name else ""]
     for name in slowest_first:
         row = [name]
         for case in measured.values():
@@ -47,14 +51,8 @@ def _speed(results: Results, operator: str, objective: str, title: str) -> str:
 
 
 def _targets(results: Results) -> str:
-    rows = []
-    for target in TARGETS:
-        ratio = target.measured(results)
-        if ratio is not None:
-            what = f"{target.operator}, {target.dtype}, {target.variant}: {target.words}"
-            bound = f"{'at least' if target.at_least else 'at most'} {target.show(target.bound)}"
-            rows.append([what, bound, target.show(ratio), "yes" if target.holds(ratio) else "no"])
-    return markdown_table(["target", "bound", "measured", "holds"], rows) if rows else ""
+    rows = target_rows(TARGETS, results)
+    return markdown_table(TARGET_HEADER, rows) if rows else ""
 
 
 def _accuracy(results: Results) -> str:
@@ -119,45 +117,123 @@ def _rules(results: Results) -> str:
         return ""
     worst = max(costs, key=lambda row: row[2])
     return (
-        f"The dearest of {len(costs)} objectives that run in one pass, {worst[1]}, costs {100 * (worst[2] - 1):+.1f} % "
-        f"over plain DAPO (in place, {worst[0]})."
+        f"The most expensive of {len(costs)} objectives that run in one pass, {worst[1]}, costs "
+        f"{100 * (worst[2] - 1):+.1f} % over plain DAPO (in place, {worst[0]})."
     )
 
 
-def block(results: Results, results_path: Path, readme: Path) -> str:
-    """What stands between the markers, markers included."""
+def _machine(results: Results) -> str:
     machine = results.machine
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
-    relative = Path(os.path.relpath(results_path, readme.parent)).as_posix()
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+
+
+def _origin(results: Results, results_path: Path, document: Path) -> str:
+    relative = Path(os.path.relpath(results_path, document.parent)).as_posix()
     nats = results.workload.get("entropy_nats", {})
-    parts = [
-        f"Measured on {where} with PyTorch {results.versions['torch']}, commit {results.commit}, {results.date}. "
-        f"Logits like a trained policy's: temperature {results.workload.get('temperature')}, median entropy "
-        f"{nats.get('p50', 0):.2g} nats, mean {nats.get('mean', 0):.2g}. Everything in [{relative}]({relative}).",
-        _speed(results, "stats", "", "log-prob and entropy, no gradient"),
-        _speed(results, "policy-loss", "erc-dapo", "erc-dapo loss, forward and backward"),
-        _speed(results, "linear", "erc-dapo", "erc-dapo loss from hidden states and the lm_head"),
-        _memory(results),
-        _targets(results),
-        _rules(results),
-        _accuracy(results),
-        _hidden_states(results_path.parent / "hidden.json", readme),
-        _step_share_sentence(),
+    return (
+        f"Measured on {_machine(results)} with PyTorch {results.versions['torch']}, commit {results.commit}, "
+        f"{results.date}. Logits like a trained policy's: temperature {results.workload.get('temperature')}, median "
+        f"entropy {nats.get('p50', 0):.2g} nats, mean {nats.get('mean', 0):.2g}. All figures: "
+        f"[{results_path.name}]({relative})."
+    )
+
+
+_SHOWN = ("float32", "bfloat16")
+
+
+def _overview(results: Results) -> str:
+    """The one table of the README: what flips, what memory a loss takes, and its time, by implementation."""
+    cases = main_cases(results, "policy-loss", ("erc-dapo",))
+    dtypes = [dtype for dtype in _SHOWN if dtype in cases]
+    if not dtypes:
+        return ""
+    measured = {dtype: results.of(cases[dtype]) for dtype in dtypes}
+    flips = {(row.implementation, row.dtype): row for row in results.accuracy if row.band == "all"}
+    header = ["erc-dapo loss, forward and backward"]
+    header += [f"decisions flipped, {dtype}" for dtype in dtypes] if flips else []
+    header += [f"extra memory, {dtypes[-1]}"] + [f"{dtype}, ms" for dtype in dtypes]
+    names = dict.fromkeys(name for case in measured.values() for name in case if name != "erc torch")
+    rows = []
+    for name in sorted(names, key=lambda n: (n in BASELINES, not n.startswith("erc"), n)):
+        base = name.split(", ")[0]
+        row = [f"a plain {name}" if name in BASELINES else name]
+        row += [flipped_share(flips[base, d]) if (base, d) in flips else "" for d in dtypes] if flips else []
+        memory = _extra_memory(results, name, dtypes[-1])
+        row += ["" if memory is None or name in BASELINES else f"{memory:.1f}x"]
+        row += [milliseconds(measured[d][name].median) if name in measured[d] else "" for d in dtypes]
+        rows.append(row)
+    sizes = ", ".join(f"{cases[dtype][3]:,} tokens of {dtype}" for dtype in dtypes)
+    words = f"{sizes}, V = {cases[dtypes[0]][4]:,}. Extra memory is the peak beyond the inputs, in units of the logits."
+    return f"{markdown_table(header, rows)}\n\n{words}"
+
+
+def _extra_memory(results: Results, variant: str, dtype: str) -> float | None:
+    """Peak memory of the erc-dapo loss beyond its inputs, in units of the logits, in the largest case there is."""
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    known = [
+        (m.rows * m.vocab, m.peak_extra_bytes / (m.rows * m.vocab * size))
+        for m in results.find(operator="policy-loss", objective="erc-dapo", variant=variant, dtype=dtype)
+        if m.peak_extra_bytes is not None
     ]
-    for name in PLOTS:
-        path = plot_path(results_path, name)
-        if path.exists():
-            link = Path(os.path.relpath(path, readme.parent)).as_posix()
-            parts.append(f"![{_CAPTIONS[name]}]({link})")
-    return "\n\n".join([BEGIN, *(part for part in parts if part), END])
+    return max(known)[1] if known else None
 
 
-def _step_share_sentence() -> str:
+def _plot(results_path: Path, name: str, document: Path) -> str:
+    path = plot_path(results_path, name)
+    link = Path(os.path.relpath(path, document.parent)).as_posix()
+    return f"![{_CAPTIONS[name]}]({link})" if path.exists() else ""
+
+
+def block(results: Results, results_path: Path, readme: Path) -> str:
+    """What stands between the README's markers, markers included: one table and one plot."""
+    plot = _plot(results_path, "flips_by_entropy", readme)
+    parts = [_overview(results), plot, _origin(results, results_path, readme), _on_gpus()]
+    return generated("benchmarks", *parts)
+
+
+def _on_gpus() -> str:
+    """What a GPU would take for the call of the table, by count and model."""
+    cost = count(calls()["policy_loss and backward: erc-dapo"])
+    logits = ROWS * LENGTH * VOCAB
+    modelled = ", ".join(f"{1e3 * cost.seconds(device):.1f} ms on {device.name}" for device in ACCELERATORS)
+    return (
+        f"On a GPU, **modelled**: the same call is {cost.kernels} launches and moves {cost.bytes / logits:.1f} bytes "
+        f"per bfloat16 logit (a read and a write are 4); {ROWS * LENGTH:,} tokens take {modelled}."
+    )
+
+
+def measured_sections(results: Results, results_path: Path, document: Path) -> str:
+    """Every table and figure of a results file, for docs/benchmarks.md."""
+    apart = ("memory_by_rows", "flips_by_entropy")
+    sections = {
+        f"Measured on {_machine(results)}": [
+            _origin(results, results_path, document),
+            _speed(results, "stats", "", "log-prob and entropy, no gradient"),
+            _speed(results, "policy-loss", "erc-dapo", "erc-dapo loss, forward and backward"),
+            _speed(results, "linear", "erc-dapo", "erc-dapo loss from hidden states and the lm_head"),
+            _rules(results),
+            *(_plot(results_path, name, document) for name in PLOTS if name not in apart),
+        ],
+        "Memory": [_memory(results), _plot(results_path, "memory_by_rows", document)],
+        "Targets, measured": [_targets(results)],
+        "Flipped decisions": [
+            _accuracy(results),
+            _plot(results_path, "flips_by_entropy", document),
+            _hidden_states(results_path.parent / "hidden.json", document),
+        ],
+    }
+    parts = []
+    for title, section in sections.items():
+        found = [part for part in section if part]
+        parts += [f"## {title}", *found] if found else []
+    return "\n\n".join(parts)
+
+
+def step_share_sentence() -> str:
     """What the loss costs of a whole step, by the model, so that nobody is promised more than they get."""
     shares = {(row[0], row[1]): row[HEADINGS.index("loss / update")] for row in step_share_rows()}
     parts = [f"{shares[m.name, 'eager PyTorch']} and {shares[m.name, 'erc']} for {m.name}" for m in MODELS]
     return (
         "A loss is a small part of a step. Its share of an update on an H100, by a model of flops and bytes, in eager "
-        f"PyTorch and with erc: {'; '.join(parts)}. The model, the method and how to compare runs: "
-        "[docs/benchmarks.md](docs/benchmarks.md)."
+        f"PyTorch and with erc: {'; '.join(parts)}."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isnan
 
 from rich.console import Group
@@ -11,6 +10,8 @@ from rich.table import Table
 from benchmarks import ours
 from benchmarks.results import AccuracyRow, Measurement, Results
 from benchmarks.step_share import EFFICIENCY
+from benchmarks.tables import terminal_table
+from benchmarks.targets import TARGET_HEADER, Target, target_rows
 from benchmarks.workloads import OPERATORS
 
 BASELINES = (ours.READ, ours.COPY, ours.CLONE, ours.PRODUCTS)
@@ -19,67 +20,31 @@ BASELINES = (ours.READ, ours.COPY, ours.CLONE, ours.PRODUCTS)
 PEAK = "data-sheet peak"
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the library set out to reach: a ratio of `variant` and `against`, at least or at most."""
+def _ratio(operator: str, dtype: str, against: str, bound: float, variant: str = "erc cpu") -> Target:
+    """A bound on the ratio of `variant` and `against`: a speed-up over a peer and a share of the peak at least, a
+    multiple of a plain read or copy at most."""
+    at_least = against not in BASELINES
+    words = f"speed-up over {against}" if at_least else f"time over that of a {against}"
+    if against == PEAK:
+        words = f"share of the {PEAK} bandwidth"
 
-    operator: str
-    dtype: str
-    against: str
-    bound: float
-    variant: str = "erc cpu"
-
-    @property
-    def at_least(self) -> bool:
-        """Whether more is better: a speed-up over a peer or a share of the peak, not a multiple of a plain copy."""
-        return self.against not in BASELINES
-
-    @property
-    def words(self) -> str:
-        if self.against == PEAK:
-            return f"share of the {PEAK} bandwidth"
-        return f"speed-up over {self.against}" if self.at_least else f"time over that of a {self.against}"
-
-    def measured(self, results: Results) -> float | None:
-        """The ratio in the case that says most, or None where it was not measured."""
+    def measured(results: Results) -> float | None:
+        """In the case that says most."""
         peak = results.machine.get("gpu_peak_gbps")
-        device = "cuda" if self.against == PEAK else "cpu"
-        objective = "erc-dapo" if self.operator == "policy-loss" else ""
-        keys = [k for k in results.cases() if k[:3] == (self.operator, objective, self.dtype) and k[6] == device]
+        device = "cuda" if against == PEAK else "cpu"
+        objective = "erc-dapo" if operator == "policy-loss" else ""
+        keys = [k for k in results.cases() if k[:3] == (operator, objective, dtype) and k[6] == device]
         for key in sorted(keys, key=lambda key: _weight(results, key), reverse=True):
             case = results.of(key)
-            if self.against == PEAK and peak and self.variant in case:
-                return case[self.variant].gbps / peak
-            if self.variant in case and self.against in case:
-                ratio = speedup(case, self.variant, self.against)
-                return ratio if self.at_least else 1 / ratio
+            if against == PEAK and peak and variant in case:
+                return case[variant].gbps / peak
+            if variant in case and against in case:
+                ratio = speedup(case, variant, against)
+                return ratio if at_least else 1 / ratio
         return None
 
-    def holds(self, ratio: float) -> bool:
-        return ratio >= self.bound if self.at_least else ratio <= self.bound
-
-    def show(self, ratio: float) -> str:
-        """A ratio in this target's unit."""
-        return f"{ratio:.0%}" if self.against == PEAK else times(ratio)
-
-
-TARGETS = (
-    *(Target("stats", dtype, "eager PyTorch", 15) for dtype in ("float32", "bfloat16")),
-    *(Target("stats", dtype, "torch.compile", 8) for dtype in ("float32", "bfloat16")),
-    Target("stats", "float32", ours.READ, 2),
-    Target("policy-loss", "float32", "eager PyTorch", 20),
-    Target("policy-loss", "bfloat16", "eager PyTorch", 40),
-    Target("policy-loss", "float32", ours.COPY, 3),
-    Target("policy-loss", "float32", ours.CLONE, 3),
-    Target("policy-loss", "float32", ours.COPY, 3, variant="erc cpu, in place"),
-    # On a GPU: the share of the peak that the model of a training step counts on.
-    *(
-        Target(operator, dtype, PEAK, EFFICIENCY, variant)
-        for variant in ("erc cuda", "erc triton")
-        for operator in ("stats", "policy-loss")
-        for dtype in ("float32", "bfloat16")
-    ),
-)
+    show = "{:.0%}".format if against == PEAK else times
+    return Target(f"{operator}, {dtype}, {variant}: {words}", measured, bound, at_least, show)
 
 
 def _weight(results: Results, key: tuple) -> tuple[int, int]:
@@ -104,6 +69,25 @@ def speedup(case: dict[str, Measurement], variant: str, against: str) -> float:
 def times(factor: float) -> str:
     """A factor in two digits, and never as a power of ten."""
     return f"{factor:.0f}x" if factor >= 99.5 else f"{factor:.2g}x"
+
+
+TARGETS = (
+    *(_ratio("stats", dtype, "eager PyTorch", 15) for dtype in ("float32", "bfloat16")),
+    *(_ratio("stats", dtype, "torch.compile", 8) for dtype in ("float32", "bfloat16")),
+    _ratio("stats", "float32", ours.READ, 2),
+    _ratio("policy-loss", "float32", "eager PyTorch", 20),
+    _ratio("policy-loss", "bfloat16", "eager PyTorch", 40),
+    _ratio("policy-loss", "float32", ours.COPY, 3),
+    _ratio("policy-loss", "float32", ours.CLONE, 3),
+    _ratio("policy-loss", "float32", ours.COPY, 3, variant="erc cpu, in place"),
+    # On a GPU: the share of the peak that the model of a training step counts on.
+    *(
+        _ratio(operator, dtype, PEAK, EFFICIENCY, variant)
+        for variant in ("erc cuda", "erc triton")
+        for operator in ("stats", "policy-loss")
+        for dtype in ("float32", "bfloat16")
+    ),
+)
 
 
 def case_title(key: tuple) -> str:
@@ -161,18 +145,12 @@ def rule_costs(results: Results) -> list[tuple[str, str, float]]:
     return rows
 
 
-def target_table(results: Results) -> Table:
-    """The targets beside what was measured."""
-    table = Table("operator", "dtype", "ratio", "target", "measured", title="targets", title_justify="left")
-    for target in TARGETS:
-        ratio = target.measured(results)
-        if ratio is None:
-            continue
-        bound = f"{'>=' if target.at_least else '<='} {target.show(target.bound)}"
-        style = "green" if target.holds(ratio) else "red"
-        words = f"{target.variant}: {target.words}"
-        table.add_row(target.operator, target.dtype, words, bound, f"[{style}]{target.show(ratio)}[/{style}]")
-    return table
+def target_table(results: Results) -> Table | None:
+    """The targets beside what was measured; None where nothing was."""
+    rows = target_rows(TARGETS, results)
+    colours = {"yes": "green", "no": "red"}
+    coloured = [(*row[:3], f"[{colours[row[3]]}]{row[3]}[/]") for row in rows]
+    return terminal_table(TARGET_HEADER, coloured, "targets") if rows else None
 
 
 def accuracy_table(results: Results, dtype: str, of: str = "logits") -> Table:
@@ -199,13 +177,11 @@ def flipped_share(row: AccuracyRow) -> str:
 
 def skip_table(results: Results) -> Table:
     """Who did not take part, and why; one line a reason."""
-    table = Table("variant", "reason", "cases", title="skipped", title_justify="left")
     counts: dict[tuple[str, str], int] = {}
     for skip in results.skipped:
         counts[skip.variant, skip.reason] = counts.get((skip.variant, skip.reason), 0) + 1
-    for (variant, reason), count in counts.items():
-        table.add_row(variant, reason, str(count))
-    return table
+    rows = [(variant, reason, str(count)) for (variant, reason), count in counts.items()]
+    return terminal_table(("variant", "reason", "cases"), rows, "skipped", left=2)
 
 
 def full_report(results: Results) -> Group:
@@ -223,14 +199,11 @@ def full_report(results: Results) -> Group:
     tables = [case_table(results, key) for key in results.cases() if key[0] != "rules"]
     costs = rule_costs(results)
     if costs:
-        table = Table(
-            "", "preset", "cost", title="cost of a ratio rule over plain DAPO (in place)", title_justify="left"
-        )
-        for where, preset, cost in costs:
-            table.add_row(where, preset, f"{100 * (cost - 1):+.1f} %")
-        tables.append(table)
-    if any(target.measured(results) is not None for target in TARGETS):
-        tables.append(target_table(results))
+        rows = [(where, preset, f"{100 * (cost - 1):+.1f} %") for where, preset, cost in costs]
+        title = "cost of a ratio rule over plain DAPO (in place)"
+        tables.append(terminal_table(("", "preset", "cost"), rows, title, left=2))
+    if (targets := target_table(results)) is not None:
+        tables.append(targets)
     tables += [accuracy_table(results, dtype) for dtype in dict.fromkeys(row.dtype for row in results.accuracy)]
     if results.skipped:
         tables.append(skip_table(results))

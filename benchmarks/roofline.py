@@ -9,18 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from benchmarks import ours
-from benchmarks.machine_code.roofline import GPUS
+from benchmarks.hardware import GPUS
 from benchmarks.report import BASELINES, main_cases
 from benchmarks.results import Measurement, Results
+from examples.palette import BASELINE, figure, implementation_color, legend_below, plain_numbers, save
 
-_SIZE = (7.0, 4.4)
-_LEGEND = {"fontsize": 7, "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+_MARKERS = {"A100": "s", "H100": "o", "H200": "D", "B200": "^"}
 
 
 def _logits_per_second(m: Measurement) -> float:
@@ -45,73 +40,91 @@ def measured_roofline(results: Results, path: Path) -> Path | None:
     kinds = [(op, cases) for op in ("stats", "policy-loss") if (cases := main_cases(results, op))]
     if not kinds:
         return None
-    figure, axes = plt.subplots(1, len(kinds), figsize=(_SIZE[0] * len(kinds), _SIZE[1]), squeeze=False)
-    for ax, (operator, cases) in zip(axes[0], kinds, strict=True):
-        ax.set(xscale="log", yscale="log")
+    drawn, axes = figure(4.6, 1, len(kinds), squeeze=False)
+    for axis, (operator, cases) in zip(axes[0], kinds, strict=True):
+        axis.set(xscale="log", yscale="log")
         points = [m for key in cases.values() for m in results.of(key).values() if m.variant not in BASELINES]
         intensities = [logits_per_byte(m) for m in points]
-        low, high = min(intensities) / 1.5, max(intensities) * 1.5
+        low, high = min(intensities) / 1.4, max(intensities) * 1.4
         peak = results.machine.get("gpu_peak_gbps") if points[0].device == "cuda" else None
         if peak:
-            _roof(ax, peak * 1e9, f"data-sheet peak, {peak:,.0f} GB/s", low, high, color="k")
+            _roof(axis, peak * 1e9, f"data-sheet peak, {peak:,.0f} GB/s", low, high, color="k")
         for (dtype, key), style in zip(cases.items(), ("-", "--", ":"), strict=False):
             limit = next((m for m in results.of(key).values() if m.variant in (ours.READ, ours.COPY)), None)
             if limit and not peak:
-                label = f"plain {limit.variant} of {dtype}, {limit.gbps:.0f} GB/s"
-                _roof(ax, limit.gbps * 1e9, label, low, high, color="k", linestyle=style)
+                label = f"plain {limit.variant}, {dtype}: {limit.gbps:.0f} GB/s"
+                _roof(axis, limit.gbps * 1e9, label, low, high, color="k", linewidth=1, linestyle=style)
         own = [m for m in results.find(operator=operator, device=points[0].device) if m.variant.startswith("erc ")]
         best = max((_logits_per_second(m) for m in own if m.variant != "erc torch"), default=None)
         if best:
-            ax.axhline(best, color="C3", linewidth=1, linestyle="-.", label="erc's best rate at any size")
+            axis.axhline(best, color=BASELINE, linewidth=1.2, linestyle="-.", label="erc's best rate at any size")
         for name in sorted({m.variant for m in points}, key=lambda n: (not n.startswith("erc"), n)):
             mine = [m for m in points if m.variant == name]
-            style = {"s": 60, "marker": "o"} if name.startswith("erc") else {"s": 30, "marker": "x"}
-            ax.scatter([logits_per_byte(m) for m in mine], [_logits_per_second(m) for m in mine], label=name, **style)
+            style = (
+                {"s": 46, "marker": "D" if "," in name else "o"} if name.startswith("erc") else {"s": 26, "marker": "x"}
+            )
+            x, y = [logits_per_byte(m) for m in mine], [_logits_per_second(m) for m in mine]
+            axis.scatter(x, y, label=name, color=implementation_color(name), zorder=3, **style)
         at = {f"1/{round(1 / logits_per_byte(m))}": logits_per_byte(m) for m in points}
-        ax.set_xticks(list(at.values()), list(at), minor=False)
-        ax.minorticks_off()
-        sizes = ", ".join(f"{dtype} N={key[3]:,}" for dtype, key in cases.items())
-        ax.set(xlabel="logits per byte of necessary traffic", ylabel="logits per second")
-        ax.set_title(f"{operator}, V = {points[0].vocab:,}; {sizes}", fontsize=9)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend(**_LEGEND)
-    return _save(figure, path)
+        axis.set_xticks(list(at.values()), list(at), minor=False)
+        axis.minorticks_off()
+        dtypes = ", ".join(f"{dtype} N = {key[3]:,}" for dtype, key in cases.items())
+        axis.set_xlabel("logits per byte of necessary traffic")
+        axis.set_title(f"{operator}, V = {points[0].vocab:,}\n{dtypes}", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("logits per second")
+    legend_below(drawn, columns=3)
+    save(drawn, path)
+    return path
 
 
 def machine_code_roofline(document: dict, path: Path) -> Path | None:
-    """What each kernel's instructions leave reachable on each GPU, beside the data-sheet bandwidth.
+    """What each kernel's instructions leave reachable on each GPU, beside the data-sheet bandwidth. Modelled.
 
     Args:
         document: what `machine-code --json` wrote, of bfloat16 kernels.
     """
     kernels = [kernel for kernel in document["kernels"] if kernel["reachable"]]
-    gpus = [gpu for gpu in GPUS if any(gpu.name in kernel["reachable"] for kernel in kernels)]
+    gpus = [gpu.name for gpu in GPUS if any(gpu.name in kernel["reachable"] for kernel in kernels)]
     if not gpus:
         return None
-    figure, axes = plt.subplots(1, len(gpus), figsize=(4.6 * len(gpus), _SIZE[1]), squeeze=False, sharey=True)
-    sources = sorted({kernel["source"] for kernel in kernels})
-    for ax, gpu in zip(axes[0], gpus, strict=True):
-        _roof(ax, gpu.bandwidth, "data-sheet bandwidth", 0.16, 0.75, color="k")
-        for number, source in enumerate(sources):
-            mine = [kernel for kernel in kernels if kernel["source"] == source and gpu.name in kernel["reachable"]]
-            # bfloat16: statistics read two bytes a logit, a loss reads and writes them. Sources stand side by side,
-            # each as far from the roof as its headroom says.
-            x = [(1 + 0.06 * number) / (4 if kernel["gradient"] else 2) for kernel in mine]
-            headrooms = [kernel["reachable"][gpu.name]["headroom"] for kernel in mine]
-            y = [headroom * gpu.bandwidth * at for headroom, at in zip(headrooms, x, strict=True)]
-            ax.scatter(x, y, s=28, label=f"{source}: instructions allow")
-        title = f"{gpu.name}, {gpu.bandwidth / 1e12:.2f} TB/s"
-        ax.set(xscale="log", yscale="log", xlabel="logits per byte of necessary traffic", title=title)
-        ax.set_xticks([1 / 4, 1 / 2], ["1/4: with gradient", "1/2: statistics"])
-        ax.set_xticks([], minor=True)
-        ax.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("logits per second")
-    axes[0][0].legend(fontsize=7, loc="lower right")
-    return _save(figure, path)
-
-
-def _save(figure, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    halves = [
+        (title, list(dict.fromkeys((k["source"], k["name"]) for k in kernels if bool(k["gradient"]) == gradient)))
+        for title, gradient in (("statistics: one read", False), ("gradients and losses: one read, one write", True))
+    ]
+    halves = [(title, names) for title, names in halves if names]
+    ratios = {"height_ratios": [len(names) + 1 for _, names in halves]}
+    height = 1.4 + 0.24 * sum(len(names) + 1 for _, names in halves)
+    drawn, axes = figure(height, len(halves), 1, squeeze=False, sharex=True, gridspec_kw=ratios)
+    for axis, (title, names) in zip(axes[:, 0], halves, strict=True):
+        axis.axvline(1.0, color="k", linewidth=1)
+        for gpu in gpus:
+            mine = [k for k in kernels if gpu in k["reachable"] and (k["source"], k["name"]) in names]
+            axis.scatter(
+                [k["reachable"][gpu]["headroom"] for k in mine],
+                [names.index((k["source"], k["name"])) for k in mine],
+                marker=_MARKERS.get(gpu, "o"), s=30, color=[_color(k["source"], k["name"]) for k in mine],
+            )  # fmt: skip
+        axis.set_yticks(range(len(names)), [_words(*name) for name in names], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(title, loc="left")
+        axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+    for gpu in gpus:
+        axes[0, 0].scatter([], [], marker=_MARKERS.get(gpu, "o"), color=BASELINE, label=gpu)
+    plain_numbers(axes[-1, 0].xaxis, (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4))
+    axes[-1, 0].set_xlabel("rate that the instructions allow, over the data-sheet bandwidth (line: 1)")
+    legend_below(drawn)
+    save(drawn, path)
     return path
+
+
+_PEERS = {"trl": "TRL", "liger": "Liger"}
+
+
+def _words(source: str, name: str) -> str:
+    return name if source == "peer" else f"{source}: {name}"
+
+
+def _color(source: str, name: str) -> str:
+    return implementation_color(_PEERS.get(name.split(" ")[0], "") if source == "peer" else f"erc {source}")

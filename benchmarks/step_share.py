@@ -20,6 +20,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from benchmarks.hardware import GPU, GPUS
+from benchmarks.tables import terminal_table
+
 
 @dataclass(frozen=True)
 class Model:
@@ -30,15 +33,6 @@ class Model:
     layers: int
     width: int
     vocab: int
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Data-sheet peaks: dense bfloat16 flops and memory bandwidth in bytes, both per second."""
-
-    name: str
-    flops: float
-    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,8 @@ MODELS = (
     Model("Qwen2.5-1.5B", 1.31e9, 28, 1536, 151_936),
     Model("Qwen2.5-7B", 6.53e9, 28, 3584, 152_064),
 )
-H100 = Accelerator("H100 SXM", 989e12, 3.35e12)
-ACCELERATORS = (H100, Accelerator("H200 SXM", 989e12, 4.8e12), Accelerator("B200", 2.25e15, 8.0e12))
+ACCELERATORS = tuple(gpu for gpu in GPUS if gpu.name != "A100")
+H100 = ACCELERATORS[0]
 TRAFFIC = (
     LossTraffic(
         "eager PyTorch",
@@ -91,7 +85,7 @@ class StepShare:
 def step_share(
     model: Model,
     traffic: LossTraffic,
-    device: Accelerator = H100,
+    device: GPU = H100,
     *,
     length: int = LENGTH,
     mfu: float = MFU,
@@ -147,9 +141,5 @@ def step_share_rows(**assumptions: float) -> list[tuple[str, ...]]:
 
 def step_share_table(**assumptions: float) -> Table:
     """`step_share_rows` for the terminal."""
-    table = Table(title=f"share of a training step, {H100.name}, microseconds per token")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
-    for row in step_share_rows(**assumptions):
-        table.add_row(*row)
-    return table
+    title = f"share of a training step, {H100.name}, microseconds per token"
+    return terminal_table(HEADINGS, step_share_rows(**assumptions), title, left=2)

@@ -1,12 +1,14 @@
-"""`python -m erc info` and `python -m erc check`."""
+"""`erc info`, `erc check` and `erc --version`, which are `python -m erc ...` as well."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import platform
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -15,9 +17,9 @@ from erc.backend import backends, cpu_isa, library_path
 from erc.check import check
 
 
-def info() -> dict[str, str]:
+def info() -> dict[str, Any]:
     """Versions, machine, backends and build."""
-    facts = {"erc": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    facts: dict[str, Any] = {"erc": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "numpy"):
         try:
             facts[package] = importlib.metadata.version(package)
@@ -25,7 +27,7 @@ def info() -> dict[str, str]:
             facts[package] = "not installed"
     facts["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    facts |= {f"backend {name}": state for name, state in backends().items()}
+    facts["backends"] = backends()
     facts["cpu instruction set"] = cpu_isa() or "none"
     facts["cpu library"] = str(library_path("cpu"))
     return facts
@@ -33,12 +35,26 @@ def info() -> dict[str, str]:
 
 def main() -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m erc", description=__doc__)
-    parser.add_argument("command", choices=("info", "check"), help="what to print")
-    command = parser.parse_args().command
-    if command == "info":
-        print_table("this installation", ("", "value"), info().items())
+    parser = argparse.ArgumentParser(prog="erc", description="Looks at this installation.")
+    parser.add_argument("--version", action="version", version=f"erc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | check")
+    about = commands.add_parser("info", help="versions, machine and backends")
+    about.add_argument("--json", action="store_true", help="for programs")
+    commands.add_parser("check", help="every available backend against the float64 oracle")
+    arguments = parser.parse_args()
+    if arguments.command == "check":
+        return print_check()
+    facts = info()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
         return 0
+    facts |= {f"backend {name}": state for name, state in facts.pop("backends").items()}
+    print_table("this installation", ("", "value"), facts.items())
+    return 0
+
+
+def print_check() -> int:
+    """Returns 1 where a backend breaks the contract."""
     results = check()
     header = (
         "backend",

@@ -1,4 +1,4 @@
-"""Layer 1: which backend runs a call, and why.
+"""Which backend runs a call, and why.
 
 `cpu` is the C++ library built beside this package, `triton` and `cuda` are for GPUs, `torch` is `erc.reference` and
 runs everywhere. A call takes, in this order: its `backend=` argument, `use_backend`, the environment variable
@@ -17,10 +17,10 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from erc import ops, reference
 from erc.constants import NUM_PARAMS
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 NAMES = ("cpu", "triton", "cuda", "torch")
 DEFAULT_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _NAMESPACES = {name: f"erc_{name}" for name in ("cpu", "triton", "cuda")}
@@ -86,8 +87,9 @@ def _load_triton() -> str | None:
         return "no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
     from erc import triton_kernels
 
-    _libraries["triton"] = ops.define(_NAMESPACES["triton"])
-    triton_kernels.register(_libraries["triton"])
+    if "triton" not in _libraries:
+        _libraries["triton"] = ops.define(_NAMESPACES["triton"])
+        triton_kernels.register(_libraries["triton"])
     return None
 
 
@@ -121,15 +123,15 @@ def _in_short(error: BaseException) -> str:
 
 def _try_out(name: str, device: torch.device) -> str | None:
     """Why backend `name` does not run on `device`, found by statistics and gradient of two rows; None where it does."""
-    kwargs = {"device": device, "dtype": torch.float32}
-    logits = torch.tensor([0.0, 1.0, 0.0, 2.0], **kwargs).mul(math.log(2)).expand(1, 2, 4).contiguous()
+    row = torch.tensor([0.0, 1.0, 0.0, 2.0], device=device, dtype=torch.float32).mul(math.log(2))
+    logits = row.expand(1, 2, 4).contiguous()
     params = torch.tensor([1.0, 0.0, 1.0] + [0.0] * (NUM_PARAMS - 3), dtype=torch.float64, device="cpu")
     inputs = (logits, torch.full((2,), 3, dtype=torch.int64, device=device), None, params, -100)
     expected = [-math.log(2), 1.75 * math.log(2), 3 * math.log(2), -0.125, -0.25, -0.125, 0.5]
     try:
         with synchronisation_allowed(device):
             logprob, entropy, logsumexp, saved = operators(name).stats_forward(*inputs)
-            gradient = operators(name).stats_backward(*inputs, saved, torch.ones(2, **kwargs), None, None)
+            gradient = operators(name).stats_backward(*inputs, saved, torch.ones_like(logits[0, :, 0]), None, None)
             rows = torch.cat((torch.stack((logprob, entropy, logsumexp), 1), gradient[0]), 1).tolist()
     except Exception as error:
         return f"does not run on {device}: {_in_short(error)}"
@@ -197,19 +199,36 @@ def cpu_isa() -> str | None:
     return None if why_not("cpu") is not None else _text_of(library_path("cpu"), "erc_cpu_isa")
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every call inside on backend `name`.
+class use_backend(ContextDecorator):
+    """Run every call inside on backend `name`, or as a decorator every call of a function. By itself it changes
+    nothing, and warns.
 
     >>> with use_backend("torch"):
     ...     pass
     """
-    _check_name(name, "name")
-    _forced.append(name)
-    try:
-        yield
-    finally:
+
+    def __init__(self, name: str) -> None:
+        _check_name(name, "name")
+        self.name, self._entered = name, False
+
+    def __enter__(self) -> None:
+        self._entered = True
+        _forced.append(self.name)
+
+    def __exit__(self, *_: object) -> None:
         _forced.pop()
+
+    def __call__(self, function: _Function) -> _Function:
+        self._entered = True
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_entered", True):
+            warnings.warn(
+                f"use_backend({self.name!r}) changes nothing by itself: write `with erc.use_backend({self.name!r}):` "
+                f"around the calls, or set ERC_BACKEND={self.name} for the whole process",
+                stacklevel=2,
+            )
 
 
 def _check_name(name: str, argument: str) -> None:

@@ -1,4 +1,4 @@
-"""Layer 2: the front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
+"""The front desk of every loss. It checks what the caller gave, brings it into the form that operators take,
 and chooses the route.
 
 The route of a call, station by station: here -> token table -> rows -> token summary -> result (docs/architecture.md).
@@ -28,6 +28,7 @@ from erc.inputs import (
     scalar,
 )
 from erc.ops import stats_dtype
+from erc.parallel import Facts
 from erc.rows import RowScaling, params_tensor
 from erc.surrogate.objective import Objective
 from erc.surrogate.reductions import reduction_id
@@ -70,7 +71,7 @@ def choose_route(
     if support:
         return Route("two-phase", "the log-prob over a support is not what the sweep over the full vocabulary leaves")
     if not objective.fused:
-        return Route("two-phase", objective.two_phase_reason)
+        return Route("two-phase", str(objective.two_phase_reason))
     if split and not linear:
         return Route("two-phase", "the weights of split sequences need the other ranks' sums before any row is read")
     if linear and needs_grad and objective.reduction == "none":
@@ -148,7 +149,7 @@ class LossCall:
     def sequences(self) -> Sequences | None:
         return sequences_of(self.count, self.sequence_length, self.tokens.cu_seqlens, self.arguments.sequence_group)
 
-    def add_facts(self, facts: dict[str, Any]) -> None:
+    def add_facts(self, facts: Facts) -> None:
         """What must be the same on every rank that holds a part of the vocabulary."""
         tokens, scaling = self.tokens, self.scaling
         facts.add(scaling=scaling.values, temperature=scaling.temperature, objective=self.objective)
@@ -309,12 +310,14 @@ def loss_call(
     )
     policy_weight = None
     if objective.rollout_correction is not None:
+        old_rows, rollout_rows = rows["old_logprob"], rows["rollout_logprob"]
+        assert old_rows is not None and rollout_rows is not None
         flat_mask = (labels != ignore_index).reshape(-1).to(dtype)
         if mask is not None:
             flat_mask = torch.where(flat_mask == 0, 0.0, mask.reshape(-1).to(dtype))
         policy_weight = objective.rollout_correction.weights(
-            rows["old_logprob"].reshape(-1).to(dtype),
-            rows["rollout_logprob"].reshape(-1).to(dtype),
+            old_rows.reshape(-1).to(dtype),
+            rollout_rows.reshape(-1).to(dtype),
             flat_mask,
             sequences_of(prod(leading), length, offsets, given.sequence_group),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def _check_batch(name: str, dtype: torch.dtype, device: str, seed: int) -> Agree
     exact_logits = logits.double().requires_grad_()
     exact = reference.token_stats(exact_logits.detach(), labels, temperature=TEMPERATURE)
     old_entropy = (exact.entropy * (1 + 0.1 * torch.randn(ROWS, generator=generator))).float()
-    arguments = {
+    arguments: dict[str, Any] = {
         "old_logprob": (exact.logprob + 0.1 * torch.randn(ROWS, generator=generator)).float(),
         "advantages": torch.randn(ROWS, generator=generator),
         "old_entropy": old_entropy,
@@ -100,12 +101,14 @@ def _check_batch(name: str, dtype: torch.dtype, device: str, seed: int) -> Agree
         **there,
     )
     out.loss.backward()
+    assert tested.grad is not None and exact_logits.grad is not None
     gradient_error = (tested.grad.cpu().double() - exact_logits.grad).abs().amax(-1)
     largest = exact_logits.grad.abs().amax(-1)
     # Scale 1 plus 1e-12, as in the contract: a row may have no gradient at all.
     gradient = (gradient_error / (largest + 1e-6) - half_ulp(out.logprob.cpu())).max()
     row_scale = exact_logits.detach().abs().amax(-1) / TEMPERATURE
     gate = chosen.entropy_ratio
+    assert gate is not None
     dropped = [
         gate.dropped(entropy, old_entropy.double())[0] for entropy in (stats.entropy.cpu().double(), exact.entropy)
     ]

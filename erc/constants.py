@@ -1,4 +1,4 @@
-"""Layer 0: the numbers that Python, C++, CUDA and Triton share. This file is their one source.
+"""The numbers that Python, C++, CUDA and Triton share. This file is their one source.
 
 Triton imports them; `python -m erc.constants` prints `csrc/common/constants.h`, and a test holds the file to it. A new
 per-token input, rule, metric or parameter starts here: docs/architecture.md.
@@ -199,9 +199,11 @@ def header() -> str:
         f"constexpr int kPairedSaved = {PAIRED_SAVED};",
         f"constexpr int kNumColumns = {len(Column)};",
     ]
-    for enum in (RuleId, KLKind, Gate, Reduction):  # kinds of something: scoped
+    kinds: tuple[type[IntEnum], ...] = (RuleId, KLKind, Gate, Reduction)
+    for enum in kinds:  # scoped
         lines += ["", f"enum class {enum.__name__} : int {{", *_members(enum), "};"]
-    for enum in (Param, Present, TokenFlag, Metric):  # positions and bits: plain integers under a name
+    places: tuple[type[IntEnum], ...] = (Param, Present, TokenFlag, Metric)
+    for enum in places:  # positions and bits: plain integers under a name
         lines += ["", f"struct {enum.__name__} {{", "  enum : int {", *_members(enum, "    "), "  };"]
         count = max(enum) + 1
         lines += [f"  static constexpr int kCount = {count};"] if enum in (Param, Metric) else []

@@ -1,4 +1,4 @@
-"""Layer 2: what a caller may pass, argument by argument. Nothing here reads a value of a GPU tensor.
+"""What a caller may pass, argument by argument. Nothing here reads a value of a GPU tensor.
 
 Values of CPU tensors are checked by the operators as they read them; where one of them finds something,
 `explain_invalid_values` says what it was.
@@ -22,7 +22,7 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 EXACT_DTYPES = (torch.float32, torch.float64)
 
 
-def check_plain(name: str, tensor: Tensor) -> None:
+def check_plain(name: str, tensor: Tensor | None) -> None:
     """Refuse what is no one strided tensor, and say how to pass what it holds."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -1,4 +1,4 @@
-"""Layer 2: log-probs over the tokens that a sampler kept, around the sweeps of a backend, which run as without them.
+"""Log-probs over the tokens that a sampler kept, around the sweeps of a backend, which run as without them.
 
 Forward: one kernel, after that of the full vocabulary, reads the kept logits, leaves the log-prob over them, and says
 which rows were cut. Backward: the sweep writes the gradient of what is of the full vocabulary (zero where that is
@@ -86,6 +86,7 @@ class KeptRows(NamedTuple):
 
     def gather_(self, full: tuple[Tensor, ...], logprob: Tensor) -> None:
         """The same of a shard's rows, all of which went through `statistics_` for their kept logits."""
+        assert self.shard is not None
         dist.all_reduce(self.values, op=dist.ReduceOp.MAX, group=self.shard.group)
         nothing = self.values.new_empty((1, len(self.labels), 0))
         self.statistics_(nothing, None, 0, full, logprob, gathered=True)
@@ -97,7 +98,7 @@ class KeptRows(NamedTuple):
         labels, ignore_index = self.labels, self.ignore_index
         if full is None and logprob is not None:
             labels = self.dense_labels
-        elif logprob is not None:
+        elif full is not None and logprob is not None:
             full = full + logprob.masked_fill(self.dense_labels == CUT_LABEL, 0.0)
         if self.shard is not None:
             local = self.shard.local_labels(labels, ignore_index, columns)

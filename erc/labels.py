@@ -1,4 +1,4 @@
-"""Layer 4: labels for the sampled tokens, from what a trainer has after sampling."""
+"""Labels for the sampled tokens, from what a trainer has after sampling."""
 
 from __future__ import annotations
 

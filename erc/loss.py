@@ -1,4 +1,4 @@
-"""Layer 3: policy losses from logits, and from log-probs that exist already.
+"""Policy losses from logits, and from log-probs that exist already.
 
 The fused route makes the gradient while the row is on chip: one read of the logits and one write of the gradient, for
 forward and backward together. The two-phase route (statistics, then the loss on `[N]` numbers, then the gradient)
@@ -159,6 +159,7 @@ def policy_loss(
     logprob, entropy, _, logprob_full = row_statistics(
         backend_operators, logits, table[1], scaling, ignore_index, support, vocab_shard
     )
+    assert logprob is not None
     return two_phase_result(TokenCall(call, backend_operators, table, logprob, entropy, logprob_full))
 
 

@@ -1,4 +1,4 @@
-"""Layer 1: the operators every backend implements, one schema for all, one namespace a backend.
+"""The operators every backend implements, one schema for all, one namespace per backend.
 
 `erc_cpu::stats_forward`, `erc_triton::stats_forward` and `erc_cuda::stats_forward` are the same operator on different
 machinery; `erc.backend` picks the namespace, and nothing else in the package knows which one runs.
@@ -133,23 +133,23 @@ def _tokens(logits: Tensor, *leading: int, dtype: torch.dtype | None = None) -> 
     return logits.new_empty((*leading, count), dtype=dtype or stats_dtype(logits.dtype))
 
 
-def _fake_stats_forward(logits, labels, *_):
+def _fake_stats_forward(logits: Tensor, labels: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     logprob = _tokens(logits) if labels is not None else logits.new_empty((0,), dtype=stats_dtype(logits.dtype))
     return logprob, _tokens(logits), _tokens(logits), _tokens(logits, 3)
 
 
-def _like(logits, *_):
+def _like(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _fake_token_table(labels, *args):
+def _fake_token_table(labels: Tensor, *args: Any) -> tuple[Tensor, ...]:
     real = torch.float64 if args[-1] else torch.float32
     count = labels.numel()
     table = labels.new_empty((count, len(Column)), dtype=real)
     return table, labels.new_empty((count,), dtype=torch.int64), labels.new_empty((1,), dtype=torch.int32)
 
 
-def _fake_token_losses(logprob, *_):
+def _fake_token_losses(logprob: Tensor, *_: Any) -> tuple[Tensor, ...]:
     count = logprob.numel()
     return (
         logprob.new_empty((4, count)),
@@ -158,12 +158,12 @@ def _fake_token_losses(logprob, *_):
     )
 
 
-def _fake_token_summary(per_token, *_):
+def _fake_token_summary(per_token: Tensor, *_: Any) -> tuple[Tensor, ...]:
     metrics = per_token.new_empty((len(Metric),), dtype=torch.float64)
     return per_token.new_empty(()), metrics, per_token.new_empty((), dtype=torch.int64)
 
 
-def _fake_policy_loss(logits, *args):
+def _fake_policy_loss(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, per_row, need_grad = args
     loss = _tokens(logits) if per_row else logits.new_empty((), dtype=stats_dtype(logits.dtype))
     per_token = _tokens(logits, 3)
@@ -172,11 +172,11 @@ def _fake_policy_loss(logits, *args):
     return loss, per_token, _tokens(logits, dtype=torch.int32), metrics, tokens, grad_logits
 
 
-def _fake_nothing(*_):
+def _fake_nothing(*_: Any) -> None:
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "stats_forward": _fake_stats_forward,
     "stats_backward": _like,
     "token_table": _fake_token_table,
@@ -191,6 +191,8 @@ _FAKES = {
 
 
 # ---- autograd: the functional forms, which torch.compile traces -----------------------------------------------------
+
+_Backward = Callable[..., tuple[Any, ...]]
 
 
 def contiguous(grad: Tensor | None) -> Tensor | None:
@@ -208,16 +210,15 @@ def no_graph() -> AbstractContextManager[Any]:
 
 
 def refuse_double_backward(function: str) -> None:
-    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped without a word."""
+    """Raise inside a backward that somebody builds a graph of: its own gradient would be dropped silently."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{function} has no second derivative, which would be dropped without a word: call backward without "
-            "create_graph"
+            f"{function} has no second derivative, which would be dropped silently: call backward without create_graph"
         )
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise before an operator that would drop a forward-mode tangent of one of them without a word."""
+    """Raise before an operator that would drop a forward-mode tangent of one of them silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
@@ -227,7 +228,7 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         )
 
 
-def _stats_context(ctx, inputs, output):
+def _stats_context(ctx: Any, inputs: Any, output: Any) -> None:
     logits, labels, temperature, params, ignore_index = inputs
     ctx.save_for_backward(logits, labels, temperature, params, output[3])
     ctx.ignore_index = ignore_index
@@ -235,8 +236,8 @@ def _stats_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _stats_backward(namespace: str):
-    def backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, _):
+def _stats_backward(namespace: str) -> _Backward:
+    def backward(ctx: Any, grad_logprob: Any, grad_entropy: Any, grad_logsumexp: Any, _: Any) -> tuple[Any, ...]:
         refuse_double_backward("token_stats")
         if grad_logprob is None and grad_entropy is None and grad_logsumexp is None:
             return None, None, None, None, None
@@ -248,15 +249,15 @@ def _stats_backward(namespace: str):
     return backward
 
 
-def _loss_context(ctx, inputs, output):
+def _loss_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(output[-1])
     ctx.num_inputs, ctx.need_grad = len(inputs), inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _loss_backward(namespace: str):
-    def backward(ctx, grad_loss, *_):
+def _loss_backward(namespace: str) -> _Backward:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         refuse_double_backward("policy_loss")
         nothing = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
@@ -269,7 +270,7 @@ def _loss_backward(namespace: str):
     return backward
 
 
-def _paired_context(ctx, inputs, output):
+def _paired_context(ctx: Any, inputs: Any, output: Any) -> None:
     *pair, states = inputs
     ctx.save_for_backward(*pair, output[1])
     ctx.whole = states is None
@@ -277,8 +278,8 @@ def _paired_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _paired_backward(namespace: str):
-    def backward(ctx, grads, _):
+def _paired_backward(namespace: str) -> _Backward:
+    def backward(ctx: Any, grads: Tensor | None, _: Any) -> tuple[Any, ...]:
         refuse_double_backward("entropy_ratio")
         if grads is None:
             return None, None, None, None, None
@@ -290,7 +291,7 @@ def _paired_backward(namespace: str):
     return backward
 
 
-_AUTOGRAD: dict[str, tuple[Callable[[str], Any], Callable[..., None]]] = {
+_AUTOGRAD: dict[str, tuple[Callable[[str], _Backward], Callable[..., None]]] = {
     "stats_forward": (_stats_backward, _stats_context),
     "policy_loss": (_loss_backward, _loss_context),
     "paired_forward": (_paired_backward, _paired_context),

@@ -1,6 +1,6 @@
-"""Layer 2: vocabulary-parallel statistics over torch.distributed.
+"""Vocabulary-parallel statistics over torch.distributed.
 
-Each rank holds some columns of every row. A sweep over them leaves four numbers a row (the row state and the label's
+Each rank holds some columns of every row. A sweep over them leaves four numbers per row (the row state and the label's
 value); an all-gather of those, merged in rank order, gives every rank the same statistics, bit for bit. The backward
 needs no communication: each rank owns its columns of the gradient of the one replicated loss. The linear forms send
 each chunk of rows while the next one is computed.
@@ -8,6 +8,7 @@ each chunk of rows while the next one is computed.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -148,7 +149,8 @@ def _comparable(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value if value is None or isinstance(value, (int, float, str)) else repr(value)
     values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()
+    data = ctypes.string_at(values.data_ptr(), values.numel())  # not through numpy, which need not be there
+    digest = hashlib.blake2b(data, digest_size=4).hexdigest()
     return f"{value.dtype} {tuple(value.shape)} of digest {digest}"
 
 
@@ -236,10 +238,12 @@ def state_statistics(
     logprob = (label - row_max) * scale - log_sum
     entropy = log_sum - weighted_sum / (1 + sum_rest)
     valid = row_max.isfinite() & sum_rest.isfinite() & weighted_sum.isfinite()
-    results = (torch.where(valid, stat, torch.nan) for stat in (logprob, entropy, logsumexp))
-    if ignored is not None:
-        results = (torch.where(ignored, 0.0, stat) for stat in results)
-    return tuple(stat.to(state.dtype) for stat in results)
+
+    def result(stat: Tensor) -> Tensor:
+        stat = torch.where(valid, stat, torch.nan)
+        return (stat if ignored is None else torch.where(ignored, 0.0, stat)).to(state.dtype)
+
+    return result(logprob), result(entropy), result(logsumexp)
 
 
 def poisoned(state: Tensor, labels: Tensor | None, ignore_index: int, vocab_size: int) -> Tensor:
@@ -311,7 +315,7 @@ class _ShardedStats(torch.autograd.Function):
             return (None,) * 7
         if labels is None:
             grads = (None, *grads[1:])
-        grads = [None if grad is None else grad.contiguous() for grad in grads]
+        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
         grad_rows = ctx.operators.stats_backward(rows, labels, temperature, params, LOCAL_IGNORE_INDEX, saved, *grads)
         return (grad_rows,) + (None,) * 6
 

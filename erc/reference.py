@@ -9,7 +9,7 @@ autograd. Memory is that of eager PyTorch: several tensors as large as the logit
 from __future__ import annotations
 
 from math import nan
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from erc.surrogate.metrics import token_summary
 from erc.surrogate.objective import Objective
 from erc.surrogate.token_table import token_table
 from erc.surrogate.validation import values_are_readable
+
+if TYPE_CHECKING:
+    from erc.results import LabelledStats
 
 
 class Row:
@@ -105,8 +108,9 @@ class OPERATORS:
         x = x * torch.where(in_range | ~active, 1.0, nan)[:, None]  # NaN, and so is its gradient
         row = Row(scaling.apply(x))
         logprob = row.logprob(torch.where(in_range, labels, 0))
-        stats = (torch.where(active, stat, 0.0).to(dtype) for stat in (logprob, row.entropy, row.logsumexp))
-        return (*stats, None)
+        found = (logprob, row.entropy, row.logsumexp)
+        logprob, entropy, logsumexp = (torch.where(active, stat, 0.0).to(dtype) for stat in found)
+        return logprob, entropy, logsumexp, None
 
     @staticmethod
     def paired_forward(
@@ -159,8 +163,11 @@ def support_statistics(
     column = torch.where(active & ~invalid, labels, 0)
     logprob_full = full.logprob(column)
     logprob = torch.where(cut, part.logprob(column), logprob_full)
-    stats = (logprob, full.entropy, full.logsumexp, logprob_full)
-    return tuple(torch.where(active, stat, 0.0).to(stats_dtype(logits.dtype)) for stat in stats)
+
+    def result(stat: Tensor) -> Tensor:
+        return torch.where(active, stat, 0.0).to(stats_dtype(logits.dtype))
+
+    return result(logprob), result(full.entropy), result(full.logsumexp), result(logprob_full)
 
 
 def _scaling(params: Tensor, temperature: Tensor | None) -> RowScaling:
@@ -187,6 +194,28 @@ def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
 # ---- the public functions, by the operators above --------------------------------------------------------------------
 
 
+@overload
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    support: SamplingSupport | None = ...,
+) -> LabelledStats: ...
+@overload
+def token_stats(
+    logits: Tensor,
+    labels: None = ...,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    support: SamplingSupport | None = ...,
+) -> TokenStats: ...
 def token_stats(
     logits: Tensor,
     labels: Tensor | None = None,
@@ -219,10 +248,10 @@ def _row_statistics(
     support: SamplingSupport | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """Log-prob, entropy, logsumexp and, with a support, log-prob over the full vocabulary; `[N]` each."""
-    arguments = (as_rows(logits), labels, scaling.temperature, params, ignore_index)
-    if support is not None:
-        return support_statistics(*arguments, support)
-    logprob, entropy, logsumexp, _ = OPERATORS.stats_forward(*arguments)
+    rows = as_rows(logits)
+    if support is not None and labels is not None:
+        return support_statistics(rows, labels, scaling.temperature, params, ignore_index, support)
+    logprob, entropy, logsumexp, _ = OPERATORS.stats_forward(rows, labels, scaling.temperature, params, ignore_index)
     return None if labels is None else logprob, entropy, logsumexp, None
 
 
@@ -270,6 +299,7 @@ def policy_loss(
     logprob, entropy, _, logprob_full = _row_statistics(
         logits, table[1], scaling, call.tokens.params, ignore_index, support
     )
+    assert logprob is not None
     return two_phase_result(TokenCall(call, OPERATORS, table, logprob, entropy, logprob_full))
 
 

@@ -1,8 +1,8 @@
-"""Layer 2: what the public functions return, and the last two stations of a loss, which make it."""
+"""What the public functions return, and the last two stations of a loss, which make it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,10 +39,21 @@ class TokenStats(NamedTuple):
         leading: tuple[int, ...],
     ) -> TokenStats:
         """Statistics `[N]` in the shape of the caller's rows; `logprob_full` is None without a support."""
-        logprob, entropy, logsumexp, logprob_full = (
-            None if stat is None else stat.view(leading) for stat in (logprob, entropy, logsumexp, logprob_full)
-        )
-        return cls(logprob, entropy, logsumexp, logprob if logprob_full is None else logprob_full)
+        logprob, logprob_full = (None if stat is None else stat.view(leading) for stat in (logprob, logprob_full))
+        full = logprob if logprob_full is None else logprob_full
+        return cls(logprob, entropy.view(leading), logsumexp.view(leading), full)
+
+
+if TYPE_CHECKING:
+
+    class LabelledStats(TokenStats):
+        """What comes back where labels were given: log-probs that are no None. For type checkers alone."""
+
+        @property
+        def logprob(self) -> Tensor: ...
+
+        @property
+        def logprob_full(self) -> Tensor: ...
 
 
 class EntropyRatio(NamedTuple):
@@ -115,7 +126,7 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
             per_token, flags, table, labels, counter, given.params, given.ignore_index
         )
     else:
-        policy = (None, None, None, None)
+        policy: tuple[Tensor | None, ...] = (None, None, None, None)
         if terms is not None:
             policy = (terms.loss, terms.derivative, terms.clip_low, terms.clip_high)
         per_token, derivatives, flags = tokens.operators.token_losses(
@@ -143,7 +154,9 @@ def _with_support(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> Poli
     def mean(values: Tensor) -> Tensor:
         return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
 
-    metrics = out.metrics | {"kept_mass": mean((tokens.logprob_full - tokens.logprob).exp())}
+    logprob_full = tokens.logprob_full
+    assert logprob_full is not None
+    metrics = out.metrics | {"kept_mass": mean((logprob_full - tokens.logprob).exp())}
     kl, rollout = tokens.call.objective.kl, tokens.call.arguments.rollout_logprob
     old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
     if rollout is not None:
@@ -151,8 +164,9 @@ def _with_support(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> Poli
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         metrics["mismatch_kl"] = mean(log_ratio.expm1() - log_ratio)
     if kl is not None and kl.kind != "full":
-        metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, tokens.logprob_full))
-    return out._replace(metrics=metrics, logprob_full=tokens.logprob_full.detach().view(tokens.call.leading))
+        assert batch.ref_logprob is not None
+        metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, logprob_full))
+    return out._replace(metrics=metrics, logprob_full=logprob_full.detach().view(tokens.call.leading))
 
 
 def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor, count: Tensor) -> PolicyLoss:
@@ -171,6 +185,7 @@ def add_exact_kl(call: LossCall, out: PolicyLoss, operators: Any, batch: TokenBa
     if kl is None or kl.kind != "full":
         return out
     batch = batch or call.batch(*call.token_table(operators)[:2])
+    assert batch.ref_kl is not None
     exact = torch.where(batch.mask != 0, batch.ref_kl, 0.0)
     weighted = batch.weight * kl.coef * exact / (1.0 if call.scale is None else call.scale)
     metrics = {**out.metrics, "kl": exact.detach().double().sum() / out.metrics["tokens"].clamp(min=1)}

@@ -1,4 +1,4 @@
-"""Layer 2: rows of logits, as operators address and scale them."""
+"""Rows of logits, as operators address and scale them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def check_inplace(logits: Tensor) -> None:
     Raises:
         ValueError: for a leaf or a view of one, overlapping rows, or a layout that `as_rows` would copy.
     """
-    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf):
+    base = logits._base if logits._is_view() else None
+    if logits.is_leaf or (base is not None and base.is_leaf):
         raise ValueError(
             "inplace_backward overwrites logits with their gradient: logits must be neither a leaf nor a view of one"
         )
@@ -86,15 +87,15 @@ def row_scaling(
         return UNSCALED
     softcap = 0.0 if softcap is None else positive("softcap", softcap)
     logit_scale = positive("logit_scale", logit_scale)
-    limit, by_row = _factor_limit(like.dtype), isinstance(temperature, Tensor)
-    constant = 1.0 if by_row else positive("temperature", temperature)
+    limit = _factor_limit(like.dtype)
+    constant = 1.0 if isinstance(temperature, Tensor) else positive("temperature", temperature)
     for factor in (logit_scale / constant, *((logit_scale / softcap, 1 / constant) if softcap else ())):
         if not torch.compiler.is_compiling() and not 1 / limit <= factor <= limit:
             raise ValueError(
                 f"temperature, softcap and logit_scale must scale the logits by 2^-{log2(limit):.0f} to "
                 f"2^{log2(limit):.0f} for {like.dtype} logits, got a factor of {factor:.3g}"
             )
-    if not by_row:
+    if not isinstance(temperature, Tensor):
         return RowScaling((temperature, softcap, logit_scale), None)
     check_constant("temperature", temperature)
     if temperature.dim() == 0:

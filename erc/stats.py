@@ -1,9 +1,9 @@
-"""Layer 3: row statistics as autograd functions."""
+"""Row statistics as autograd functions."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,40 @@ from erc.results import EntropyRatio, TokenStats
 from erc.rows import RowScaling, as_rows, check_inplace, row_scaling, scaling_params
 from erc.support import SamplingSupport, check_support
 
+if TYPE_CHECKING:
+    from erc.results import LabelledStats
 
+
+@overload
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    support: SamplingSupport | None = ...,
+    inplace_backward: bool = ...,
+    vocab_shard: VocabShard | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> LabelledStats: ...
+@overload
+def token_stats(
+    logits: Tensor,
+    labels: None = ...,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    support: SamplingSupport | None = ...,
+    inplace_backward: bool = ...,
+    vocab_shard: VocabShard | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> TokenStats: ...
 def token_stats(
     logits: Tensor,
     labels: Tensor | None = None,
@@ -42,7 +75,7 @@ def token_stats(
         logits: `[*, V]`, float32, bfloat16, float16 or float64. A -inf logit is a forbidden token. A row that is all
             -inf or holds NaN or +inf gives NaN for that row alone.
         labels: `[*]` integers in `[0, V)`, or `ignore_index` for rows that are not read and give 0 with gradient 0.
-        temperature: positive; a number, or a tensor `[*]` with one value a row.
+        temperature: positive; a number, or a tensor `[*]` with one value per row.
         softcap: positive, or None.
         logit_scale: positive.
         support: the tokens that the sampler kept of each row, in the order of the flattened labels: `logprob` is then
@@ -51,7 +84,7 @@ def token_stats(
         inplace_backward: the backward writes the gradient over `logits`, which must not be a leaf and must not be used
             by anything else afterwards.
         vocab_shard: `logits` are this rank's columns of a larger vocabulary (`erc.VocabShard`); labels stay global. One
-            all-gather of four numbers a row; every rank gets bitwise the same statistics, and its own columns'
+            all-gather of four numbers per row; every rank gets bitwise the same statistics, and its own columns'
             gradient of the one replicated loss.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective and a
             synchronisation.
@@ -115,8 +148,9 @@ def row_statistics(
         refuse_forward_mode(logits)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if support is not None:
+        assert labels is not None  # the front desk asked for them
         if by_autograd:
-            return reference.support_statistics(rows, *arguments, support)
+            return reference.support_statistics(rows, labels, *arguments[1:], support)
         inplace = inplace_backward and differentiable
         return support_statistics(
             backend_operators, rows, labels, scaling, params, ignore_index, support, vocab_shard, inplace

@@ -1,4 +1,4 @@
-"""Layer 1: the tokens that a sampler kept, and what log-probs over them are.
+"""The tokens that a sampler kept, and what log-probs over them are.
 
 Top-k, top-p, min-p and grammars cut the distribution that rollouts are sampled from. The log-prob that a rollout engine
 reports (vLLM's `processed_logprobs`) is then over the kept tokens, and a ratio of it to one over the full vocabulary is

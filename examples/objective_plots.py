@@ -5,27 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import torch
 import typer
 from torch import Tensor
 
 import erc
 from erc.surrogate.sequences import Sequences
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from examples.palette import NEGATIVE, NEUTRAL, POSITIVE, figure, legend_below, save
 
 SAME_RULE = ("grpo", "dr-grpo", "luspo", "ic-dapo-paper")
 """Presets whose rule another one shows already; they differ in the reduction or by an NLL term."""
 OLD_LOGPROB = -1.0
+COLUMNS = 2
+"""Panels per row: what stays readable at a page's width of 800 pixels."""
 CORRECTIONS = {
     "TIS": erc.RolloutCorrection(),
     "IcePop": erc.RolloutCorrection("mask"),
     "geometric mask": erc.RolloutCorrection("mask", level="geometric"),
     "KPop": erc.RolloutCorrection("binary-kl"),
 }
-COLOURS = {1.0: "tab:blue", -1.0: "tab:red"}
+COLOURS = {1.0: POSITIVE, -1.0: NEGATIVE}
 
 
 def curve(objective: erc.Objective, ratios: Tensor, advantage: float) -> tuple[Tensor, Tensor]:
@@ -55,35 +54,34 @@ def presets() -> list[str]:
     return [name for name in erc.objectives() if not name.startswith("erc-") and name not in SAME_RULE]
 
 
-def draw(path: Path, points: int = 401, columns: int = 5) -> None:
+def draw(path: Path, points: int = 401) -> None:
     names = presets()
     panels = len(names) + len(CORRECTIONS)
-    rows = -(-panels // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.5 * rows), sharex=True, layout="constrained")
+    rows = -(-panels // COLUMNS)
+    drawn, axes = figure(1.45 * rows + 0.8, rows, COLUMNS, sharex=True)
     ratios = torch.linspace(0.25, 2.2, points, dtype=torch.float64)
     for axis, name in zip(axes.flat, names, strict=False):
         objective = erc.objective(name, reduction="none")
         for advantage, colour in COLOURS.items():
             loss, gradient = curve(objective, ratios, advantage)
-            axis.plot(ratios, loss, color=colour, label=f"loss, A = {advantage:+.0f}")
-            axis.plot(ratios, gradient, color=colour, linestyle="--", label=f"gradient, A = {advantage:+.0f}")
-        axis.axvline(1.0, color="grey", linewidth=0.5)
-        axis.set_title(name, fontsize=10)
+            axis.plot(ratios, loss, color=colour, alpha=0.4, linewidth=3, label=f"loss, A = {advantage:+.0f}")
+            axis.plot(
+                ratios, gradient, color=colour, linestyle="--", linewidth=1.2, label=f"gradient, A = {advantage:+.0f}"
+            )
+        axis.set_title(name)
         axis.set_ylim(-3.2, 3.2)
     for axis, (name, correction) in zip(axes.flat[len(names) :], CORRECTIONS.items(), strict=False):
-        axis.plot(ratios, weights(correction, ratios), color="tab:green", label="rollout weight")
-        axis.axvline(1.0, color="grey", linewidth=0.5)
-        axis.set_title(f"{name} (old to rollout)", fontsize=10)
+        axis.plot(ratios, weights(correction, ratios), color=NEUTRAL, label="rollout weight")
+        axis.set_title(f"weight: {name}")
         axis.set_ylim(-0.2, 2.4)
+    for axis in axes.flat[:panels]:
+        axis.axvline(1.0, color="grey", linewidth=0.5)
+        axis.set_xticks([0.5, 1, 1.5, 2], ["0.5", "1", "1.5", "2"])
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat[panels:]:
         axis.axis("off")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    more_handles, more_labels = axes.flat[len(names)].get_legend_handles_labels()
-    figure.legend(handles + more_handles, labels + more_labels, loc="outside upper center", ncols=5, fontsize=9)
-    figure.supxlabel("importance ratio of the token")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    legend_below(drawn, columns=5, title="against the importance ratio of the token")
+    save(drawn, path)
 
 
 def main(

@@ -1,5 +1,5 @@
-"""One colour per arm and one line style per gate, in every figure of the experiments (Okabe and Ito's colours, which
-colour-blind readers tell apart)."""
+"""The colours of every figure: one per implementation in the benchmarks, one per arm in the experiments, one line style
+per gate (Okabe and Ito's colours, which colour-blind readers tell apart)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,28 @@ COLORS = {
     "IC-DAPO, careless": "#D55E00",
     "Evidence Gain weights": "#CC79A7",
 }
+IMPLEMENTATIONS = {
+    "erc cpu": "#0072B2",
+    "erc cuda": "#0072B2",
+    "erc triton": "#56B4E9",
+    "erc torch": "#99C7E0",
+    "eager PyTorch": "#D55E00",
+    "torch.compile": "#E69F00",
+    "TRL": "#CC79A7",
+    "verl": "#009E73",
+    "Liger": "#8C564B",
+    "cut-cross-entropy": "#6A3D9A",
+    "PyTorch linear_cross_entropy": "#B8A800",
+    "flash-attn": "#5B8C2A",
+    "quack": "#1FBFB8",
+    "eager, logits' dtype": "#F4A582",
+    "float32, uncentred": "#4D4D4D",
+}
+"""`erc cpu` and `erc cuda` never meet in a figure. Variants of one implementation (`erc cpu, in place`) share its
+colour; baselines are grey."""
+BASELINE = "#999999"
+POSITIVE, NEGATIVE, NEUTRAL = "#0072B2", "#D55E00", "#009E73"
+"""Advantages above and below zero, and what has no sign."""
 STYLES = {"no gate": "-", "gate 0.05": "--", "gate 0.2": "-.", "random drop": ":"}
 WIDTH = 8.0
 """Inches: at 150 dots each, a figure scaled to the 800 pixels of a README page keeps 9-point text at 12 pixels."""
@@ -36,6 +58,36 @@ def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tu
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
+
+
+def implementation_color(name: str) -> str:
+    """The colour of an implementation, or of one of its variants after a comma or a colon; grey for baselines."""
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name]
+    return IMPLEMENTATIONS.get(name.split(", ")[0].split(": ")[0], BASELINE)
+
+
+def legend_below(drawn: Any, columns: int = 4, title: str | None = None) -> None:
+    """One legend for all panels, under them, where it hides nothing."""
+    entries: dict[str, Any] = {}
+    for axis in drawn.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    drawn.legend(entries.values(), entries, fontsize=8.5, title=title, title_fontsize=9, **place)
+
+
+def plain_numbers(axis: Any, ticks: Any = None) -> None:
+    """Ticks of a logarithmic axis, `axes.xaxis` or `axes.yaxis`, as 0.8, 1, 1.25 instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    if ticks is not None:
+        axis.set_ticks(list(ticks))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bars(axis: Any, places: Any, cells: list[tuple[float, float, float]], name: str, width: float) -> None:

@@ -221,7 +221,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="batches of rollouts")
-    parser.add_argument("--objective", default="erc-dapo", choices=erc.objectives())
+    parser.add_argument("--objective", default="erc-dapo", help="a name from erc.objectives()")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--fsdp", action="store_true")
@@ -230,6 +230,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.fsdp and options.checkpoint:
         parser.error("--checkpoint keeps the state of one process: leave out --fsdp")
+    if options.fsdp and "RANK" not in os.environ:
+        parser.error("--fsdp needs torchrun: torchrun --nproc-per-node 2 -m examples.plain_trainer --fsdp")
+    try:
+        erc.objective(options.objective)
+    except ValueError as error:
+        parser.error(str(error))
     if options.fsdp:
         dist.init_process_group("gloo")
     log = train(

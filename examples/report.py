@@ -22,7 +22,7 @@ METRICS = (
 
 @dataclass
 class History:
-    """What a run leaves: a row of numbers a step, and held-out accuracy before and after."""
+    """What a run leaves: a row of numbers per step, and held-out accuracy before and after."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
@@ -61,30 +61,33 @@ def summary(title: str, history: History) -> Table:
 
 def plot(history: History, path: Path) -> None:
     """Reward, entropy, entropy ratio and clip fractions over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from examples.palette import COLORS, NEUTRAL, POSITIVE, figure, plain_numbers, save
 
     steps = [row["step"] for row in history.steps]
     series = {name: [row[name] for row in history.steps] for name in ("reward", *METRICS)}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
-    axes[0, 0].plot(steps, series["reward"])
+    drawn, axes = figure(5.2, 2, 2)
+    axes[0, 0].plot(steps, series["reward"], color=NEUTRAL)
     axes[0, 0].set(title="reward of sampled rollouts", ylim=(0, 1))
-    axes[0, 1].plot(steps, series["entropy"])
-    axes[0, 1].set(title="entropy (nats)")
-    axes[1, 0].plot(steps, series["entropy_ratio"], label="mean")
+    axes[0, 1].plot(steps, series["entropy"], color=NEUTRAL)
+    axes[0, 1].set(title="entropy, nats", ylim=(0, None))
+    axes[1, 0].plot(steps, series["entropy_ratio"], color=POSITIVE, label="mean")
     axes[1, 0].fill_between(
-        steps, series["entropy_ratio_min"], series["entropy_ratio_max"], alpha=0.2, label="min to max"
+        steps,
+        series["entropy_ratio_min"],
+        series["entropy_ratio_max"],
+        color=POSITIVE,
+        alpha=0.2,
+        linewidth=0,
+        label="least to largest",
     )
-    axes[1, 0].set(title="entropy ratio", yscale="log")
-    axes[1, 0].legend()
-    axes[1, 1].plot(steps, series["erc_fraction"], label="dropped by ERC")
-    axes[1, 1].plot(steps, series["clip_fraction"], label="clipped by PPO")
-    axes[1, 1].set(title="share of tokens")
-    axes[1, 1].legend()
+    axes[1, 0].set(title="entropy ratio, new over old", yscale="log")
+    plain_numbers(axes[1, 0].yaxis)
+    axes[1, 1].plot(steps, series["erc_fraction"], color=COLORS["gate 0.05"], label="dropped by the gate")
+    axes[1, 1].plot(steps, series["clip_fraction"], color=COLORS["gppo"], label="clipped by the ratio rule")
+    axes[1, 1].set(title="share of tokens", ylim=(0, None))
+    for axis in axes[1]:
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(drawn, path)

@@ -6,11 +6,13 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
 import reasoning_gym
 import torch
+from reasoning_gym.factory import DATASETS
 
 # What makes each task family fit a model of a few hundred thousand parameters; any other family runs with its own
 # defaults.
@@ -35,6 +37,7 @@ class Task:
     """A task family of reasoning-gym: problems in any number, and the family's own verifier."""
 
     def __init__(self, name: str, *, short: bool, settings: Mapping[str, Any] | None = None) -> None:
+        check_family(name)
         self.name = name
         self.short = short  # only what follows the instruction's colon: "7 + 12 ="
         self.settings = {**SETTINGS.get(name, {}), **(settings or {})}
@@ -67,6 +70,14 @@ class Task:
         """
         scorer = reasoning_gym.get_score_answer_fn(self.name)
         return float(scorer(extract_answer(completion), problem.entry) >= 1.0)
+
+
+def check_family(name: str) -> None:
+    """Raises ValueError with the nearest names unless reasoning-gym has this task family."""
+    if name not in DATASETS:
+        near = get_close_matches(name, DATASETS, n=3)
+        advice = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(sorted(DATASETS))}"
+        raise ValueError(f"task must be a family of reasoning-gym, got {name!r}; {advice}")
 
 
 def extract_answer(completion: str) -> str:

@@ -25,7 +25,7 @@ from examples.model import load_policy
 from examples.progress import Report, reporting, silent
 from examples.report import METRICS, History, plot, summary
 from examples.rollout import Batch, Conversation, Rollouts, concatenate, plain_prompts, sample, supervised_batch
-from examples.tasks import Problem, Task, slip
+from examples.tasks import Problem, Task, check_family, slip
 
 BAND = 0.05
 """The half-width of the entropy-ratio band in which the curves count tokens, whatever the objective drops."""
@@ -74,23 +74,35 @@ class TrainConfig:
         """The seed of the first weights and of the warm start: the run's own, unless runs share a warm start."""
         return self.seed if self.warm_start_seed is None else self.warm_start_seed
 
+    def checked_objective(self) -> erc.Objective:
+        """The objective of the run.
+
+        Raises:
+            ValueError: naming the setting that is wrong or does not go with the others.
+        """
+        check_family(self.task)
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f'optimizer must be "adamw" or "sgd", got {self.optimizer!r}')
+        objective = erc.objective(self.objective, **self.overrides)
+        if self.band is not None:
+            if objective.entropy_ratio is None:
+                raise ValueError(f"band needs an objective with the entropy-ratio gate, got {self.objective!r}")
+            objective = replace(objective, entropy_ratio=erc.EntropyRatioClip(self.band, self.band))
+        if self.micro_batch and objective.reduction != "token-mean":
+            raise ValueError(f'micro_batch needs the reduction "token-mean", got {objective.reduction!r}')
+        return objective
+
 
 class Trainer:
     """A policy, its optimiser and the rollout-update loop."""
 
     def __init__(self, config: TrainConfig) -> None:
+        self.objective = config.checked_objective()
         torch.manual_seed(config.start_seed)
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = load_policy(config.model, self.device)
         self.task = self.make_task()
-        self.objective = erc.objective(config.objective, **config.overrides)
-        if config.band is not None:
-            if self.objective.entropy_ratio is None:
-                raise ValueError(f"band needs an objective with the entropy-ratio gate, got {config.objective!r}")
-            self.objective = replace(self.objective, entropy_ratio=erc.EntropyRatioClip(config.band, config.band))
-        if config.micro_batch and self.objective.reduction != "token-mean":
-            raise ValueError(f'micro_batch needs the reduction "token-mean", got {self.objective.reduction!r}')
         self.optimizer = make_optimizer(config, self.model)
         self.history = History()
         self.step = 0
@@ -294,8 +306,6 @@ class Trainer:
 
 def make_optimizer(config: TrainConfig, model: Any) -> torch.optim.Optimizer:
     """AdamW without weight decay, or SGD without momentum."""
-    if config.optimizer not in ("adamw", "sgd"):
-        raise ValueError(f'optimizer must be "adamw" or "sgd", got {config.optimizer!r}')
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
     return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -416,6 +426,10 @@ def main(
         micro_batch=micro_batch,
         generation_batch=generation_batch,
     )
+    try:
+        config.checked_objective()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / "checkpoint.pt"

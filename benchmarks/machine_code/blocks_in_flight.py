@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
+from benchmarks.hardware import GPU
 from benchmarks.machine_code.emulator.machine import Executed
 from benchmarks.machine_code.emulator.operands import Decoded
-from benchmarks.machine_code.roofline import GPU
 from benchmarks.machine_code.sass import Instruction
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.locks import one_process
 from benchmarks.machine_code import cuda_arguments
 from benchmarks.machine_code.emulator.machine import Launch
 from benchmarks.machine_code.report import CompiledKernel
@@ -22,7 +23,6 @@ from benchmarks.machine_code.sass import disassemble_file
 _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
 _CACHE = _ROOT / "build" / "machine_code"
-SOURCES = ("stats", "policy_loss", "paired", "scale", "tokens")
 _FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as setup.py
 
 # Softcap and alignment of bfloat16 rows: what most training steps run, Gemma's softcap, and rows that do not start at a
@@ -93,13 +93,13 @@ def cubin(source: str, arch: str, variant: str | None = None) -> Path:
         raise FileNotFoundError("nvcc is not on the PATH")
     only = [] if variant is None else _only(variant)
     path = _CACHE / f"{source}-{variant or ('all' if variant is None else 'plain')}-{arch}-{digest()}.cubin"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        files = [str(_CSRC / "cuda" / f"{source}.cu"), "-o", str(fresh)]
-        command = [driver, *_FLAGS, *only, "-cubin", f"-arch={arch}", f"-I{_CSRC}", *files]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        fresh.replace(path)
+    with one_process(path):
+        if not path.exists():
+            fresh = path.with_suffix(".partial")
+            files = [str(_CSRC / "cuda" / f"{source}.cu"), "-o", str(fresh)]
+            command = [driver, *_FLAGS, *only, "-cubin", f"-arch={arch}", f"-I{_CSRC}", *files]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            fresh.replace(path)
     return path
 
 

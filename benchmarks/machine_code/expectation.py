@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from benchmarks.hardware import GPU, GPUS
 from benchmarks.machine_code.blocks_in_flight import Program, shares
 from benchmarks.machine_code.occupancy import Occupancy
 from benchmarks.machine_code.ordinary_row import VOCABULARY
 from benchmarks.machine_code.report import CompiledKernel
-from benchmarks.machine_code.roofline import GPU, GPUS
 from erc.triton_kernels import tuning
 
 ROWS = (64, 256, 1_024, 2_048, 8_192, 65_536)

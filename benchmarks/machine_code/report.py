@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from benchmarks.hardware import GPUS, Reachable
 from benchmarks.machine_code.emulator.machine import Executed, Launch
 from benchmarks.machine_code.occupancy import Occupancy
 from benchmarks.machine_code.ordinary_row import OrdinaryRow, Work, execute
-from benchmarks.machine_code.roofline import GPUS, Reachable
 from benchmarks.machine_code.sass import Kernel, Loop, disassemble, disassemble_file
+from benchmarks.tables import terminal_table
 
 
 @dataclass(frozen=True)
@@ -259,32 +260,19 @@ def _cell(cost: dict | None) -> str:
     return f"{cost['instructions']:.2f} ({widths} bit)"
 
 
+_HEADER = ("kernel", "arch", "statistics", "gradient", "main loops", "whole kernel", "MUFU", "barriers", "regs")
+_HEADER += ("blocks an SM", "spills", "reachable")
+
+
 def machine_code_table(document: dict) -> Table:
     """The report: `{"toolchain": versions by name, "kernels": `Measurement.json` of every kernel}`."""
-    table = Table(
-        title="Instructions by element; the share of peak bandwidth that the instruction mix leaves reachable"
-    )
-    table.add_column("kernel")
-    for column in (
-        "arch",
-        "statistics",
-        "gradient",
-        "main loops",
-        "whole kernel",
-        "MUFU",
-        "barriers",
-        "regs",
-        "blocks an SM",
-        "spills",
-        "reachable",
-    ):
-        table.add_column(column, justify="right")
+    rows = []
     for m in document["kernels"]:
         loops = [loop for loop in (m["statistics"], m["gradient"]) if loop]
         reachable = ", ".join(
             f"{gpu} {r['share']:.0%} ({r['resource']} at {r['headroom']:.2f}x)" for gpu, r in m["reachable"].items()
         )
-        table.add_row(
+        cells = (
             f"{m['source']}: {m['name']}",
             m["arch"],
             _cell(m["statistics"]),
@@ -298,4 +286,6 @@ def machine_code_table(document: dict) -> Table:
             "yes" if m["spills"] else "no",
             reachable,
         )
-    return table
+        rows.append(cells)
+    title = "Instructions by element; the share of peak bandwidth that the instruction mix leaves reachable"
+    return terminal_table(_HEADER, rows, title)

@@ -94,9 +94,6 @@ class Loop:
     def shuffles(self) -> int:
         return self.count(*_SHUFFLE)
 
-    def shared_accesses(self) -> int:
-        return self.count("LDS", "STS", "LDSM", "STSM", "ATOMS")
-
 
 @dataclass(frozen=True)
 class Kernel:

@@ -1,4 +1,4 @@
-"""Layer 4: log-probs of sampled tokens for rollout engines, by the kernels that the trainer uses.
+"""Log-probs of sampled tokens for rollout engines, by the kernels that the trainer uses.
 
 Where an engine's logits are the trainer's, so are the log-probs, bit for bit: a row's statistics depend on that row and
 its dtype alone, not on the batch it is in. `sampled_logprobs` is the function for an engine that has logits and tokens

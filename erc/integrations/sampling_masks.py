@@ -1,4 +1,4 @@
-"""Layer 4: what rollout engines report of the tokens that their samplers kept, as trainers' batches carry it.
+"""What rollout engines report of the tokens that their samplers kept, as trainers' batches carry it.
 
 vLLM's `SamplingMask(token_ids, offsets)` (pull request 49577), prime-rl's `SamplingMask(ids, counts)` (3431) and
 SkyRL's ids of fixed width with the sampled token first (883): objects with these attributes, mappings with these keys,

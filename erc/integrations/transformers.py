@@ -1,4 +1,4 @@
-"""Layer 4: the policy loss of a transformers model, from what it hands to its lm_head, without logits.
+"""The policy loss of a transformers model, from what it hands to its lm_head, without logits.
 
 Supported: transformers 4.56 to 5.x, causal language models whose head is one linear layer (tied or not), with what they
 do to its logits: `head_inputs` measures a scale and a softcap, and refuses anything else.

@@ -1,4 +1,4 @@
-"""Layer 4: TRL's GRPO trainer with the objectives and fused kernels of erc.
+"""TRL's GRPO trainer with the objectives and fused kernels of erc.
 
     trainer = ERCTrainer(model, reward_funcs, args=ERCConfig(objective="erc-dapo", num_iterations=2), ...)
 
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ LOSS_TYPES = {
 }
 """TRL's name of the loss whose normaliser a reduction takes."""
 
-_BELONGS_TO_THE_OBJECTIVE = {
+_BELONGS_TO_THE_OBJECTIVE: dict[str, tuple[tuple[Any, ...], str | tuple[str, str]]] = {
     "epsilon": ((0.2,), ("ratio", "eps_low")),
     "epsilon_high": ((None, 0.2), ("ratio", "eps_high")),
     "delta": ((None,), ("ratio", "delta")),
@@ -89,7 +89,7 @@ class ERCConfig(GRPOConfig):
     Attributes:
         objective: a name of `erc.objectives()`; `ERCTrainer(objective=...)` takes any other `erc.Objective`.
         padding_free: pack the rows of a forward pass, prompts and completions without their padding, into one that
-            position ids part. TRL pads. The model's attention must take packed rows, as transformers' own does.
+            position ids separate. TRL pads. The model's attention must take packed rows, as transformers' own does.
         keep_groups: the share of each generation's groups that is trained on, those with unequal rewards first; what is
             kept beyond them is masked. Every process filters its own rows, which must be whole groups. DAPO's dynamic
             sampling in one round: 0.5 makes 128 prompts of 256. TRL trains on all.
@@ -105,6 +105,8 @@ class ERCConfig(GRPOConfig):
     padding_free: bool = False
     keep_groups: float = 1.0
     nll_reward: float = 1.0
+    if TYPE_CHECKING:
+        loss_type: str = "dapo"  # of the base class
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -248,6 +250,7 @@ class ERCTrainer(GRPOTrainer):
         generated = present.clone()
         for row, mask in zip(generated, self._tool_mask or [], strict=False):
             row[: len(mask)] &= torch.tensor(mask, dtype=torch.bool, device=row.device)
+        assert self._masks is not None
         return padded_ids(self._masks, generated)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -258,6 +261,7 @@ class ERCTrainer(GRPOTrainer):
 
     def _rewarded(self, count: int) -> Tensor:
         first = self.accelerator.process_index * count
+        assert self._rewards is not None  # by _calculate_rewards
         return self._rewards[first : first + count] >= self.args.nll_reward
 
     @staticmethod
@@ -295,6 +299,7 @@ class ERCTrainer(GRPOTrainer):
         accumulation = self.args.gradient_accumulation_steps  # generations within one step are told apart by _step
         batch = self.state.global_step * accumulation + self._step % accumulation
         first = self.accelerator.process_index * len(inputs)
+        assert self.in_context is not None
         demonstrated = []
         for row, given in enumerate(inputs):
             if isinstance(given["prompt"], str):
@@ -358,7 +363,8 @@ class ERCTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         objective = self._objective_of(inputs)
-        old_logprob, weight = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
+        old_logprob: Any = inputs.get("old_per_token_logps")
+        weight = inputs.get("importance_sampling_ratio")
         arguments = {
             "old_logprob": old_logprob,
             "old_entropy": inputs.get("old_entropies"),
@@ -477,7 +483,7 @@ def _add_head_call(model: Any) -> None:
             return forward(*args, **kwargs)
         return erc_call(_completion_inputs(self, kwargs["input_ids"], kwargs["attention_mask"], *erc_rows))
 
-    forward_or_call.__wrapped__ = forward  # generate() reads the model's own signature
+    forward_or_call.__wrapped__ = forward  # type: ignore[attr-defined]  # generate() reads the model's own signature
     model.forward = types.MethodType(forward_or_call, model)
 
 

@@ -1,4 +1,4 @@
-"""Layer 4: verl's policy losses, log-probs and entropies by erc, by one of verl's own settings:
+"""verl's policy losses, log-probs and entropies by erc, by one of verl's own settings:
 
     actor_rollout_ref.model.external_lib=erc.integrations.verl_plugin
 
@@ -248,6 +248,7 @@ def use_fused_statistics() -> None:
 
 
 def _replace(theirs: Any, ours: Any) -> None:
+    attribute = theirs.__name__
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get(theirs.__name__) is theirs:
-            setattr(module, theirs.__name__, ours)
+        if name.startswith("verl.") and vars(module).get(attribute) is theirs:
+            setattr(module, attribute, ours)

@@ -1,4 +1,4 @@
-"""Layer 4: what verl's batches carry beside what verl hands to a registered loss: entropies of both policies, and the
+"""What verl's batches carry beside what verl hands to a registered loss: entropies of both policies, and the
 rows with reward 1. `erc.integrations.verl` puts `with_batch` around verl's `ppo_loss` and `counting_nll` around its
 update of a mini-batch; a loop of one's own sets `entropies` and `nll_rows`. And what the sampler kept of each response
 token, for the log-probs that verl's engine computes: `with_support` is around its forward.

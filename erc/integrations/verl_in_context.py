@@ -1,4 +1,4 @@
-"""Layer 4: In-Context RLVR (arXiv 2603.09803) in verl, as an agent loop: every rollout of a group is asked a prompt of
+"""In-Context RLVR (arXiv 2603.09803) in verl, as an agent loop: every rollout of a group is asked a prompt of
 its own. verl takes the loop from a file of settings, `actor_rollout_ref.rollout.agent.agent_loop_config_path`:
 
     - name: erc_in_context

@@ -1,4 +1,4 @@
-"""Layer 4: importing this module is `erc.integrations.verl.install()`, for settings that name a module: verl's
+"""Importing this module is `erc.integrations.verl.install()`, for settings that name a module: verl's
 `actor_rollout_ref.model.external_lib`.
 """
 

@@ -17,6 +17,6 @@ def require(package: str, minimum: tuple[int, int], below: tuple[int, int]) -> N
         installed = version(package)
     except PackageNotFoundError as error:
         raise ImportError(f"erc.integrations needs {supported}, which is not installed") from error
-    major, minor = map(int, re.match(r"(\d+)\.(\d+)", installed).groups())
+    major, minor = (int(number) for number in re.findall(r"\d+", installed)[:2])
     if not minimum <= (major, minor) < below:
         raise ImportError(f"erc.integrations supports {supported}, but {package} {installed} is installed")

@@ -1,4 +1,4 @@
-"""Layer 2: what a causal language model hands to its head, and what it makes of the head's logits.
+"""What a causal language model hands to its head, and what it makes of the head's logits.
 
 Hidden states are those that the model's own forward gives to its head, so whatever stands before the head is right by
 construction. What stands behind it, a scale and a softcap, is measured: once per model a short row goes through the
@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,10 @@ from torch import Tensor
 
 from erc.linear.loss import linear_policy_loss
 from erc.linear.stats import linear_token_stats
-from erc.results import PolicyLoss, TokenStats
+from erc.results import PolicyLoss
+
+if TYPE_CHECKING:
+    from erc.results import LabelledStats
 
 PROBES = torch.tensor([sign * 2.0**power for power in range(-6, 16) for sign in (1.0, -1.0)])
 """In place of logits: small enough to show a scale, large enough to saturate a softcap."""
@@ -40,7 +43,7 @@ class HeadInputs(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-    def token_stats(self, labels: Tensor, **options: Any) -> TokenStats:
+    def token_stats(self, labels: Tensor, **options: Any) -> LabelledStats:
         """`erc.linear_token_stats` of the model's own distribution; `labels` `[B, T]`."""
         return linear_token_stats(self.hidden, self.weight, labels, **self._head(), **options)
 
@@ -60,7 +63,15 @@ class LogitReading(NamedTuple):
     columns: int
 
 
-@torch.compiler.disable  # a compiled caller would trace the exchange of the head's forward
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _never_compiled(function: _Function) -> _Function:
+    """A compiled caller would trace the exchange of the head's forward. PyTorch's decorator has no types."""
+    return torch.compiler.disable(function)
+
+
+@_never_compiled
 def head_inputs(
     model: Any,
     input_ids: Tensor,
@@ -256,7 +267,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _whole(value: Tensor | None) -> Tensor | None:
+def _whole(value: Any) -> Any:
+    """Of a parameter or None: what FSDP2 has parted, gathered."""
     return value.full_tensor() if type(value).__name__ == "DTensor" else value
 
 

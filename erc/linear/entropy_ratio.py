@@ -1,4 +1,4 @@
-"""Layer 3: entropies and divergences between two heads, without the logits of either."""
+"""Entropies and divergences between two heads, without the logits of either."""
 
 from __future__ import annotations
 
@@ -74,13 +74,12 @@ def linear_entropy_ratio(
     >>> student.grad.shape
     torch.Size([5, 8])
     """
-    old = {"old_hidden": old_hidden, "old_weight": old_weight, "old_bias": old_bias}
     with agreement(vocab_shard, validate) as facts:
         like = check_head(hidden, weight, bias, logits_dtype, vocab_shard, facts)
-        old_like = check_head(*old.values(), logits_dtype, vocab_shard, Facts(), names=tuple(old))
-        for name, value in old.items():
-            if value is not None:
-                check_constant(name, value)
+        names = ("old_hidden", "old_weight", "old_bias")
+        old_like = check_head(old_hidden, old_weight, old_bias, logits_dtype, vocab_shard, Facts(), names)
+        for name, value in zip(names, (old_hidden, old_weight, old_bias), strict=True):
+            check_constant(name, value)
         if old_like.shape != like.shape or len(old_weight) != len(weight) or old_like.device != like.device:
             raise ValueError(
                 f"old_hidden and old_weight must give logits {tuple(like.shape)}, of {len(weight)} columns here, on "
@@ -99,9 +98,8 @@ def linear_entropy_ratio(
         facts.add(scaling=scaling.values, temperature=scaling.temperature, old_dtype=dtypes[1])
         facts.add(memory_budget=budget, logits_dtype=like.dtype, has_old_bias=old_bias is not None)
     if vocab_shard is not None:
-        weight, bias, old_weight, old_bias = (
-            t if t is None else vocab_shard.local_rows(t) for t in (weight, bias, old_weight, old_bias)
-        )
+        weight, old_weight = map(vocab_shard.local_rows, (weight, old_weight))
+        bias, old_bias = (None if tensor is None else vocab_shard.local_rows(tensor) for tensor in (bias, old_bias))
     pair = _Pair(
         operators(name), scaling.temperature, scaling_params(scaling), budget, like.dtype, dtypes,
         needs_grad(hidden, weight, bias), (old_hidden, old_weight, old_bias), vocab_shard,
@@ -128,18 +126,19 @@ class _Pair(NamedTuple):
     def scaling(self) -> tuple[Tensor | None, Tensor]:
         return self.temperature, self.params
 
-    def stored(self, *new: Tensor | None) -> list[Tensor]:
+    def stored(self, *new: Any) -> list[Tensor]:
         """Both heads' logits `[1, N, V]`, whole and by autograd."""
         logits = []
         for (hidden, weight, bias), dtype in zip((new, self.old), self.dtypes, strict=True):
-            hidden = hidden.reshape(-1, hidden.shape[-1])
-            matrices = (t if t is None else t.to(dtype).to(self.logits_dtype) for t in (hidden, weight, bias))
+            rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype).to(self.logits_dtype)
+            weight = weight.to(dtype).to(self.logits_dtype)
+            bias = None if bias is None else bias.to(dtype).to(self.logits_dtype)
             with no_autocast(hidden.device):
-                logits.append(torch.nn.functional.linear(*matrices)[None])
+                logits.append(torch.nn.functional.linear(rows, weight, bias)[None])
         return logits
 
-    def heads(self, *new: Tensor | None) -> tuple[Head, Head]:
-        return cast_head(*new, self.dtypes[0]), cast_head(*self.old, self.dtypes[1])
+    def heads(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Head, Head]:
+        return cast_head(hidden, weight, bias, self.dtypes[0]), cast_head(*self.old, self.dtypes[1])
 
     def chunk_rows(self, count: int, columns: int, gradient: bool) -> int:
         """Rows of which the logits of both heads exist at a time, and with `gradient` that of the first, as kernels
@@ -158,7 +157,9 @@ class _Pair(NamedTuple):
         """`paired_forward` of the chunk, of all ranks' columns."""
         if self.vocab_shard is None:
             return self.operators.paired_forward(*logits, *self.of_chunk(chunk))
-        return merged_pair(*logits, *self.of_chunk(chunk), self.vocab_shard, self.operators)
+        new, old = logits
+        temperature, params = self.of_chunk(chunk)
+        return merged_pair(new, old, temperature, params, self.vocab_shard, self.operators)
 
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
         """The scaling of the chunk's rows."""

@@ -1,4 +1,4 @@
-"""Layer 2: the lm_head as a chain of chunks: checks, one GEMM for a window of logits, two for a chunk's gradients."""
+"""The lm_head as a chain of chunks: checks, one GEMM for a window of logits, two for a chunk's gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from erc.inputs import LOGITS_DTYPES, check_plain
 from erc.linear.plan import RowPlan, Shape
 from erc.linear.products import add_product, write_logits
 from erc.ops import stats_dtype
-from erc.parallel import Facts, VocabShard
+from erc.parallel import Facts, ReducedRows, VocabShard
 from erc.surrogate.validation import values_are_readable
 
 
@@ -67,14 +67,15 @@ class HeadGradients:
         needs_hidden, needs_weight, needs_bias = needs
         dtype = head.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        self._shard, self._reduced = shard, []
+        self._shard = shard
+        self._reduced: list[tuple[Tensor | slice, ReducedRows]] = []
         self.hidden = torch.zeros_like(head.hidden, dtype=wide if shard else dtype) if needs_hidden else None
         # A single product stays in its dtype; the sum of several is float32's business.
         self.weight: Tensor | None = None
         if needs_weight and total is None:
             self.weight = torch.empty_like(head.weight, dtype=wide if several else dtype)
         self._total, self._first = (self.weight, True) if total is None else (total, False)
-        self.bias = torch.zeros_like(head.bias, dtype=wide) if needs_bias else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if needs_bias and head.bias is not None else None
 
     def add(self, head: Head, index: Tensor | slice, rows: Tensor, grad_logits: Tensor) -> None:
         """Add the contribution of the chunk `rows = head.hidden[index]` with the gradient `[n, V]` of its logits."""
@@ -92,15 +93,16 @@ class HeadGradients:
 
     def finish(self) -> None:
         """After the last chunk: without any, the gradient of the weight is 0."""
-        for index, total in self._reduced:
-            self.hidden[index] = total.wait()
+        if self.hidden is not None:
+            for index, total in self._reduced:
+                self.hidden[index] = total.wait()
         if self.weight is not None and self._first:
             self.weight.zero_()
 
     def like(self, targets: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor | None]:
         """The gradients in shape and dtype of the caller's tensors."""
         grads = zip((self.hidden, self.weight, self.bias), targets, strict=True)
-        return [None if grad is None else grad.to(target.dtype).view(target.shape) for grad, target in grads]
+        return [None if g is None or target is None else g.to(target.dtype).view(target.shape) for g, target in grads]
 
     def scaled(
         self,
@@ -114,7 +116,7 @@ class HeadGradients:
             if grad is not None:
                 rows = grad.view(1, -1, grad.shape[-1])
                 backend_operators.scale_rows_(rows, factor.to(stats_dtype(grad.dtype)))
-        if main_grad is not None:
+        if main_grad is not None and self.weight is not None:
             main_grad.add_(self.weight)
             self.weight = None
         return self.like(targets)
@@ -123,7 +125,7 @@ class HeadGradients:
 class Chunk(NamedTuple):
     """Some rows of a call: as an index into tokens, and as the two arguments by which operators know them."""
 
-    index: Tensor | slice
+    index: Tensor | slice  # type: ignore[assignment]  # tuple.index is of no use here
     row_index: Tensor | None
     first_token: int
 
@@ -141,8 +143,8 @@ class ActiveRows(NamedTuple):
     `ignored` `[N]` tells which of them contribute nothing, None where none does.
     """
 
-    count: int
-    index: Tensor | None = None
+    count: int  # type: ignore[assignment]  # tuple.count and tuple.index are of no use here
+    index: Tensor | None = None  # type: ignore[assignment]
     ignored: Tensor | None = None
 
     def total(self) -> int:
@@ -212,6 +214,7 @@ def check_head(
         if tensor is None and name == names[2]:
             continue
         check_plain(name, tensor)
+        assert tensor is not None
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
@@ -219,6 +222,8 @@ def check_head(
     of_hidden, of_weight, of_bias = names
     if weight.dim() != 2 or (weight.shape[0] < 1 and shard is None):
         raise ValueError(f"{of_weight} must be [V, D] with V >= 1, got shape {tuple(weight.shape)}")
+    if hidden.dim() and weight.shape[1] != hidden.shape[-1] == weight.shape[0]:
+        raise ValueError(f"{of_weight} must be [V, D], got shape {tuple(weight.shape)}: pass {of_weight}.t()")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{of_hidden} must be [*, {weight.shape[1]}] like {of_weight}'s columns, got shape {tuple(hidden.shape)}"
@@ -315,5 +320,8 @@ def shape_of(head: Head, active: ActiveRows, logits_dtype: torch.dtype, columns:
     return Shape(active.total(), head.weight.shape[1], columns, operand_bytes, logits_dtype.itemsize)
 
 
-def needs_grad(*tensors: Tensor | None) -> tuple[bool, bool, bool]:
-    return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
+def needs_grad(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[bool, bool, bool]:
+    def needs(tensor: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+    return needs(hidden), needs(weight), needs(bias)

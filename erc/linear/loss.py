@@ -1,4 +1,4 @@
-"""Layer 3: the policy loss from hidden states and the lm_head's weight, without ever holding the logits.
+"""The policy loss from hidden states and the lm_head's weight, without ever holding the logits.
 
 Rows are processed in chunks: GEMMs make float32 logits window by window, the fused kernel turns each window into its
 gradient, and two GEMMs turn a chunk of that into gradients of `hidden` and `weight` right away (`erc.linear.plan`). No
@@ -163,6 +163,7 @@ def linear_policy_loss(
             main_grad,
             support,
         )
+        assert logprob is not None
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy, logprob_full))
     refuse_forward_mode(hidden, weight, bias)
     rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)

@@ -1,4 +1,4 @@
-"""Layer 2: how many rows of logits exist at a time, and what that costs.
+"""How many rows of logits exist at a time, and what that costs.
 
 Two buffers: a window of logits, which the loss kernel turns into rows of a larger buffer of their gradient, from which
 the two gradient products run once. Where logits and gradient have one dtype a single buffer is both. A small window

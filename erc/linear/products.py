@@ -1,10 +1,12 @@
-"""Layer 2: matrix products of 16-bit operands whose results are float32.
+"""Matrix products of 16-bit operands whose results are float32.
 
 A product that is rounded to 16 bit decides ERC tokens by its rounding, and one that is added up in 16 bit loses terms.
 CUDA builds of PyTorch have products with a wider result (`out_dtype`); elsewhere the weight is converted in tiles.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
         product = left @ right
         total.copy_(product) if first else total.add_(product)
         return
-    wide = {} if total.dtype == left.dtype else {"out_dtype": total.dtype}
+    wide: dict[str, Any] = {} if total.dtype == left.dtype else {"out_dtype": total.dtype}
     if first:
         torch.mm(left, right, out=total, **wide)
     else:

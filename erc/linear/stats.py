@@ -1,11 +1,11 @@
-"""Layer 2: row statistics from hidden states and the lm_head's weight, without ever holding the logits.
+"""Row statistics from hidden states and the lm_head's weight, without ever holding the logits.
 
 A window of logits lives between its GEMM and its sweep; the backward computes it again and reduces it right away.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -45,7 +45,50 @@ from erc.results import TokenStats
 from erc.rows import RowScaling, row_scaling, scaling_params
 from erc.support import SamplingSupport, check_support
 
+if TYPE_CHECKING:
+    from erc.results import LabelledStats
 
+
+@overload
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    logits_dtype: torch.dtype | None = ...,
+    support: SamplingSupport | None = ...,
+    vocab_shard: VocabShard | None = ...,
+    memory_budget: int | None = ...,
+    main_grad: Tensor | None = ...,
+    num_active: int | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> LabelledStats: ...
+@overload
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: None = ...,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    logits_dtype: torch.dtype | None = ...,
+    support: SamplingSupport | None = ...,
+    vocab_shard: VocabShard | None = ...,
+    memory_budget: int | None = ...,
+    main_grad: Tensor | None = ...,
+    num_active: int | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> TokenStats: ...
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -137,26 +180,28 @@ def linear_row_stats(
     each."""
     params = scaling_params(scaling)
     if backend == "torch":
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1])
         if labels is not None:
-            rows = rows.masked_fill((labels == ignore_index)[:, None], 0)
+            flat = flat.masked_fill((labels == ignore_index)[:, None], 0)
         operands = product_dtype(weight)
-        rows, weight, bias = (t if t is None else t.to(operands).to(logits_dtype) for t in (rows, weight, bias))
+        flat, weight = (tensor.to(operands).to(logits_dtype) for tensor in (flat, weight))
+        bias = None if bias is None else bias.to(operands).to(logits_dtype)
         if main_grad is not None:
             weight = AddedToMainGrad.apply(weight, main_grad)
         with no_autocast(hidden.device):
-            logits = torch.nn.functional.linear(rows, weight, bias)[None]
-        arguments = (logits, labels, scaling.temperature, params, ignore_index)
-        if support is not None:
-            return reference.support_statistics(*arguments, support)
-        stats = operators(backend).stats_forward(*arguments)
+            logits = torch.nn.functional.linear(flat, weight, bias)[None]
+        arguments = (scaling.temperature, params, ignore_index)
+        if support is not None and labels is not None:
+            return reference.support_statistics(logits, labels, *arguments, support)
+        stats = operators(backend).stats_forward(logits, labels, *arguments)
         return (None if labels is None else stats[0]), *stats[1:3], None
     refuse_forward_mode(hidden, weight, bias)
     if vocab_shard is not None:
         local = vocab_shard.local_rows
-        weight, bias, main_grad = (None if t is None else local(t) for t in (weight, bias, main_grad))
+        weight = local(weight)
+        bias, main_grad = (None if tensor is None else local(tensor) for tensor in (bias, main_grad))
     kept = None
-    if support is not None:
+    if support is not None and labels is not None:
         like = hidden.new_empty((0, len(weight)), dtype=logits_dtype)
         kept = KeptRows.of(operators(backend), labels, scaling, params, ignore_index, support, vocab_shard, like)
     rows = _Rows(
@@ -192,7 +237,9 @@ class _LinearStats(torch.autograd.Function):
     """Statistics chunk by chunk; the backward computes each chunk of logits again and reduces it right away."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
+    ) -> tuple[Tensor | None, ...]:
         shard, real = rows.vocab_shard, stats_dtype(rows.logits_dtype)
         arguments = (rows.labels, rows.temperature, rows.params, rows.ignore_index)
         with no_autocast(hidden.device):
@@ -203,10 +250,10 @@ class _LinearStats(torch.autograd.Function):
             # Of rows that are not read every statistic is 0, and the state that of a single certain token.
             stats = torch.zeros(6 if shard is None else 4, count, dtype=real, device=hidden.device)
             gathered, kept = [], rows.kept
-            over_support = None if kept is None else torch.zeros_like(stats[0])
+            over_support = torch.zeros_like(stats[0] if kept is not None else stats[0, :0])
             # Of a shard the kernel looks for kept logits alone; the statistics come when all ranks' are there.
-            full = stats if shard is None or kept is None else stats.new_zeros(6, count)
-            full = (*full[:3], full[3:])
+            whole = stats if shard is None or kept is None else stats.new_zeros(6, count)
+            full: tuple[Tensor, ...] = (*whole[:3], whole[3:])
             for chunk in rows.active.chunks(size):
                 ((logits, *_),) = buffers.windows(head, rows.active.of(head, chunk), chunk)
                 if shard is None:

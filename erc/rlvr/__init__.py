@@ -1,4 +1,4 @@
-"""Layer 4: what a trainer with verifiable rewards needs around the loss."""
+"""What a trainer with verifiable rewards needs around the loss."""
 
 from erc.rlvr.advantages import group_advantages, informative_groups, overlong_penalty
 from erc.rlvr.answers import answer_logprobs

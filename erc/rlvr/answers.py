@@ -59,7 +59,8 @@ class _Prefix:
     """A prefix of all rows: `tokens` that each row repeats, and `cached` ones whose keys and values are kept."""
 
     def __init__(self, model: Any, tokens: list[int], device: torch.device) -> None:
-        self.tokens, self.cached, self.cache = tokens, 0, None
+        self.tokens, self.cached = tokens, 0
+        self.cache: Any = None
         parameters = inspect.signature(model.forward).parameters
         self.keyword = next((name for name in ("cache", "past_key_values") if name in parameters), None)
         if len(tokens) < 2 or self.keyword is None:
@@ -81,7 +82,7 @@ class _Prefix:
     def arguments(self, rows: int) -> dict[str, Any]:
         """The backbone's arguments for `rows` rows that follow the prefix. A forward pass writes into its cache, so
         each gets a copy."""
-        if self.cache is None:
+        if self.cache is None or self.keyword is None:
             return {}
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
@@ -94,11 +95,11 @@ def _only_attention(cache: Any) -> bool:
 
 
 def _batch_logprobs(
-    model: Any, prefix: _Prefix, rows: list[tuple[Sequence[int], Sequence[int]]], device: torch.device
+    model: Any, prefix: _Prefix, pairs: list[tuple[Sequence[int], Sequence[int]]], device: torch.device
 ) -> Tensor:
     from erc.integrations.transformers import head_inputs
 
-    rows = [([*prefix.tokens, *prompt], list(answer)) for prompt, answer in rows]
+    rows = [([*prefix.tokens, *prompt], list(answer)) for prompt, answer in pairs]
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
     labels = torch.full((len(rows), length), -100)

@@ -17,7 +17,7 @@ def has_template(tokenizer: Any) -> bool:
 
 def render(tokenizer: Any, messages: Sequence[Message], template_arguments: Mapping[str, Any] | None = None) -> str:
     """The conversation up to where the next answer starts; `template_arguments` go to `apply_chat_template`."""
-    arguments = {"tokenize": False, "add_generation_prompt": True}
+    arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     if not has_template(tokenizer):
         arguments["chat_template"] = PLAIN_TEMPLATE
     return tokenizer.apply_chat_template(list(messages), **{**arguments, **(template_arguments or {})})

@@ -180,7 +180,7 @@ def _fitted(
         raise ValueError("tokenizer and max_tokens must be given together")
     for count in range(len(demonstrations), -1, -1):
         prompt = _compose(messages, demonstrations[:count], template, wording or InContextWording())
-        if tokenizer is not None:
+        if tokenizer is not None and max_tokens is not None:
             text = render(tokenizer, prompt)
             if len(encode(tokenizer, text)) > max_tokens:
                 continue

@@ -40,7 +40,7 @@ class EvidenceGain:
         tokenizer: with or without a chat template; without one the messages stand as plain text, an empty line between.
         demonstrations: the experts' `query` q_e and `answer` a_e; the paper takes 100.
         per_token: divide each gain by the number of tokens of `a_e`; False gives the sum, which Bayes' rule is about.
-        batch_size: sequences a forward pass; changes nothing but speed and memory.
+        batch_size: sequences per forward pass; changes nothing but speed and memory.
         template_arguments: passed to the chat template, such as `{"enable_thinking": False}`.
         answer_prefix: text between the generation prompt and the expert's answer. Where the generation prompt opens
             the model's thinking (`<think>`) it must be given: "" if the answers start with their reasoning, or what

@@ -22,7 +22,7 @@ class InContextRollouts:
     """Demonstrated and plain rollouts of every group, by their place in it (arXiv 2603.09803).
 
     The demonstrations of a generation batch follow from `seed` and the number of the batch alone, so every process of a
-    run, and a run that was resumed, shows the same ones without a word between them.
+    run, and a run that was resumed, shows the same ones without communication.
 
     Attributes:
         pool: where demonstrations are drawn from, once for each generation batch, for all of its prompts.

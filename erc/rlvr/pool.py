@@ -82,7 +82,7 @@ def build_pool(
         raise ValueError(f"size must be at least 1, got {size}")
     if max_length is not None and max_length < min_length:
         raise ValueError(f"max_length must be at least min_length={min_length}, got {max_length}")
-    rng, counts = random.Random(seed), Counter()
+    rng, counts = random.Random(seed), Counter[str]()
     excluded, seen, qualified, training = {same_question(query) for query in exclude}, set(), [], []
     for candidate in candidates:
         key = same_question(candidate.query)

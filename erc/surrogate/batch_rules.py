@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules that compare a token with the whole batch (arXiv 2505.22617). They run two-phase.
+"""Ratio rules that compare a token with the whole batch (arXiv 2505.22617). They run two-phase.
 
 The entropy of a policy falls where the covariance of log-prob and advantage is large: few tokens carry most of it.
 Both rules find them by `(A - mean A) (logprob - mean logprob)`, the means over the active tokens of this call.
@@ -43,8 +43,8 @@ def _covariance(inputs: RatioInputs) -> Tensor:
 
 
 def _largest(score: Tensor, candidates: Tensor, active: Tensor, fraction: float) -> Tensor:
-    """The candidates with the largest scores, of equal ones the first: a `fraction` of the active tokens, at least one.
-    Nothing is read by the host."""
+    """The candidates with the largest scores, the first among equal ones: a `fraction` of the active tokens, at least
+    one. Nothing is read by the host."""
     allowed = (fraction * active.sum()).floor().clamp(min=1)
     order = torch.where(candidates, score, -torch.inf).argsort(descending=True, stable=True)
     return candidates & (order.argsort() < allowed)
@@ -80,6 +80,7 @@ class ClipCov(BatchRule):
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         loss, clip_low, clip_high, _ = clipped(inputs.constant(), self.eps_low, self.eps_high)
+        assert clip_low is not None and clip_high is not None
         covariance, active = _covariance(inputs), inputs.mask != 0
         candidates = active & ~clip_low & ~clip_high & (covariance > self.low) & (covariance < self.high)
         # float32 whatever the dtype of the statistics: a seed then draws the same tokens.

@@ -1,4 +1,4 @@
-"""Layer 3: an entropy coefficient that follows a target."""
+"""An entropy coefficient that follows a target."""
 
 from __future__ import annotations
 

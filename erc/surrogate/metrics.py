@@ -6,6 +6,7 @@ what the `torch` backend runs. Nothing here is synchronised: the metrics stay on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, nan
 
 import torch
@@ -96,5 +97,5 @@ def token_summary(
     return summary[Metric.LOSS].to(per_token.dtype), summary, tokens
 
 
-def _extreme(values: Tensor, of: object) -> Tensor:
+def _extreme(values: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     return of(values) if len(values) else torch.zeros((), dtype=values.dtype, device=values.device)

@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
+"""Ratio rules, what a policy gradient does with the sampled token's importance ratio. Data with their formula.
 
 Every rule is a frozen dataclass with a `terms` method in plain PyTorch, the readable definition that the kernels are
 tested against. Notation: `r = exp(clamp(logprob - old_logprob, -20, 20))`, `A` the advantage. A tie exactly on a bound
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def nowhere(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool)
 
 
-def check_value(name: str, value: float | None, condition: bool, expected: str) -> None:
+def check_value(name: str, value: Any, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
@@ -346,20 +346,26 @@ class DPPO(RatioRule):
     def needs_divergence(self) -> bool:  # type: ignore[override]
         return self.divergence.startswith("full-")
 
+    def bounds(self) -> tuple[float, float]:
+        """`low` and `high`, with the defaults in place of None."""
+        assert self.low is not None and self.high is not None  # since __post_init__
+        return self.low, self.high
+
     def kernel_params(self) -> tuple[float, ...]:
-        return self.low, self.high, self.ratio_max
+        return *self.bounds(), self.ratio_max
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
         advantage, logprob, old_logprob = inputs.advantage, inputs.logprob.detach(), inputs.old_logprob
-        r = importance_ratio(logprob, old_logprob)
+        r, (least, most) = importance_ratio(logprob, old_logprob), self.bounds()
         if self.divergence == "tv":
             moved = logprob.exp() - old_logprob.exp()
-            above, below = moved > self.high, moved < -self.low
+            above, below = moved > most, moved < -least
         else:
             distance = inputs.old_divergence if self.needs_divergence else binary_kl(old_logprob, logprob)
+            assert distance is not None  # the front desk asked for it
             # The log-probs tell the direction exactly; the difference of two exponentials may round to 0.
             up, down = logprob > old_logprob, logprob < old_logprob
-            above, below = up & (distance > self.high), down & (distance > self.low)
+            above, below = up & (distance > most), down & (distance > least)
         high, low = (advantage > 0) & above, (advantage < 0) & below
         coefficient = torch.where(high | low, 0.0, -r.clamp(max=self.ratio_max) * advantage)
         if self.needs_divergence:
@@ -388,7 +394,7 @@ class Reinforce(RatioRule):
 
 @dataclass(frozen=True)
 class DRO(RatioRule):
-    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic leash (verl).
+    """`-(A logprob - beta/2 (logprob - old_logprob)^2)`: direct reward optimisation with a quadratic penalty (verl).
 
     With beta = 0.1 it is Kimi k1.5's policy mirror descent token by token, beta its tau (arXiv 2501.12599 eq. 3, ROLL).
     """

@@ -2,9 +2,9 @@
 
 `token-mean` is DAPO's (arXiv 2503.14476): the mean over active tokens. `seq-mean-token-mean` is GRPO's: the mean over
 sequences of each one's mean. `seq-mean-token-sum` takes each one's sum, and `seq-mean-token-sum-norm` (Dr. GRPO, arXiv
-2503.20783) that sum divided by a constant length. `token-sum` divides by nothing, `none` does not even add up. A mask
-weighs a token in numerator and denominator; a sequence without active tokens does not count; no active token at all
-gives weight 0 everywhere, not NaN. A `normalizer` replaces the count of tokens, or of sequences.
+2503.20783) that sum divided by a constant length. `token-sum` divides by nothing, `none` returns the losses per token.
+A mask weighs a token in numerator and denominator; a sequence without active tokens does not count; no active token at
+all gives weight 0 everywhere, not NaN. A `normalizer` replaces the count of tokens, or of sequences.
 
 The weights themselves are computed with the rest of the token table: `erc.surrogate.token_table`.
 """

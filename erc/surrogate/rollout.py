@@ -54,8 +54,14 @@ class RolloutCorrection:
         for name, default in zip(("low", "high"), _DEFAULT_BOUNDS[self.kind, self.level], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        require(is_number(self.high) and self.high > 0, "high", "a number > 0", self.high)
-        require(is_number(self.low) and 0 <= self.low <= self.high, "low", "a number in [0, high]", self.low)
+        low, high = self.bounds()
+        require(is_number(high) and high > 0, "high", "a number > 0", high)
+        require(is_number(low) and 0 <= low <= high, "low", "a number in [0, high]", low)
+
+    def bounds(self) -> tuple[float, float]:
+        """`low` and `high`, with the defaults in place of None."""
+        assert self.low is not None and self.high is not None  # since __post_init__
+        return self.low, self.high
 
     @property
     def needs_sequences(self) -> bool:
@@ -63,12 +69,12 @@ class RolloutCorrection:
 
     def weights(self, old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor, sequences: Any) -> Tensor:
         """The weight of each token's policy term, a constant; `[N]`."""
-        log_weight = log_difference(old_logprob, rollout_logprob).detach()
+        log_weight, (low, high) = log_difference(old_logprob, rollout_logprob).detach(), self.bounds()
         if self.level == "sequence":
             log_weight = sequences.expand(sequences.sum(torch.where(mask == 0, 0.0, log_weight)))
         weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         if self.kind == "truncate":
-            return weight.clamp(self.low, self.high)
+            return weight.clamp(low, high)
         measured = weight
         if self.level == "geometric":
             measured = sequences.expand(sequences.mean(log_weight, mask)).exp()
@@ -78,4 +84,4 @@ class RolloutCorrection:
                 for values in (old_logprob, rollout_logprob)
             )
             measured = torch.maximum(binary_kl(a, b), binary_kl(b, a))
-        return torch.where((measured >= self.low) & (measured <= self.high), weight, 0.0)
+        return torch.where((measured >= low) & (measured <= high), weight, 0.0)

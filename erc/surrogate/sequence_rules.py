@@ -1,4 +1,4 @@
-"""Layer 3: ratio rules that look at a whole sequence before any of its tokens has a gradient. They run two-phase.
+"""Ratio rules that look at a whole sequence before any of its tokens has a gradient. They run two-phase.
 
 Each gives every token of a sequence the sequence's value, and the gradient of that value in the token's own log-prob,
 so that the reductions of `reductions.py` weigh them like any token-level rule. The tokens of a sequence are expected to
@@ -23,6 +23,7 @@ from erc.surrogate.ratio_rules import (
     constant_log_ratio,
     scaled_logprob,
 )
+from erc.surrogate.sequences import Sequences
 from erc.surrogate.validation import check_band
 
 
@@ -32,6 +33,11 @@ class SequenceRule(RatioRule):
 
     needs_sequences: ClassVar[bool] = True
     two_phase_reason: ClassVar[str | None] = "needs all tokens of a sequence before any gradient"
+
+    @staticmethod
+    def sequences(inputs: RatioInputs) -> Sequences:
+        assert inputs.sequences is not None  # the front desk asked for them
+        return inputs.sequences
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,9 @@ class GSPO(SequenceRule):
         check_band(self, "eps_low", "eps_high")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        mean = inputs.sequences.mean(constant_log_ratio(inputs), inputs.mask)
-        s, advantage = inputs.sequences.expand(mean.clamp(max=10.0).exp()), inputs.advantage
+        sequences, advantage = self.sequences(inputs), inputs.advantage
+        mean = sequences.mean(constant_log_ratio(inputs), inputs.mask)
+        s = sequences.expand(mean.clamp(max=10.0).exp())
         low, high = clip_sides(s, advantage, self.eps_low, self.eps_high)
         unclipped = -advantage * s
         loss = torch.maximum(unclipped, -advantage * s.clamp(1 - self.eps_low, 1 + self.eps_high))
@@ -63,8 +70,8 @@ class GMPO(SequenceRule):
     """`-A exp(mean_t u)`, where `u` is the log-ratio clipped on the side that the advantage favours:
     `sgn(A) min(sgn(A) d, sgn(A) clamp(d, -eps_low, eps_high))` (arXiv 2507.20673).
 
-    The geometric mean of a sequence's ratios bends to no single token; a clipped token keeps its value in the mean and
-    loses its gradient. The widths are of the log-ratio.
+    A single token hardly moves the geometric mean of a sequence's ratios; a clipped token keeps its value in the mean
+    and loses its gradient. The widths are of the log-ratio.
     """
 
     eps_low: float = 0.4
@@ -77,7 +84,8 @@ class GMPO(SequenceRule):
         advantage, d = inputs.advantage, constant_log_ratio(inputs)
         low, high = (advantage < 0) & (d < -self.eps_low), (advantage > 0) & (d > self.eps_high)
         u = d.masked_fill(low, -self.eps_low).masked_fill(high, self.eps_high)
-        mean = inputs.sequences.expand(inputs.sequences.mean(u, inputs.mask).exp())
+        sequences = self.sequences(inputs)
+        mean = sequences.expand(sequences.mean(u, inputs.mask).exp())
         loss = -advantage * mean
         return RatioTerms(loss, low, high, loss.masked_fill(low | high, 0.0))
 
@@ -100,7 +108,7 @@ class VESPO(SequenceRule):
             check_value(name, value, value > 0, "a number > 0")
 
     def terms(self, inputs: RatioInputs) -> RatioTerms:
-        advantage, sequences = inputs.advantage, inputs.sequences
+        advantage, sequences = inputs.advantage, self.sequences(inputs)
         d = constant_log_ratio(inputs).masked_fill(inputs.mask == 0, 0.0)
         log_weight = sequences.expand(sequences.sum(d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
         positive = advantage >= 0

@@ -1,4 +1,4 @@
-"""Layer 3: which tokens form a sequence, padded `[B, T]` or packed `[N]` with `cu_seqlens`, and sums over sequences."""
+"""Which tokens form a sequence, padded `[B, T]` or packed `[N]` with `cu_seqlens`, and sums over sequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sequences:
     """
 
     tokens: int
-    length: int | None = None
+    length: int = 0
     offsets: Tensor | None = None
     group: dist.ProcessGroup | None = None
 

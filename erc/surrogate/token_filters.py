@@ -1,4 +1,4 @@
-"""Layer 3: which tokens take part in the policy term at all. Both filters run two-phase and compose with every rule.
+"""Which tokens take part in the policy term at all. Both filters run two-phase and compose with every rule.
 
 A filtered token's policy term is 0, value and gradient; it stays in every denominator, and keeps its KL and entropy
 terms. Filters apply after the ratio rule and the rollout correction, before the entropy-ratio gate.

@@ -145,12 +145,14 @@ def token_losses(
 
     gate = objective.entropy_ratio
     if gate is not None:
+        assert batch.old_entropy is not None  # the front desk asked for it
         dropped, below, above = gate.dropped(entropy.detach(), batch.old_entropy)
         policy = torch.where(dropped, policy.detach() if gate.value == "kept" else 0.0, policy)
         flags = flags + dropped * TokenFlag.ERC_DROPPED + below * TokenFlag.ERC_LOW + above * TokenFlag.ERC_HIGH
 
     token_loss = policy
     if objective.kl is not None and objective.kl.kind != "full" and objective.kl.coef:
+        assert batch.ref_logprob is not None
         token_loss = token_loss + objective.kl.coef * objective.kl.estimate(
             logprob, inputs.old_logprob, batch.ref_logprob, logprob_full
         )
@@ -177,6 +179,7 @@ def filtered_tokens(objective: Objective, inputs: RatioInputs) -> Tensor | None:
     if objective.high_entropy is not None:
         dropped.append(objective.high_entropy.dropped(inputs.entropy.detach(), inputs.mask != 0))
     if objective.off_policy_mask is not None:
+        assert inputs.sequences is not None
         dropped.append(
             objective.off_policy_mask.dropped(
                 inputs.logprob, inputs.old_logprob, inputs.advantage, inputs.mask, inputs.sequences

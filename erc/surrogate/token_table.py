@@ -71,10 +71,12 @@ def token_table(
 
     token_count = total(weight)
     reduction = Reduction(int(numbers[Param.REDUCTION]))
-    shares, counted = weight, 1.0
+    shares: Tensor = weight
+    counted: Tensor | float = 1.0
     if reduction == Reduction.TOKEN_MEAN:
         counted = token_count
     elif reduction in SEQUENCE_REDUCTIONS:
+        assert sequences is not None  # the front desk asked for them
         per_sequence = sequences.sum(weight.double())
         counted = (per_sequence != 0).sum()
         if reduction == Reduction.SEQ_MEAN_TOKEN_MEAN:
@@ -143,4 +145,7 @@ def _advantage_column(advantages: Tensor, length: int, sequences: Sequences | No
     advantages = advantages.reshape(-1)
     if length == 1:
         return advantages
-    return sequences.expand(advantages) if length == 0 else advantages.repeat_interleave(length)
+    if length:
+        return advantages.repeat_interleave(length)
+    assert sequences is not None
+    return sequences.expand(advantages)

@@ -1,4 +1,4 @@
-"""Layer 1: the Triton backend, for NVIDIA and AMD GPUs from one source, and for CPU tensors in Triton's interpreter.
+"""The Triton backend, for NVIDIA and AMD GPUs from one source, and for CPU tensors in Triton's interpreter.
 
 Reading order: `rows`, `sweep` and `gradient` (a row, and all that follows from it), `stats`, `token_loss`,
 `policy_loss`, `tokens`; then `support`, `paired` and `scale`. `params` and `launch` are the host side, `tuning` the

@@ -1,4 +1,5 @@
-"""`python -m erc.triton_kernels.autotune`: measures the knobs of `tuning` on this GPU and prints lines for its table.
+"""`python -m erc.triton_kernels.autotune`: measures the knobs of `tuning` on this GPU and prints lines for
+`tuning.MEASURED`.
 
 Run once by hand, never by a call: a call only looks its line up, so it neither waits for the GPU nor runs a kernel
 twice over what it writes in place. The logits here are scratch, and the loss is the form that leaves them alone.
@@ -6,35 +7,38 @@ twice over what it writes in place. The logits here are scratch, and the loss is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
 
+from erc.loss import policy_loss
+from erc.results import PolicyLoss
 from erc.triton_kernels import tuning
-from erc.triton_kernels.policy_loss import policy_loss
 
 ROW_KIB = (64, 256, 304, 512)
 PROGRAMS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 SPLITS = (0.0, 0.25, 0.5, 1.0)
 
 
-def loss_call(rows: int, V: int, device: str) -> Callable[[], object]:
+def loss_call(rows: int, V: int, device: str) -> Callable[[], PolicyLoss]:
     """A call of the fused loss on bfloat16 logits."""
     logits = torch.randn(1, rows, V, dtype=torch.bfloat16, device=device)
-    labels = torch.zeros(rows, dtype=torch.int64, device=device)
-    ones = torch.ones(rows, device=device)
-    inf = float("inf")
-    params = torch.tensor([1.0, 0.0, 1.0, 0.2, 0.28, inf, inf, 0.05, 0.05, 1e-8, 0.0, inf], dtype=torch.float64)
-    return lambda: policy_loss(logits, labels, None, params, -100, ones, ones, *[None] * 6, 0, 0, 0, True)
+    logits.requires_grad_()
+    labels = torch.zeros(1, rows, dtype=torch.int64, device=device)
+    ones = torch.ones(1, rows, device=device)
+    return lambda: policy_loss(
+        logits, labels, old_logprob=-ones, old_entropy=ones, advantages=ones, objective="erc-dapo", backend="triton"
+    )
 
 
 def best_tuning(
-    V: int, rows: int, few_rows: int, seconds: Callable[[Callable[[], object]], float], device: str = "cuda"
+    V: int, rows: int, few_rows: int, seconds: Callable[[Callable[[], PolicyLoss]], float], device: str = "cuda"
 ) -> tuning.Tuning:
     """The fastest line at V: programs by a batch of `rows`, and the split by one of `few_rows` and of twice as many,
     which a good threshold treats differently. `seconds` times a call."""
 
-    def time(call: Callable[[], object], line: tuning.Tuning) -> float:
+    def time(call: Callable[[], PolicyLoss], line: tuning.Tuning) -> float:
         with tuning.override(line):
             return seconds(call)
 
@@ -46,6 +50,8 @@ def best_tuning(
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("autotune measures kernels on a GPU, and PyTorch finds none here: run it on the machine to be tuned")
     from triton.testing import do_bench
 
     device = tuning.device_of(torch.empty(0, device="cuda"))

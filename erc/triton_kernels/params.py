@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     """A `[outer, inner, V]` tensor as a kernel addresses it."""
 
     data: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # of rows; tuple.count is of no use here
     V: int
     inner: int
     stride_outer: int

@@ -6,6 +6,8 @@ and one DRAM write for forward and backward together, as long as the rows in fli
 launches instead.
 """
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -144,38 +146,39 @@ def _launch_rows(
         CORRECTED=bool(present & Present.POLICY_WEIGHT), ENTROPY=has_entropy_term,
         NLL=numbers[Param.NLL_COEF] != 0, L=layout,
     )  # fmt: skip
-    if shared_gradient:
+    if target is not None and saved is not None:
         launch_backward(call, target, saved, grad_logprob, grad_entropy, None)
 
 
-def loss_rows_(*inputs_and_outputs) -> None:
+def loss_rows_(*inputs_and_outputs: Any) -> None:
     """The fused loss of some tokens; see `erc.ops`."""
     *inputs, table, per_token, flags, grad_logits = inputs_and_outputs
     target = None if grad_logits is None else rows_of(grad_logits)
     _launch_rows(row_inputs(*inputs), table, per_token.unbind(), flags, target)
 
 
-def _policy_loss(logits: Tensor, target: Rows | None, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
+def _policy_loss(logits: Tensor, target: Rows | None, temperature: Tensor | None, *tokens: Any) -> tuple[Tensor, ...]:
     *given, per_row = tokens
     *_, params, ignore_index = given
-    table, labels, counter = token_table(*given, logits.shape[-1], logits.dtype == torch.float64)
+    given += [logits.shape[-1], logits.dtype == torch.float64]
+    table, labels, counter = token_table(*given)
     call = row_inputs(logits, labels, temperature, params, ignore_index)
     shares, per_token = call.rows.per_token(), call.rows.per_token(3)
     flags = shares.new_empty(call.rows.count, dtype=torch.int32)
     _launch_rows(call, table, (shares, *per_token.unbind()), flags, target)
-    statistics = (shares, *per_token[1:].unbind())
+    statistics = (shares, per_token[1], per_token[2])
     total, metrics, count = summary(statistics, flags, table, labels, counter, params, ignore_index)
     return shares if per_row else total, per_token, flags, metrics, count
 
 
-def policy_loss(logits: Tensor, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
+def policy_loss(logits: Tensor, temperature: Tensor | None, *tokens: Any) -> tuple[Tensor, ...]:
     """Table, rows and summary; see `erc.ops`."""
     *given, need_grad = tokens
     grad = torch.empty(logits.shape if need_grad else (0, 0, 0), dtype=logits.dtype, device=logits.device)
     return (*_policy_loss(logits, rows_of(grad) if need_grad else None, temperature, *given), grad)
 
 
-def policy_loss_(logits: Tensor, temperature: Tensor | None, *tokens) -> tuple[Tensor, ...]:
+def policy_loss_(logits: Tensor, temperature: Tensor | None, *tokens: Any) -> tuple[Tensor, ...]:
     """As `policy_loss`, with the gradient written over the logits."""
     *given, _ = tokens
     return (*_policy_loss(logits, rows_of(logits), temperature, *given), logits.new_empty((0, 0, 0)))

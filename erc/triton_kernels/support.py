@@ -4,6 +4,8 @@ program a row, in float64. The sweeps over the vocabulary stay as they are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -213,7 +215,7 @@ def support_forward_(
 
 def support_backward_(
     labels: Tensor, temperature: Tensor | None, params: Tensor, row_index: Tensor | None, first_token: int, start: int,
-    token_ids: Tensor, offsets: Tensor, *values_and_grads: Tensor | None,
+    token_ids: Tensor, offsets: Tensor, *values_and_grads: Any,
 ) -> None:  # fmt: skip
     """The kept columns of cut rows in a gradient; see `erc.ops`."""
     *inputs, grad_logits = values_and_grads

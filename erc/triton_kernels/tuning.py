@@ -32,30 +32,10 @@ class Tuning(NamedTuple):
     split_below: float
 
 
-# Derived from cache sizes, not measured on these machines: two programs of 64 registers a thread fit on a
-# multiprocessor, and one holds half its row in the cache on average, because its second sweep evicts what it has read.
-# One program has 16 KB of loads in flight, too few for its multiprocessor's part of the bandwidth: as many as fit.
-# `python -m erc.triton_kernels.autotune` prints measured lines for the machine it runs on.
-_TABLE = {
-    # (architecture, largest row in KiB, which is V of 16-bit logits / 512): Tuning
-    ("sm_80", 64): Tuning(2, 0.5),
-    ("sm_80", 256): Tuning(1.75, 0.5),
-    ("sm_80", 304): Tuning(1.5, 0.5),
-    ("sm_80", 512): Tuning(0.85, 0.5),
-    ("sm_90", 64): Tuning(2, 0.5),
-    ("sm_90", 256): Tuning(1.8, 0.5),
-    ("sm_90", 304): Tuning(1.5, 0.5),
-    ("sm_90", 512): Tuning(0.9, 0.5),
-    ("sm_100", 64): Tuning(2, 0.5),
-    ("sm_100", 256): Tuning(2, 0.5),
-    ("sm_100", 304): Tuning(2, 0.5),
-    ("sm_100", 512): Tuning(1.9, 0.5),
-    ("gfx942", 64): Tuning(4, 0.5),
-    ("gfx942", 256): Tuning(4, 0.5),
-    ("gfx942", 304): Tuning(3, 0.5),
-    ("gfx942", 512): Tuning(2, 0.5),
-}
-_LARGEST_FALLBACK = 2
+MEASURED: dict[tuple[str, int], Tuning] = {}
+"""By architecture and largest row in KiB (V of 16-bit logits / 512): lines that `python -m erc.triton_kernels.autotune`
+printed on that machine. None so far."""
+
 _LARGEST_KERNELS = {"policy_loss_kernel", "paired_forward_kernel"}
 _OLD_COMPILER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 _forced: list[Tuning] = []
@@ -98,15 +78,18 @@ def cpu_as(device: Device) -> Iterator[None]:
 
 
 def tuning_of(device: Device, row_bytes: int) -> Tuning:
-    """The table's line for the smallest listed row that holds `row_bytes`. Other machines, and larger rows, have as
-    many programs as keep their rows in the cache."""
+    """What was measured for the smallest listed row that holds `row_bytes`, else what the sizes of the machine say.
+
+    A program holds half its row in the cache on average, because its second sweep evicts what it has read. Programs of
+    64 registers per thread fit twice on a multiprocessor of 32-thread warps, four times on one of 64-thread wavefronts.
+    """
     if _forced:
         return _forced[-1]
-    sizes = sorted(kib for name, kib in _TABLE if name == device.architecture and kib * 1024 >= row_bytes)
+    sizes = sorted(kib for name, kib in MEASURED if name == device.architecture and kib * 1024 >= row_bytes)
     if sizes:
-        return _TABLE[device.architecture, sizes[0]]
+        return MEASURED[device.architecture, sizes[0]]
     fitting = CACHE_SHARE * device.cache_bytes / (max(row_bytes, 1) / 2) / device.multiprocessors
-    return Tuning(min(fitting, _LARGEST_FALLBACK), 0.5)
+    return Tuning(fitting if fitting < 1 else min(int(fitting), device.warp_size // 16), 0.5)
 
 
 @contextmanager

@@ -81,7 +81,10 @@ def write(path: Path, module: str, settings: dict[str, Any], results: dict[str, 
         "settings": settings,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record | rounded(results), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record | rounded(results), indent=1)
+    # A line per interval, not per number.
+    text = re.sub(r"\[([^][{}]*)\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:

@@ -9,6 +9,7 @@ with the transformer of `examples.plain_trainer`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ RULES = ("dapo", "gppo", "no-clip")
 BANDS = {"gate 0.05": 0.05, "gate 0.2": 0.2}
 GATES = ("no gate", *BANDS, "random drop")
 TRUST = "dppo-full-tv"
-RATES = (1e-3, 2.5e-3, 5e-3, 1e-2)
+RATES = (4e-4, 1e-3, 2.5e-3, 5e-3, 1e-2)
 REUSE = (1, 4, 12)
 MINIBATCHES = 8
 PROMPTS, GROUP = 24, 8
@@ -117,13 +118,20 @@ def _update_measures(
 Cells = dict[tuple[str, str, int], dict[str, Tensor]]
 
 
-def differences(cells: Cells, pairs: list[tuple[str, str]]) -> dict[str, list[tuple[float, float, float]]]:
-    """Final reward of one gate minus that of another, per rule and reuse: an interval for each learning rate."""
+def pairs() -> list[tuple[str, str]]:
+    """The gates that are compared."""
+    return [*((gate, "no gate") for gate in (*GATES[1:], TRUST)), ("gate 0.05", "random drop")]
+
+
+def differences(cells: Cells, of: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Any]:
+    """Intervals of `of` one cell minus that of another, which has another gate and the same rule and reuse: one of
+    `[warm start]`, or for each learning rate one of `[warm start, learning rate]`."""
     found = {}
-    for (first, second), rule, reuse in itertools.product(pairs, RULES, REUSE):
+    for (first, second), rule, reuse in itertools.product(pairs(), RULES, REUSE):
         one = cells[TRUST, "no gate", reuse] if first == TRUST else cells[rule, first, reuse]
-        gaps = one["final"] - cells[rule, second, reuse]["final"]
-        found[f"{rule}, {first} - {second}, reuse {reuse}"] = [interval(gaps[:, rate]) for rate in range(len(RATES))]
+        gaps = of(one) - of(cells[rule, second, reuse])
+        value = interval(gaps) if gaps.dim() == 1 else [interval(column) for column in gaps.T]
+        found[f"{rule}, {first} - {second}, reuse {reuse}"] = value
     return found
 
 
@@ -141,30 +149,27 @@ def arms() -> list[tuple[str, str]]:
 
 def summary(cells: Cells, before: Tensor) -> dict[str, Any]:
     """Everything that the docs quote."""
-    pairs = [(gate, "no gate") for gate in (*GATES[1:], TRUST)] + [("gate 0.05", "random drop")]
     best = {
         f"{rule}, {gate}, reuse {reuse}": interval(best_rate(cells[rule, gate, reuse]["final"]) - before)
         for rule, gate in arms()
         for reuse in REUSE
     }
-    best_gaps = {
-        f"{rule}, {gate} - no gate, reuse {reuse}": interval(
-            best_rate(cells[rule, gate, reuse]["final"]) - best_rate(cells[rule, "no gate", reuse]["final"])
-        )
-        for rule, gate in itertools.product(RULES, GATES[1:])
-        for reuse in REUSE
-    }
+    for cell in cells.values():
+        cell["collapsed"] = (cell["final"] < before[:, None]).float()
     means = {
         f"{rule}, {gate}, reuse {reuse}": {name: value.mean(0) for name, value in cell.items()}
-        | {"collapsed": (cell["final"] < before[:, None]).float().mean(0)}
         for (rule, gate, reuse), cell in cells.items()
     }
     return {
         "reward of the warm starts": before,
         "learning rates": RATES,
-        "differences of the final reward, per learning rate": differences(cells, pairs),
+        "differences of the final reward, per learning rate": differences(cells, lambda cell: cell["final"]),
         "gain over the warm start at the best learning rate": best,
-        "differences at the best learning rate": best_gaps,
+        "differences at the best learning rate": differences(cells, lambda cell: best_rate(cell["final"])),
+        "differences of means over learning rates": {
+            name: differences(cells, lambda cell, name=name: cell[name].mean(1))
+            for name in ("collapsed", "final", "kl", "variation")
+        },
         "means over warm starts, per learning rate": means,
         "final reward, per warm start and learning rate": {
             ", ".join(map(str, key)): c["final"] for key, c in cells.items()
@@ -174,7 +179,7 @@ def summary(cells: Cells, before: Tensor) -> dict[str, Any]:
 
 def heat_map(found: dict[str, list[tuple[float, float, float]]], path: Path) -> None:
     """Differences to no gate; bold where the interval leaves out 0."""
-    figure, axes = palette.figure(6.4, 1, len(RULES), sharey=True)
+    figure, axes = palette.figure(7.2, 1, len(RULES), sharey=True)
     gates = (*GATES[1:], TRUST)
     columns = list(itertools.product(REUSE, RATES))
     for axis, rule in zip(axes, RULES, strict=True):
@@ -186,7 +191,7 @@ def heat_map(found: dict[str, list[tuple[float, float, float]]], path: Path) -> 
         for x, row in enumerate(rows):
             for y, (mean, low, high) in enumerate(row):
                 sure = low > 0 or high < 0
-                text = f"{100 * mean:+.0f}"
+                text = f"{round(100 * mean):+d}"
                 color = "white" if abs(mean) > 0.13 else "black" if sure else "0.45"
                 axis.text(x, y, text, ha="center", va="center", fontweight="bold" if sure else "normal", color=color)
         axis.set_xticks(range(len(gates)), [gate.replace(" ", "\n").replace("-full", "\nfull") for gate in gates])

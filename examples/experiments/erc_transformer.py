@@ -1,6 +1,6 @@
 """Experiment: three cells of `erc_regimes` again, with the transformer of `examples.plain_trainer` and its sums.
 
-Each batch of rollouts is gone through four times at a large learning rate, where the small policies say that the gate
+Each batch of rollouts is gone through four times at large learning rates, where the small policies say that the gate
 matters most: for GPPO with both bands, and for DAPO. Slow: every run trains by itself.
 """
 
@@ -20,6 +20,7 @@ from examples.experiments.compare import Clock, interval, shown, write
 from examples.experiments.erc_regimes import objective_of
 
 CELLS = (("gppo", "gate 0.05"), ("gppo", "gate 0.2"), ("dapo", "gate 0.05"))
+RATES = (5e-4, 1e-3)
 REUSE = 4
 
 
@@ -51,8 +52,7 @@ def train(model: plain.Policy, objective: erc.Objective, rate: float, batches: i
 
 def main(
     starts: Annotated[int, typer.Option(min=2, help="warm starts")] = 8,
-    batches: Annotated[int, typer.Option(help="rollout batches of a run")] = 20,
-    rate: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
+    batches: Annotated[int, typer.Option(help="rollout batches of a run")] = 12,
     warm_start_steps: Annotated[int, typer.Option()] = 300,
     threads: Annotated[int, typer.Option(help="results repeat for the same number")] = 1,
     output: Annotated[Path, typer.Option(help="folder for erc_transformer.json")] = Path("output/experiments"),
@@ -60,34 +60,42 @@ def main(
     """Train, print the differences that the gate makes, and write the numbers."""
     torch.set_num_threads(threads)
     clock = Clock()
-    arms = [*dict.fromkeys((rule, "no gate") for rule, _ in CELLS), *CELLS]
-    found: dict[tuple[str, str], list[dict[str, float]]] = {arm: [] for arm in arms}
+    rules = [*dict.fromkeys((rule, "no gate") for rule, _ in CELLS), *CELLS]
+    arms = [(*arm, rate) for rate in RATES for arm in rules]
+    found: dict[tuple[str, str, float], list[dict[str, float]]] = {arm: [] for arm in arms}
     before = []
     for seed in range(starts):
         model = plain.warm_start(warm_start_steps, seed)
         before.append(accuracy(model))
-        for rule, gate in arms:
+        for rule, gate, rate in arms:
             run = train(copy.deepcopy(model), objective_of(rule, gate), rate, batches, seed)
-            found[rule, gate].append(run)
-            typer.echo(f"start {seed} ({before[-1]:.3f}) {rule}, {gate}: {run['final']:.3f}  {clock.minutes()}")
+            found[rule, gate, rate].append(run)
+            line = f"start {seed} ({before[-1]:.3f}) {rule}, {gate}, learning rate {rate:g}: {run['final']:.3f}"
+            typer.echo(f"{line}  {clock.minutes()}")
     finals = {arm: torch.tensor([run["final"] for run in runs]) for arm, runs in found.items()}
+    names = {(rule, gate, rate): f"{rule}, {gate}, learning rate {rate:g}" for rule, gate, rate in arms}
 
     def collapsed(final: Tensor) -> float:
         return (final < torch.tensor(before)).float().mean().item()
 
     results = {
         "reward of the warm starts": before,
+        "final reward": {names[arm]: interval(final) for arm, final in finals.items()},
         "differences of the final reward": {
-            f"{rule}, {gate} - no gate": interval(finals[rule, gate] - finals[rule, "no gate"]) for rule, gate in CELLS
+            f"{rule}, {gate} - no gate, learning rate {rate:g}": interval(
+                finals[rule, gate, rate] - finals[rule, "no gate", rate]
+            )
+            for rate in RATES
+            for rule, gate in CELLS
         },
-        "ended below the warm start": {", ".join(arm): collapsed(final) for arm, final in finals.items()},
-        "runs": {", ".join(arm): runs for arm, runs in found.items()},
+        "ended below the warm start": {names[arm]: collapsed(final) for arm, final in finals.items()},
+        "runs": {names[arm]: runs for arm, runs in found.items()},
     }
-    settings = {"starts": starts, "batches": batches, "learning_rate": rate, "reuse": REUSE}
+    settings = {"starts": starts, "batches": batches, "learning_rates": RATES, "reuse": REUSE}
     settings |= {"updates": plain.UPDATES, "warm_start_steps": warm_start_steps}
     write(output / "erc_transformer.json", "examples.experiments.erc_transformer", settings, results, clock)
     for case, value in results["differences of the final reward"].items():
-        typer.echo(f"{case:28} {shown(value)}")
+        typer.echo(f"{case:48} {shown(value)}")
 
 
 if __name__ == "__main__":

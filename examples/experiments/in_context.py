@@ -36,6 +36,8 @@ GROUP, DEMONSTRATED = 8, 6
 LUCK = {"prefers soundness": (0.9, 0.3), "is blind": (0.6, 0.6), "prefers luck": (0.5, 0.7)}
 """The verifier, and the probability of a right result after sound and after careless steps."""
 
+CONTROL, STYLES = "IC-DAPO, both", ("sound", "careless")
+
 
 class Arm(NamedTuple):
     """`authors`: how many of the demonstrations are careful authors', None for no demonstrations; `train`, `old`: the
@@ -170,10 +172,10 @@ def means(authors: Authors, policies: Policies, starts: int, careful: bool | Non
     return {luck: {name: interval(values[luck]) for name, values in found.items()} for luck in LUCK}
 
 
-def against_dapo(finals: dict[str, dict[str, dict[str, Tensor]]], name: str) -> dict[str, Any]:
-    """`{setting: {measure: mean and interval of the differences to DAPO}}`."""
+def differences(finals: dict[str, dict[str, dict[str, Tensor]]], name: str, other: str) -> dict[str, Any]:
+    """`{setting: {measure: mean and interval of arm `name` minus arm `other`}}`."""
     return {
-        luck: {m: interval(values[luck] - finals["DAPO"][m][luck]) for m, values in finals[name].items()}
+        luck: {m: interval(values[luck] - finals[other][m][luck]) for m, values in finals[name].items()}
         for luck in LUCK
     }
 
@@ -214,7 +216,8 @@ def main(
             name: {luck: {m: interval(values[luck]) for m, values in found.items()} for luck in LUCK}
             for name, found in finals.items()
         },
-        "minus DAPO": {name: against_dapo(finals, name) for name in finals if name != "DAPO"},
+        "minus DAPO": {name: differences(finals, name, "DAPO") for name in finals if name != "DAPO"},
+        f"minus {CONTROL}": {f"IC-DAPO, {kind}": differences(finals, f"IC-DAPO, {kind}", CONTROL) for kind in STYLES},
     }
     for name, found in results["minus DAPO"].items():
         typer.echo(f"{name} - DAPO, sound among right")

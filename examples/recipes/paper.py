@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import typer
+
+import erc
+
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
 
@@ -49,6 +53,15 @@ SMOKE = Scale(
     warmup_steps=2,
     batches=8,
 )
+
+
+def check(recipe: str) -> None:
+    """Refuses a name that is no objective before anything is loaded, in one line."""
+    try:
+        erc.objective(recipe)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
 
 DEMONSTRATED, DEMONSTRATIONS_EACH, TEMPLATE = 6, 1, "in-context"
 """In-Context RLVR: how many of the 8 rollouts see demonstrations, how many each, and how."""

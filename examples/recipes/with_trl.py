@@ -95,6 +95,7 @@ def main(
     output: Annotated[Path, typer.Option(help="checkpoints and log")] = Path("output/recipe"),
     smoke_form: Annotated[bool, typer.Option("--smoke", help="minutes on a CPU: a random model, sums")] = False,
 ) -> None:
+    paper.check(recipe)
     in_context = recipe.startswith("ic-")
     scale = paper.IN_CONTEXT if in_context else paper.ERC
     rows = 1

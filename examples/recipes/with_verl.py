@@ -161,6 +161,7 @@ def main(
     gpus: Annotated[int, typer.Option(help="GPUs of each")] = 8,
     smoke_form: Annotated[bool, typer.Option("--smoke", help="minutes on a CPU: a random model, sums")] = False,
 ) -> None:
+    paper.check(recipe)
     output = output.resolve()
     in_context = recipe.startswith("ic-")
     scale = paper.IN_CONTEXT if in_context else paper.ERC

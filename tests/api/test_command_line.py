@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import erc
 from erc.check import Agreement, check_backend
 
-WITHOUT_RICH = "import runpy, sys; sys.modules['rich'] = None; runpy.run_module('erc', run_name='__main__')"
+BARE = (
+    "import runpy, sys; sys.modules |= dict.fromkeys(['rich', 'numpy']); runpy.run_module('erc', run_name='__main__')"
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -21,15 +25,26 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_info_names_every_backend(rich):
     if rich:
         pytest.importorskip("rich")
-    command = [sys.executable, "-c", WITHOUT_RICH, "info"]
+    command = [sys.executable, "-c", BARE, "info"]
     printed = run("info") if rich else subprocess.run(command, capture_output=True, text=True)
     assert printed.returncode == 0, printed.stderr
     for name in ("cpu", "triton", "cuda", "torch"):
         assert f"backend {name}" in printed.stdout
 
 
+def test_info_for_programs():
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["erc"] == erc.__version__ and facts["torch"] == torch.__version__
+    assert set(facts["backends"]) == {"cpu", "triton", "cuda", "torch"}
+
+
+def test_the_version():
+    assert run("--version").stdout == f"erc {erc.__version__}\n"
+
+
 def test_check_compares_every_available_backend_with_the_oracle():
-    printed = run("check")
+    """With nothing but PyTorch: rich and numpy are conveniences."""
+    printed = subprocess.run([sys.executable, "-c", BARE, "check"], capture_output=True, text=True)
     assert printed.returncode == 0, printed.stdout + printed.stderr
     assert "holds" in printed.stdout and "BROKEN" not in printed.stdout
 

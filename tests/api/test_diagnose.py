@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import math
 import sys
 
 import pytest
@@ -108,12 +109,42 @@ def test_no_active_token():
     assert found.overlap == 0 and found.groups["all"].tokens == 0 and "nan" in str(found)
 
 
-def test_the_plot_is_written(tmp_path):
+def test_the_plot_shows_both_trust_regions_the_shares_and_plain_numbers(tmp_path):
     pytest.importorskip("matplotlib")
     stats, given = batch()
     path = tmp_path / "joint.png"
-    figure = erc.diagnose(stats, **given).plot(str(path))
-    assert path.stat().st_size > 5000 and figure.axes[0].get_xlabel().startswith("entropy ratio")
+    found = erc.diagnose(stats, **given)
+    figure = found.plot(str(path))
+    (axes, _) = figure.axes
+    assert path.stat().st_size > 5000 and axes.get_xlabel().startswith("entropy ratio")
+    lines = {(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in axes.lines}
+    assert {x for (x, y) in ((x[0], y) for x, y in lines) if y == (0, 1)} == {0.95, 1.05}
+    assert {y for (x, y) in ((x, y[0]) for x, y in lines) if x == (0, 1)} == {0.8, 1.28}
+    (gate, rule) = (text.get_text() for text in axes.get_legend().get_texts())
+    assert gate == "entropy-ratio gate: 0.95, 1.05" and rule == "PPOClip's bounds: 0.8, 1.28"
+    for name in ("kept", "clipped", "dropped", "both"):
+        assert f"{found.groups[name].share:.1%}" in axes.get_title()
+    for axis in (axes.xaxis, axes.yaxis):
+        texts = [axis.get_major_formatter()(tick) for tick in axis.get_ticklocs()]
+        assert 4 <= len(texts) <= 10 and "1" in texts and all(float(text) > 0 for text in texts), texts
+
+
+def test_a_rule_of_sequences_has_no_bounds_for_tokens():
+    pytest.importorskip("matplotlib")
+    stats, given = batch()
+    figure = erc.diagnose(stats, objective="erc-gspo", **given).plot()
+    assert len(figure.axes[0].lines) == 2, "the gate's alone"
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_axes_fit_the_tokens_and_the_bounds(scale):
+    stats, given = batch()
+    moved = given["old_logprob"] + scale * (stats.logprob - given["old_logprob"])
+    ratio_edges, entropy_edges = erc.diagnose(stats._replace(logprob=moved), **given).edges
+    assert ratio_edges[-1] >= math.log(1.28) and entropy_edges[0] <= math.log(0.95)
+    log_ratio = (moved - given["old_logprob"])[given["mask"]].abs()
+    assert (log_ratio > ratio_edges[-1]).float().mean() <= 0.002 or ratio_edges[-1] == 20
+    assert ratio_edges[-1] <= max(1.3 * math.log(1.28), 1.1 * log_ratio.max())
 
 
 def test_bad_arguments_are_named():

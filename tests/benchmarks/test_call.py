@@ -7,7 +7,10 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import erc
+import erc.loss
 from benchmarks.call import LAUNCHES, call_rows, calls, count
+from benchmarks.host import STATIONS, host_rows
+from erc.backend import operators as backend_operators
 from erc.ops import SCHEMAS
 from tests.contract.test_opcheck import operator_arguments
 from tests.cuda_host import build
@@ -78,3 +81,13 @@ def test_launches_are_those_of_the_cuda_sources(name):
     host.configure(clusters=False, multiprocessors=1)
     getattr(host.ops, name)(*arguments)
     assert len(host.launches()) == LAUNCHES.get(name, 1)
+
+
+def test_the_host_time_of_a_loss_is_that_of_its_stations():
+    rows = {name: float(microseconds) for name, microseconds, _ in host_rows(calls=100)}
+    assert set(STATIONS) < set(rows) and all(value > 0 for value in rows.values())
+    assert rows["of it: operator"] <= rows["operator, autograd node"]
+    stations = sum(rows[name] for name in STATIONS if not name.startswith("of it"))
+    whole = rows["policy_loss and backward, whole"]
+    assert 0.3 * whole < stations < 3 * whole, "the stations are the call, up to the noise of the machine"
+    assert erc.loss.operators is backend_operators, "the wrappers are gone"

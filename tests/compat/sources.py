@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
-from unittest import mock
 
+from tests import build_script
 from tests.compat.environments import ROOT, Environment, Unavailable
 
 _PACKAGED = ("erc", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-
-
-@cache
-def _setup() -> ModuleType:
-    """setup.py as a module: its flags are those that the bindings are built with."""
-    spec = importlib.util.spec_from_file_location("erc_setup", ROOT / "setup.py")
-    module = sys.modules["erc_setup"] = importlib.util.module_from_spec(spec)
-    with mock.patch("setuptools.setup"):
-        spec.loader.exec_module(module)
-    return module
 
 
 def check_bindings(include: Path) -> list[str]:
@@ -33,7 +20,7 @@ def check_bindings(include: Path) -> list[str]:
 
     The few names of CUDA's run-time come from the header of the tests' host build, so no toolkit is needed.
     """
-    setup, problems = _setup(), []
+    setup, problems = build_script.builder(), []
     if setup.cxx() is None:
         raise Unavailable("no C++ compiler")
     flags = [*setup.CXX_FLAGS, "-Werror", f"-DTORCH_TARGET_VERSION={setup.OLDEST_TORCH}", "-DUSE_CUDA"]

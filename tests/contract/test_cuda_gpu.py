@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import erc
-from benchmarks.machine_code.roofline import GPUS
+from benchmarks.hardware import GPUS
 from erc.backend import operators, why_not
 from tests.backends import loss_call, params
 from tests.oracle import random_labels, random_logits, same_bits

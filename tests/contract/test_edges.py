@@ -1,4 +1,4 @@
-"""The edges that DESIGN promises on every backend: forbidden tokens, broken rows, ignored rows, extreme shapes."""
+"""The edges of docs/concepts.md on every backend: forbidden tokens, broken rows, ignored rows, extreme shapes."""
 
 from __future__ import annotations
 

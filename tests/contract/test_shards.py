@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def merged(states: list[Tensor], scale: float) -> Tensor:
-    """`[4, N]` of the whole row from those of its shards, in float64: DESIGN's merge, written again."""
+    """`[4, N]` of the whole row from those of its shards, in float64: the merge of row_state.h, written again."""
     out = states[0].double()
     for state in states[1:]:
         first, second = out, state.double()

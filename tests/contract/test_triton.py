@@ -104,17 +104,16 @@ GPUS = {  # multiprocessors, warp size, cache between the sweeps: data sheets (f
 
 @pytest.mark.parametrize("V", [32_768, 131_072, 151_936, 262_144])
 @pytest.mark.parametrize("architecture", GPUS)
-def test_the_table_keeps_the_rows_in_flight_in_the_cache(architecture, V):
+def test_the_rows_in_flight_stay_in_the_cache(architecture, V):
     """A program holds half its row on average."""
     device = tuning.Device(architecture, *GPUS[architecture])
-    assert any(name == architecture and kib >= V / 512 for name, kib in tuning._TABLE), "no line, only the fallback"
     programs = tuning.programs_for_loss(device, 2 * V, rows=100_000)
     assert device.multiprocessors * 0.8 < programs
     assert programs * V <= tuning.CACHE_SHARE * device.cache_bytes
     assert tuning.programs_for_loss(device, 4 * V, rows=100_000) <= programs, "float32 rows are twice as large"
 
 
-def test_machines_and_rows_beyond_the_table_fall_back_on_the_cache_s_size():
+def test_other_machines_and_rows_take_what_the_cache_holds():
     for architecture in ("sm_75", "sm_90"):
         device = tuning.Device(architecture, 100, 32, 50 * MIB)
         for kib in (1024, 4096):
@@ -124,10 +123,19 @@ def test_machines_and_rows_beyond_the_table_fall_back_on_the_cache_s_size():
     assert tuning.programs_for_loss(tuning.Device("sm_75", 100, 32, 50 * MIB), 1024, rows=7) == 7
 
 
+def test_a_measured_line_holds_for_rows_up_to_its_size(monkeypatch):
+    monkeypatch.setitem(tuning.MEASURED, ("sm_90", 64), tuning.Tuning(3, 0.25))
+    device = tuning.Device("sm_90", *GPUS["sm_90"])
+    assert tuning.tuning_of(device, 64 * 1024) == tuning.Tuning(3, 0.25)
+    assert tuning.tuning_of(device, 64 * 1024 + 1) == tuning.tuning_of(device._replace(architecture="?"), 64 * 1024 + 1)
+
+
 def test_autotuning_finds_the_fastest_line_and_leaves_no_trace(small_programs, monkeypatch):
     from erc.triton_kernels import autotune
 
     monkeypatch.setattr(tuning, "_INTERPRETER", None)  # so that the line counts, as on a GPU
+    monkeypatch.setattr(autotune, "PROGRAMS", (1.0, 1.5, 2.0))
+    monkeypatch.setattr(autotune, "SPLITS", (0.0, 0.25))
     device = tuning.Device("sm_90", *GPUS["sm_90"])
     monkeypatch.setattr(tuning, "device_of", lambda _: device)
     seen = []
@@ -135,8 +143,7 @@ def test_autotuning_finds_the_fastest_line_and_leaves_no_trace(small_programs, m
     def seconds(call):
         line = tuning.tuning_of(device, 2 * 67)
         seen.append(line)
-        *_, gradient = call()
-        assert gradient.numel() > 0 and gradient.isfinite().all()
+        assert call().loss.isfinite()
         return abs(line.loss_programs - 1.5) + abs(line.split_below - 0.25)
 
     before = tuning.tuning_of(device, 2 * 67)

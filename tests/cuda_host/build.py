@@ -7,18 +7,16 @@ namespace `erc_cuda_host`, so that the tests call them as they call any backend.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from erc import ops
+from tests import build_script
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -41,39 +39,20 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def compile_objects(sources: list[Path], flags: tuple[str, ...], name: str, jobs: int = 2) -> list[Path]:
-    """Compile C++ sources (.cu counts as C++); an object is kept while nothing it was made from changed.
-
-    Raises:
-        RuntimeError: with the compiler's output.
-    """
-    headers = [path for room in ("bindings", "common", "cuda") for path in (ROOT / "csrc" / room).glob("*.*h")]
-    headers += HERE.rglob("*.h")
-    shared = hashlib.sha256("".join(flags).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
-    base = [compiler(), "-std=c++17", "-fPIC", "-ffp-contract=off", "-DERC_CUDA_HOST", "-Wall", "-Wno-unknown-pragmas"]
-    base += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]
-
-    def compile_one(source: Path) -> Path:
-        key = hashlib.sha256(shared.digest() + source.read_bytes()).hexdigest()[:16]
-        target = BUILD_DIR / name / f"{source.stem}-{key}.o"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for stale in target.parent.glob(f"{source.stem}-*.o"):
-                stale.unlink()
-            done = subprocess.run([*base, "-x", "c++", "-c", source, "-o", target], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-        return target
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, sources))
-
-
-def link(objects: list[Path], target: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> Path:
-    """Link `objects` into `target` unless that is newer than all of them."""
-    if not target.exists() or any(path.stat().st_mtime > target.stat().st_mtime for path in objects):
-        subprocess.run([compiler(), *flags, "-o", target, *objects, *libraries], check=True)
-    return target
+def library(
+    name: str,
+    target: str,
+    sources: list[Path],
+    flags: tuple[str, ...],
+    link: tuple[str, ...],
+    libraries: tuple[str, ...] = (),
+) -> Path:
+    """C++ sources (.cu counts as C++), compiled and linked into `BUILD_DIR / name / target` by setup.py's builder."""
+    script, folder = build_script.builder(), BUILD_DIR / name
+    base = (str(compiler()), "-std=c++17", "-fPIC", "-ffp-contract=off", "-DERC_CUDA_HOST", "-Wall")
+    base += ("-Wno-unknown-pragmas", f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags, "-x", "c++")
+    objects = [script.Object(source, folder / f"{source.stem}.o", base) for source in sources]
+    return build_script.built(script.Library(folder / target, (str(compiler()), *link), libraries, objects))
 
 
 class Host:
@@ -141,8 +120,8 @@ class Host:
 
 def sanitized_program() -> Path:
     """sanitize.cpp and the kernels under AddressSanitizer and UBSan."""
-    objects = compile_objects([*KERNELS, FIBERS, HERE / "sanitize.cpp"], ("-O1", *SANITIZE), "sanitize")
-    return link(objects, BUILD_DIR / "sanitize_kernels", SANITIZE)
+    sources = [*KERNELS, FIBERS, HERE / "sanitize.cpp"]
+    return library("sanitize", "sanitize_kernels", sources, ("-O1", *SANITIZE), SANITIZE)
 
 
 @cache
@@ -151,10 +130,10 @@ def load() -> Host:
     torch_dir = Path(torch.__file__).parent
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
     name, optimise = ("torch_asan", ("-O1", *SANITIZE)) if sanitized else ("torch", ("-O2",))
-    flags = (*optimise, "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    flags = (*optimise, "-isystem", str(torch_dir / "include"))
+    flags += (f"-DTORCH_TARGET_VERSION={build_script.builder().OLDEST_TORCH}",)
     sources = [*KERNELS, FIBERS, HERE / "faults.cpp", HERE / "tensors.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
-    objects = compile_objects(sources, flags, name)
     wrapped = (f"-Wl,--wrap={name}" for name in _WRAPPED)
     libraries = (f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl", *wrapped)
-    path = BUILD_DIR / name / "liberc_cuda_host.so"
-    return Host(link(objects, path, ("-shared", *(SANITIZE if sanitized else ())), libraries))
+    link = ("-shared", *(SANITIZE if sanitized else ()))
+    return Host(library(name, "liberc_cuda_host.so", sources, flags, link, libraries))

@@ -1,5 +1,6 @@
 """The experiments at the smallest size: side by side is one by one, controls are what they claim, results repeat."""
 
+import importlib
 import json
 import math
 
@@ -185,6 +186,26 @@ def test_experiments_write_finite_results_that_repeat(module, tmp_path, monkeypa
     assert run(tmp_path / "b") == first
     numbers = [value for value in _numbers(first) if not isinstance(value, str)]
     assert len(numbers) > 100 and all(math.isfinite(value) for value in numbers)
+
+
+@pytest.mark.parametrize("name", ["evidence_auc", "erc_transformer"])
+def test_experiments_with_transformers_write_finite_results(name, tmp_path, monkeypatch):
+    if name == "evidence_auc":
+        pytest.importorskip("transformers")
+        pytest.importorskip("reasoning_gym")
+        small = {"queries": 3, "experts": 2, "warm_start_steps": 1}
+    else:
+        small = {"starts": 2, "batches": 1, "warm_start_steps": 30}
+    module = importlib.import_module(f"examples.experiments.{name}")
+    if name == "erc_transformer":
+        monkeypatch.setattr(module, "REUSE", 1)
+        monkeypatch.setattr(module, "CELLS", module.CELLS[:1])
+        monkeypatch.setattr(module, "RATES", (1e-3,))
+    module.main(**small, threads=1, output=tmp_path)
+    numbers = [
+        value for value in _numbers(json.loads((tmp_path / f"{name}.json").read_text())) if not isinstance(value, str)
+    ]
+    assert len(numbers) > 15 and all(math.isfinite(value) for value in numbers)
 
 
 def _numbers(value):

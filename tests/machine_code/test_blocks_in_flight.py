@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="its package carries the disassembler")
+from benchmarks.hardware import GPU
 from benchmarks.machine_code.blocks_in_flight import EFFICIENCY, Latencies, Multiprocessor, Program, shares
 from benchmarks.machine_code.emulator.cubin import Function, Line, split_operands
 from benchmarks.machine_code.emulator.machine import Executed
-from benchmarks.machine_code.roofline import GPU
 
 TOY = GPU("toy", "sm_90", 100, 1e9, 1e12, fma=128, cache_bandwidth=4e12, cache_bytes=1 << 26, clustered=96)
 AT = Latencies()

@@ -7,7 +7,6 @@ takes the same sources through it.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +17,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests import build_script
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is compiled elsewhere")
 
@@ -25,16 +26,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no
 @pytest.fixture
 def builder(monkeypatch) -> ModuleType:
     """setup.py as a module that builds nothing by itself, on a machine without environment variables of ours."""
-    setuptools = pytest.importorskip("setuptools", reason="needs setuptools")
     pytest.importorskip("setuptools.command.bdist_wheel", reason="needs setuptools 70.1")
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     for name in [name for name in os.environ if name.startswith("ERC_")]:
         monkeypatch.delenv(name)
-    spec = importlib.util.spec_from_file_location("erc_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "erc_setup", module)
-    spec.loader.exec_module(module)
-    return module
+    return build_script.load()
 
 
 @pytest.fixture

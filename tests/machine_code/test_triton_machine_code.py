@@ -18,8 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: this process cannot compile kernels", allow_module_level=True)
 
 import erc
+from benchmarks.hardware import GPUS
 from benchmarks.machine_code.report import CompiledKernel, measure
-from benchmarks.machine_code.roofline import GPUS
 from benchmarks.machine_code.sass import disassemble
 from benchmarks.machine_code.triton_variants import TARGETS, all_variants, main_variants
 from erc.constants import Gate, KLKind, Present

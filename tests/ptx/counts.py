@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 import erc
+from benchmarks.markdown import generated, markdown_table, rewrite
 from tests.ptx.machine import Counts
 from tests.ptx.subjects import ARCHITECTURES, Subject, why_not
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
-BEGIN, END = "<!-- executed:begin -->", "<!-- executed:end -->"
 ROWS, VOCAB_SIZE, ELEMENT = 2, 151_936, 2
 SECTOR = 32
 HEADER = (
@@ -134,19 +134,6 @@ def measure(operator: str, prepare: Callable, subject: Subject, reads: float, wr
     return Line(operator, subject, reads, writes, total, names, passes)
 
 
-def table(measured: list[Line]) -> str:
-    rows = [line.cells() for line in measured]
-    ruler = ["---", "---", "---", *["---:"] * (len(HEADER) - 4), "---"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ruler, *rows))
-
-
-def rewrite(document: Path = DOCUMENT) -> None:
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{document} needs the lines {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n\n{table(list(lines()))}\n\n{END}{after}")
-
-
 if __name__ == "__main__":
-    rewrite()
+    table = markdown_table(HEADER, [line.cells() for line in lines()], left=3)
+    rewrite(DOCUMENT, generated("executed", table))

@@ -231,7 +231,7 @@ LOOP3(fma_rp_f, float, float, float, float, fma_rounded(a, b, c, UP))
 LOOP3(fma_rz_f, float, float, float, float, fma_rounded(a, b, c, ZERO))
 
 // By size alone: a bit mask needs no branch.
-LOOP3(select_1, npy_bool, npy_bool, npy_bool, npy_bool, (a & b) | (!a & c))
+LOOP3(select_1, npy_bool, npy_bool, npy_bool, npy_bool, (a & b) | ((!a) & c))
 LOOP3(select_2, uint16_t, npy_bool, uint16_t, uint16_t, (uint16_t)((b & -(uint32_t)a) | (c & ((uint32_t)a - 1))))
 LOOP3(select_4, uint32_t, npy_bool, uint32_t, uint32_t, (b & -(uint32_t)a) | (c & ((uint32_t)a - 1)))
 LOOP3(select_8, uint64_t, npy_bool, uint64_t, uint64_t, (b & -(uint64_t)a) | (c & ((uint64_t)a - 1)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
-import subprocess
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,9 @@ from types import ModuleType
 
 import numpy
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("lanes.c", "ledger.h"))
+from tests import build_script
+
+SOURCE = Path(__file__).with_name("lanes.c")
 BUILD_DIR = Path(__file__).parents[2] / "build" / "ptx"
 FLAGS = (
     "-std=gnu11",
@@ -21,7 +21,6 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
-    "-shared",
     "-fPIC",
     "-Wall",
     "-Wextra",
@@ -46,21 +45,12 @@ def lanes() -> ModuleType:
     """The compiled module.
 
     Raises:
-        RuntimeError: with the compiler's output.
+        setuptools.errors.CompileError: with the compiler's output.
     """
-    include = [f"-I{sysconfig.get_paths()['include']}", f"-I{numpy.get_include()}"]
-    key = " ".join([*FLAGS, *include, numpy.__version__, sysconfig.get_config_var("EXT_SUFFIX")]).encode()
-    path = (
-        BUILD_DIR / hashlib.sha256(key + b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16] / "lanes.so"
-    )
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        command = [_compiler(), *FLAGS, *include, str(SOURCES[0]), "-o", str(fresh), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        fresh.replace(path)
+    include = (f"-I{sysconfig.get_paths()['include']}", f"-I{numpy.get_include()}")
+    script, folder = build_script.builder(), BUILD_DIR / str(sysconfig.get_config_var("SOABI"))
+    objects = [script.Object(SOURCE, folder / "lanes.o", (str(_compiler()), *FLAGS, *include))]
+    path = build_script.built(script.Library(folder / "lanes.so", (str(_compiler()), "-shared"), ("-lm",), objects))
     spec = importlib.util.spec_from_file_location("lanes", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from benchmarks.locks import one_process
 from tests.ptx.native import BUILD_DIR
 from tests.ptx.program import Program
 from tests.ptx.source import entries, parse
@@ -51,16 +52,16 @@ def ptx(source: Path, architecture: int, csrc: Path = CSRC) -> Path:
     flags = (*FLAGS, f"-arch=compute_{architecture}")
     key = hashlib.sha256(_digest(flags, csrc).encode() + source.read_bytes()).hexdigest()[:16]
     path = BUILD_DIR / "nvcc" / f"{source.stem}-{architecture}-{key}.ptx"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        command = [nvcc(), *flags, "-ptx", f"-I{csrc}", str(source), "-o", str(fresh)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        for stale in path.parent.glob(f"{source.stem}-{architecture}-*.ptx"):
-            stale.unlink()
-        fresh.replace(path)
+    with one_process(path):
+        if not path.exists():
+            fresh = path.with_suffix(".partial")
+            command = [nvcc(), *flags, "-ptx", f"-I{csrc}", str(source), "-o", str(fresh)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            for stale in path.parent.glob(f"{source.stem}-{architecture}-*.ptx"):
+                stale.unlink()
+            fresh.replace(path)
     return path
 
 

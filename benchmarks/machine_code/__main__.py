@@ -1,3 +1,0 @@
-from benchmarks.machine_code.cli import main
-
-raise SystemExit(main())
