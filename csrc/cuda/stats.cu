@@ -58,7 +58,7 @@ struct StatsShared {
 };
 
 template <class V>
-constexpr int kStatsBlocks = kBlocks<V, V::aligned ? 8 : 4>;
+constexpr int kStatsBlocks = kBlocks<V, V::aligned ? 8 : 2>;
 
 // One block a row.
 template <class V>

@@ -96,7 +96,8 @@ def test_a_softcap_takes_one_tanh_an_element_and_sweep(arch, measured):
 def test_unaligned_rows_are_read_sixteen_bytes_at_a_time(arch, measured):
     for name in ("loss, block, unaligned", *(["loss, cluster, unaligned"] if arch != "sm_80" else [])):
         found = measured[name, arch]
-        assert found.statistics.load_bits == (128,) and found.gradient.store_bits == (128,)
+        # Of the second vector one word may be enough.
+        assert found.statistics.load_bits in ((128,), (32, 128)) and found.gradient.store_bits == (128,)
         assert found.instructions() <= UNALIGNED
         assert found.whole.main_loops > 0.5 * found.whole.instructions, "the loops are those that were executed"
 
@@ -110,7 +111,9 @@ def test_the_fused_loss_takes_few_instructions(name, arch, measured):
     assert 6 < found.instructions() <= LOSS[arch]
     assert 2 <= found.mufu() <= 2 * MUFU
     for loop in (found.statistics, found.gradient):
-        assert loop.load_bits == (128,) and loop.barriers == 0 and loop.shuffles == 0
+        assert loop.load_bits == (128,) and loop.shuffles == 0
+    # In a cluster the sweep waits for the part of the copy that it comes to.
+    assert (found.statistics.barriers, found.gradient.barriers) == (int(found.cluster > 1), 0)
     assert found.gradient.store_bits == (128,)
 
 
