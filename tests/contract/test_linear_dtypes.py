@@ -12,10 +12,10 @@ from erc.linear import loss as linear_loss
 from erc.linear import products
 from erc.linear import stats as linear_stats
 from erc.linear.plan import RowPlan
+from tests.oracle import ROUNDING
 
 ROWS, WIDTH, VOCAB = 9, 8, 45
 LABELS = torch.tensor([3, -100, 7, 40, 44, 0, 11, 12, 5])
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 HEADS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
