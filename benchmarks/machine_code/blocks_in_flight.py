@@ -123,7 +123,8 @@ def _registers(decoded: Decoded, width: int) -> tuple[tuple[int, ...], tuple[int
     count = width // 4 if decoded.name in ("LDG", "LDS", "LD", "LDC", "ULDC", "LDCU") else 2 if wide else 1
     written: list[int] = []
     read: list[int] = []
-    left = 0 if decoded.name in _STORES else 1
+    left = 0 if decoded.name in _STORES else 2 if count == 8 else 1  # 32 bytes come in two operands of four registers
+    count = min(count, 4)
     for operand in decoded.operands:
         for _, register, _ in operand.terms:
             if register is not None and register.number >= 0:

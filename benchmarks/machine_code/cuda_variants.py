@@ -1,6 +1,6 @@
 """The CUDA kernels of csrc/cuda, compiled by nvcc to cubins: no GPU and no PyTorch takes part.
 
-One cubin a source file and architecture, kept under build/ by a hash of everything that it was compiled from.
+One cubin a source file, architecture and variant, kept under build/ by a hash of everything that it was compiled from.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _CSRC = _ROOT / "csrc"
 _CACHE = _ROOT / "build" / "machine_code"
 _FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as setup.py
 
-# bfloat16 by its template arguments (softcap, aligned): what most training steps run, Gemma's softcap, and rows that
-# do not start at a multiple of 16 bytes.
-_VARIANTS = {"": "8bfloat16ELb0ELb1E", "softcap": "8bfloat16ELb1ELb1E", "unaligned": "8bfloat16ELb1ELb0E"}
+# Softcap and alignment of bfloat16 rows: what most training steps run, Gemma's softcap, and rows that do not start at a
+# multiple of 16 bytes.
+_VARIANTS = {"": (False, True), "softcap": (True, True), "unaligned": (False, False)}
 _ELEMENTS = 32  # of a thread in one pass of a main loop: four 16-byte loads
 
 
@@ -41,23 +41,26 @@ class CudaKernel:
     function: str
     shared: int
     archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
-    threads: int = 256
+    threads: int = 128
     cluster: int = 1
     variant: str = ""
 
 
+_CLUSTERS = ("sm_90", "sm_100")
 MAIN = (
-    CudaKernel("stats", "stats", "stats_row_kernel", 24_704),
-    CudaKernel("stats of a segment", "stats", "segment_kernel", 3_088),
+    CudaKernel("stats", "stats", "stats_row_kernel", 224),
+    CudaKernel("stats of a segment", "stats", "segment_kernel", 96),
     CudaKernel("stats gradient", "stats", "stats_gradient_kernel", 24),
-    CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", 41_296, ("sm_90", "sm_100"), cluster=8),
-    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 24_728, threads=512),
-    CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel", 24),
-    CudaKernel("stats, softcap", "stats", "stats_row_kernel", 24_704, variant="softcap"),
-    CudaKernel("loss, cluster, softcap", "policy_loss", "loss_cluster_kernel", 41_296, ("sm_90", "sm_100"), cluster=8,
+    CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", 38_400, _CLUSTERS, cluster=8),
+    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 640, threads=512),
+    CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel", 640),
+    CudaKernel("stats, softcap", "stats", "stats_row_kernel", 224, variant="softcap"),
+    CudaKernel("loss, cluster, softcap", "policy_loss", "loss_cluster_kernel", 38_400, _CLUSTERS, cluster=8,
                variant="softcap"),
-    CudaKernel("stats, unaligned", "stats", "stats_row_kernel", 24_704, variant="unaligned"),
-    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 24_728, variant="unaligned"),
+    CudaKernel("stats, unaligned", "stats", "stats_row_kernel", 224, variant="unaligned"),
+    CudaKernel("loss, cluster, unaligned", "policy_loss", "loss_cluster_kernel", 38_432, _CLUSTERS, cluster=8,
+               variant="unaligned"),
+    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 448, threads=256, variant="unaligned"),
 )  # fmt: skip
 
 
@@ -70,15 +73,16 @@ def version(driver: str) -> str:
     return subprocess.run([driver, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _digest(driver: str) -> str:
-    digest = hashlib.sha256(" ".join((version(driver), *_FLAGS)).encode())
+def digest() -> str:
+    """Of what the cubins are compiled from, and by what."""
+    hashed = hashlib.sha256(" ".join((version(nvcc()), *_FLAGS)).encode())
     for path in sorted([*_CSRC.glob("cuda/*.cu*"), *_CSRC.glob("cuda/*.h"), *_CSRC.glob("common/*.h")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:16]
 
 
-def cubin(source: str, arch: str) -> Path:
-    """csrc/cuda/`source`.cu for one architecture.
+def cubin(source: str, arch: str, variant: str | None = None) -> Path:
+    """csrc/cuda/`source`.cu for one architecture, with all variants of its kernels or one, which compiles in seconds.
 
     Raises:
         FileNotFoundError: without nvcc.
@@ -87,32 +91,39 @@ def cubin(source: str, arch: str) -> Path:
     driver = nvcc()
     if driver is None:
         raise FileNotFoundError("nvcc is not on the PATH")
-    path = _CACHE / f"{source}-{arch}-{_digest(driver)}.cubin"
+    only = [] if variant is None else _only(variant)
+    path = _CACHE / f"{source}-{variant or ('all' if variant is None else 'plain')}-{arch}-{digest()}.cubin"
     with one_process(path):
         if not path.exists():
             fresh = path.with_suffix(".partial")
-            command = [driver, *_FLAGS, "-cubin", f"-arch={arch}", f"-I{_CSRC}", str(_CSRC / "cuda" / f"{source}.cu")]
-            subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            files = [str(_CSRC / "cuda" / f"{source}.cu"), "-o", str(fresh)]
+            command = [driver, *_FLAGS, *only, "-cubin", f"-arch={arch}", f"-I{_CSRC}", *files]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             fresh.replace(path)
     return path
 
 
-def cubins(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]:
-    """Cubins of (source, architecture) pairs, two compilers at a time."""
-    pairs = sorted(set(pairs))
+def _only(variant: str) -> list[str]:
+    softcap, aligned = (str(flag).lower() for flag in _VARIANTS[variant])
+    return [f"-DERC_ONLY_SOFTCAP={softcap}", f"-DERC_ONLY_ALIGNED={aligned}"]
+
+
+def cubins(wanted: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str, str], Path]:
+    """Cubins of (source, architecture, variant), two compilers at a time."""
+    wanted = sorted(set(wanted))
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(pairs, pool.map(lambda pair: cubin(*pair), pairs), strict=True))
+        return dict(zip(wanted, pool.map(lambda each: cubin(*each), wanted), strict=True))
 
 
 def cuda_kernels(archs: Iterable[str], kernels: Iterable[CudaKernel] = MAIN) -> list[CompiledKernel]:
     """The kernels of a training step, for the report."""
     wanted = [(kernel, arch) for kernel in kernels for arch in archs if arch in kernel.archs]
-    compiled = cubins((kernel.source, arch) for kernel, arch in wanted)
+    compiled = cubins((kernel.source, arch, kernel.variant) for kernel, arch in wanted)
     chosen = []
     for kernel, arch in wanted:
-        path = compiled[kernel.source, arch]
+        path = compiled[kernel.source, arch, kernel.variant]
         names = [found.name for found in disassemble_file(path)]
-        (function,) = (name for name in names if kernel.function in name and _VARIANTS[kernel.variant] in name)
+        (function,) = (name for name in names if kernel.function in name)
         launch = Launch(kernel.threads, kernel.shared, kernel.cluster, kernel.cluster)
         chosen.append(
             CompiledKernel(

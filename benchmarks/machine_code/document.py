@@ -81,6 +81,7 @@ def _of_model(gpu: str, bound: float) -> Target:
 
 
 _FUSED, _CLUSTER, _SOFTCAP = "policy_loss erc-dapo+entropy", "loss, cluster", "stats, softcap"
+_UNALIGNED = "loss, cluster, unaligned"
 _HOPPER, _BLACKWELL = ("sm_90",), ("sm_100",)
 # text, source and name of the kernel, figure, bound, architectures (all), at least (at most)
 _KERNELS: tuple[tuple[Any, ...], ...] = (
@@ -104,7 +105,8 @@ _KERNELS: tuple[tuple[Any, ...], ...] = (
     ),
     ("CUDA, fused loss in a cluster: clusters over 8 multiprocessors", "cuda", _CLUSTER, _blocks, 4, _ARCHS[1:], True),
     ("CUDA, fused loss in a block: instructions, main loops", "cuda", "loss, block", _main_loops, 13),
-    ("CUDA, unaligned rows, fused loss: instructions, main loops", "cuda", "loss, block, unaligned", _main_loops, 15),
+    ("CUDA, unaligned rows, cluster: instructions, main loops", "cuda", _UNALIGNED, _main_loops, 15, _ARCHS[1:]),
+    ("CUDA, unaligned rows, block: instructions, main loops", "cuda", "loss, block, unaligned", _main_loops, 15),
     ("CUDA, softcap, statistics: instructions, whole kernel, sm_90", "cuda", _SOFTCAP, _whole, 30, _HOPPER),
     ("CUDA, softcap, statistics: special functions, whole kernel, sm_90", "cuda", _SOFTCAP, _whole_mufu, 2.1, _HOPPER),
     ("CUDA, statistics: resident blocks a multiprocessor", "cuda", "stats", _blocks, 4, _ARCHS, True),

@@ -16,6 +16,7 @@ import erc
 from benchmarks.machine_code.emulator import cubin
 from benchmarks.machine_code.emulator.machine import Executed, Launch, Machine
 from benchmarks.machine_code.emulator.memory import Memory
+from erc.constants import Column
 
 VOCABULARY = 151_936
 TEMPERATURE, ENTROPY_COEF = 0.7, 0.01
@@ -65,12 +66,16 @@ class OrdinaryRow:
         self._put("logits", self.logits.view(torch.int16), self.offset)
         self._put("gradient", torch.full_like(self.logits, 7).view(torch.int16), self.offset)
         self._put("labels", self.labels)
-        ones = torch.ones(1)
-        inputs = {"weight": ones, "entropy_weight": -ENTROPY_COEF * ones, **token}
-        grads = {"grad_logprob": self._grad_logprob(statistics, token), "grad_entropy": -ENTROPY_COEF * ones}
-        grads["grad_logsumexp"] = torch.zeros(1)
-        for name, value in {**inputs, **grads}.items():
-            self._put(name, value.float())
+        table = torch.zeros(1, len(Column))
+        table[:, [Column.WEIGHT, Column.POLICY_WEIGHT]] = 1.0
+        table[:, Column.ENTROPY_WEIGHT] = -ENTROPY_COEF
+        table[:, Column.ADVANTAGE] = token["advantages"]
+        table[:, Column.OLD_LOGPROB] = token["old_logprob"]
+        table[:, Column.OLD_ENTROPY] = token["old_entropy"]
+        self._put("table", table)
+        self._put("grad_logprob", self._grad_logprob(statistics, token).float())
+        self._put("grad_entropy", torch.full((1,), -ENTROPY_COEF))
+        self._put("grad_logsumexp", torch.zeros(1))
         self._put("label_value", (self._scaled()[self.labels] * TEMPERATURE).float())
         for name in ("loss", "token_loss", "logprob", "entropy", "logsumexp", "flags"):
             self._put(name, torch.zeros(1))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -112,20 +113,12 @@ class WholeCost:
     pipes: dict[str, float]
 
     @classmethod
-    def of(cls, compiled: CompiledKernel, kernel: Kernel, loops: Iterable[Loop]) -> WholeCost | None:
-        """Executes the kernel; None where nothing says with which arguments.
-
-        Raises:
-            ArithmeticError: if its results are not the oracle's.
-        """
-        if compiled.work is None:
-            return None
-        executed, elements = compiled.execute()
-        slots = executed.issues.sum(1) * 32 / elements
+    def of(cls, kernel: Kernel, slots: np.ndarray, elements: int, loops: Iterable[Loop]) -> WholeCost:
+        """`slots`: by element, of every instruction."""
         pipes: Counter[str] = Counter()
         for instruction, count in zip(kernel.instructions, slots, strict=True):
             pipes[instruction.pipe()] += float(count)
-        inside = sum(float(slots[loop.begin : loop.begin + len(loop.instructions)].sum()) for loop in loops)
+        inside = sum(_spent(slots, loop) for loop in loops)
         used = {pipe: count for pipe, count in sorted(pipes.items()) if count}
         return cls(elements, float(slots.sum()), inside, used.get("mufu", 0.0), used)
 
@@ -160,8 +153,15 @@ class Measurement:
         return {**asdict(self), "instructions": self.instructions(), "mufu": self.mufu()}
 
 
-def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> tuple[LoopCost, Loop] | None:
-    """The main loop is the one with the fewest instructions an element: guarded and masked twins have more.
+def _spent(slots: np.ndarray, loop: Loop) -> float:
+    return float(slots[loop.begin : loop.begin + len(loop.instructions)].sum())
+
+
+def _main_loop(
+    loops: Iterable[Loop], elements: int | None, itemsize: int, slots: np.ndarray | None
+) -> tuple[LoopCost, Loop] | None:
+    """The main loop is the one in which the ordinary row spends most; of a kernel that was not executed the one with
+    the fewest instructions an element, since guarded and masked twins have more.
 
     Given `elements`, a loop must take as many exponentials: others are tails and merges.
     """
@@ -170,6 +170,8 @@ def _main_loop(loops: Iterable[Loop], elements: int | None, itemsize: int) -> tu
         for loop in loops
         if elements is None or loop.count("MUFU") >= elements
     ]
+    if slots is not None:
+        return max(costs, key=lambda found: _spent(slots, found[1]), default=None)
     return min(costs, key=lambda found: found[0].instructions, default=None)
 
 
@@ -180,18 +182,22 @@ def _whole_code(kernel: Kernel) -> list[Loop]:
 
 
 def measure(compiled: CompiledKernel) -> Measurement:
-    """The whole kernel, its main loops, resources and reachable bandwidth.
+    """The whole kernel, its main loops, resources and reachable bandwidth. A kernel with `work` is executed.
 
     The fused loss reads DRAM once and writes it once for both of its loops: its second read is one of the L2 cache.
     """
     kernel = compiled.kernel()
-    statistics = _main_loop(kernel.load_loops(), compiled.elements[0], compiled.itemsize)
+    slots, columns = None, 0
+    if compiled.work:
+        executed, columns = compiled.execute()
+        slots = executed.issues.sum(1) * 32 / columns
+    statistics = _main_loop(kernel.load_loops(), compiled.elements[0], compiled.itemsize, slots)
     gradient_loops = kernel.gradient_loops()
     if not gradient_loops and compiled.elements[1] and not statistics:
         gradient_loops = _whole_code(kernel)
-    gradient = _main_loop(gradient_loops, compiled.elements[1], compiled.itemsize)
+    gradient = _main_loop(gradient_loops, compiled.elements[1], compiled.itemsize, slots)
     found = [each for each in (statistics, gradient) if each]
-    whole = WholeCost.of(compiled, kernel, [loop for _, loop in found])
+    whole = None if slots is None else WholeCost.of(kernel, slots, columns, [loop for _, loop in found])
     reachable = {}
     if found:
         traffic = compiled.itemsize * (2 if gradient else 1)

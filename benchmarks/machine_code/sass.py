@@ -19,7 +19,7 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_
 _TARGET = re.compile(r"`\((\.L_x_\d+|\.L_\d+)\)")
 _RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
-_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 # Which pipe executes an instruction, by its name's first part. FMA-pipe moves (IMAD.MOV, IMAD.U32, IMAD.SHL) count as
 # FMA.

@@ -14,13 +14,13 @@ from triton.compiler import ASTSource
 
 from benchmarks.machine_code.emulator.machine import Launch
 from benchmarks.machine_code.ordinary_row import NUMBERS, SOFTCAP, TEMPERATURE, VOCABULARY, OrdinaryRow, Work
+from erc.constants import RuleId
 from erc.triton_kernels import params, tuning
 from erc.triton_kernels.launch import sweep_lanes_kernel
 from erc.triton_kernels.paired import paired_backward_kernel, paired_forward_kernel
-from erc.triton_kernels.partial import partial_stats_kernel
 from erc.triton_kernels.policy_loss import policy_loss_kernel
-from erc.triton_kernels.scale import scale_rows_kernel
-from erc.triton_kernels.stats import stats_backward_kernel, stats_forward_kernel
+from erc.triton_kernels.scale import FACTORS, scale_rows_kernel
+from erc.triton_kernels.stats import partial_stats_kernel, stats_backward_kernel, stats_forward_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +30,7 @@ TARGETS = {
 }
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _LOGITS = {"logits", "old_logits", "out"}
-_INT64 = {"labels"}
+_INT64 = {"labels", "row_index"}
 _INT32 = {"flags"}
 
 
@@ -49,17 +49,19 @@ class Variant:
 
     def source(self) -> ASTSource:
         layout = params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
-        constants = {"L": params.compiled_layout(layout), "SEGMENT": params.segment_columns(layout), **self.constants}
-        absent = self.absent | (frozenset() if self.per_row else {"temperature"})
+        segment = params.columns_per_segment(layout)
+        constants = {"L": params.compiled_layout(layout), "SEGMENT": segment, **self.constants}
+        absent = self.absent | {"row_index"} | (frozenset() if self.per_row else {"temperature"})
         signature, constexprs = {}, {}
         for parameter in self.kernel.params:
             name = parameter.name
+            tensor = name.removesuffix("_ptr")
             if parameter.is_constexpr:
                 signature[name], constexprs[name] = "constexpr", constants[name]
-            elif name in absent:
+            elif tensor in absent:
                 signature[name], constexprs[name] = "constexpr", None
             else:
-                signature[name] = parameter.annotation_type or self._pointer(name)
+                signature[name] = parameter.annotation_type or self._pointer(tensor)
         return ASTSource(self.kernel, signature, constexprs)
 
     def _pointer(self, name: str) -> str:
@@ -77,50 +79,50 @@ class Variant:
 
     def work(self, launch: Launch, row: OrdinaryRow) -> Work:
         """What the first program does with the ordinary row."""
-        segment = params.segment_columns(params.make_layout(self.dtype))
+        segment = params.columns_per_segment(params.make_layout(self.dtype))
         whole = self.kernel in (stats_forward_kernel, policy_loss_kernel, partial_stats_kernel)
         known = self._arguments(row)
         packed = bytearray()
         for name, kind in self.source().signature.items():
             if kind == "constexpr":
                 continue
-            form = _FORMATS.get(kind, "Q")
-            packed += b"\0" * (-len(packed) % struct.calcsize(form)) + struct.pack("<" + form, known[name])
+            form, value = _FORMATS.get(kind, "Q"), known[name.removesuffix("_ptr")]
+            packed += b"\0" * (-len(packed) % struct.calcsize(form)) + struct.pack("<" + form, value)
         packed += b"\0" * (-len(packed) % 8) + bytes(16)  # two scratch buffers that nobody uses
-        there = {name for name, kind in self.source().signature.items() if kind != "constexpr"}
+        there = {name.removesuffix("_ptr") for name, kind in self.source().signature.items() if kind != "constexpr"}
         outputs = sorted(there & {"logprob", "entropy"})
         if "out" in there:
-            outputs.append("gradient" if there & {"entropy_weight", "grad_entropy"} else "gradient without entropy")
+            has_entropy = self.constants.get("ENTROPY", "grad_entropy" in there)
+            outputs.append("gradient" if has_entropy else "gradient without entropy")
         return Work(bytes(packed), launch, VOCABULARY if whole else segment, tuple(outputs))
 
     def _arguments(self, row: OrdinaryRow) -> dict[str, float]:
         """Every argument by name: a tensor's address, a size, a stride, a number of the objective."""
         scratch = row.memory.put(np.zeros(3 * 8 * tuning.LANES, np.float32))
         softcap = SOFTCAP if self.softcap else 0.0
-        numbers = torch.tensor([TEMPERATURE, softcap, 1.0, *[0.0] * 9], dtype=torch.float64)
-        sizes = {"N": 1, "programs": 1, "V": VOCABULARY, "segments": 5, "inner": 1, "ignore_index": -100, "start": 0}
+        numbers = torch.tensor([TEMPERATURE, softcap, 1.0], dtype=torch.float64)
+        sizes = {"V": VOCABULARY, "segments": 5, "ignore_index": -100, "first_token": 0, "first_column": 0}
+        sizes.update(dict.fromkeys(("N", "num_rows", "programs", "inner"), 1))
         strides = (f"{of}stride_{which}" for of in ("", "out_") for which in ("outer", "inner"))
         values = {**row.address, **NUMBERS, **params.read_scaling(numbers)._asdict(), **sizes}
         values.update(dict.fromkeys(strides, VOCABULARY), out=row.address["gradient"], state=scratch, lanes=scratch)
-        return values | {"token_value": row.address["token_loss"]}
+        return values
 
 
 _FORMATS = {"i32": "i", "i64": "q", "fp64": "d"}
 
 
 _LOSS_ONLY_SHARED = frozenset({"saved", "grad_logprob", "grad_entropy"})
+_OFF_POLICY = {"OFF_POLICY": True, "CORRECTED": False, "NLL": False}
+_SCALE = {"ONE": False, "FACTORS": FACTORS}
 
 
 def policy_variant(
     name: str, dtype: torch.dtype, *, rule: int, kl: int, gate: int, entropy: bool, grad: bool = True, **kw
 ) -> Variant:
-    """The fused loss with the pointers that an objective of these features passes."""
-    absent = {"lanes", "policy_weight", "logprob_weight"} | _LOSS_ONLY_SHARED
-    absent |= set() if gate else {"old_entropy"}
-    absent |= set() if kl else {"ref_logprob"}
-    absent |= set() if entropy else {"entropy_weight"}
-    absent |= set() if grad else {"out"}
-    constants = {"RULE": rule, "KL": kl, "GATE": gate}
+    """The fused loss with what an objective of these features needs."""
+    absent = {"lanes"} | _LOSS_ONLY_SHARED | (set() if grad else {"out"})
+    constants = {"RULE": rule, "KL": kl, "GATE": gate, "ENTROPY": entropy, **_OFF_POLICY}
     return Variant(name, policy_loss_kernel, dtype, frozenset(absent), constants, **kw)
 
 
@@ -145,7 +147,7 @@ def all_variants() -> list[Variant]:
         label = _TYPES[dtype]
         variants += [Variant(f"{v.name} {label}", v.kernel, dtype, v.absent, v.constants) for v in main_variants(dtype)]
         variants += [
-            Variant(f"scale_rows {label}", scale_rows_kernel, dtype, constants={"IN_PLACE": False}),
+            Variant(f"scale_rows {label}", scale_rows_kernel, dtype, constants={"IN_PLACE": False, **_SCALE}),
             Variant(f"paired_forward {label}", paired_forward_kernel, dtype, frozenset({"states"})),
             Variant(f"paired_backward {label}", paired_backward_kernel, dtype),
         ]
@@ -162,19 +164,19 @@ def all_variants() -> list[Variant]:
             Variant(f"paired_backward {label}", paired_backward_kernel, bf16, **flags),
         ]
     variants += [
-        policy_variant(f"policy_loss rule {rule}", bf16, rule=rule, kl=0, gate=0, entropy=False) for rule in range(10)
+        policy_variant(f"policy_loss rule {rule}", bf16, rule=rule, kl=0, gate=0, entropy=False) for rule in RuleId
     ]
     variants += [
         policy_variant(f"policy_loss kl {kl}", bf16, rule=0, kl=kl, gate=2, entropy=True) for kl in (1, 2, 3, 4, 5, 19)
     ]
     variants += [
         policy_variant("policy_loss without gradient", bf16, rule=0, kl=0, gate=1, entropy=False, grad=False),
-        Variant("scale_rows in place", scale_rows_kernel, bf16, constants={"IN_PLACE": True}),
+        Variant("scale_rows in place", scale_rows_kernel, bf16, constants={"IN_PLACE": True, **_SCALE}),
         Variant("stats_forward without labels", stats_forward_kernel, bf16, frozenset({"lanes", "labels"})),
         Variant("stats_forward of shared rows", stats_forward_kernel, bf16),
         Variant(
             "policy_loss of shared rows", policy_loss_kernel, bf16, frozenset({"out"}),
-            {"RULE": 0, "KL": 3, "GATE": 1},
+            {"RULE": 0, "KL": 3, "GATE": 1, "ENTROPY": True, "OFF_POLICY": True, "CORRECTED": True, "NLL": True},
         ),
     ]  # fmt: skip
     return variants

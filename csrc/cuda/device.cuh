@@ -121,7 +121,7 @@ ERC_DEVICE Pair<Real> mul_pair(Pair<Real> x, Pair<Real> y) {
 
 // ---- two 16-bit elements in a word ---------------------------------------------------------------------------------
 
-// Maxima of packed pairs; a NaN loses against a number (it poisons the sum of exponentials instead).
+// Maxima and minima of packed pairs; a NaN loses against a number (it poisons the sum of exponentials instead).
 ERC_DEVICE uint32_t max_packed(bfloat16, uint32_t a, uint32_t b) {
   uint32_t y;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
@@ -131,6 +131,22 @@ ERC_DEVICE uint32_t max_packed(float16, uint32_t a, uint32_t b) {
   uint32_t y;
   asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
+}
+
+ERC_DEVICE uint32_t min_packed(bfloat16, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+ERC_DEVICE uint32_t min_packed(float16, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("min.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// The four bytes of two neighbouring words, `next` the later one, from a half word on if `half` is not 0.
+ERC_DEVICE uint32_t shifted_half(uint32_t word, uint32_t next, int half) {
+  return __byte_perm(word, next, half != 0 ? 0x5432 : 0x3210);
 }
 
 ERC_DEVICE Pair<float> unpack(bfloat16, uint32_t w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }
@@ -166,6 +182,10 @@ ERC_DEVICE Raw load_streaming(const void* p) {
   return r;
 }
 
+// Sixteen aligned bytes, of which only those in [begin, end) mean anything. The others cannot fault, since no page ends inside;
+// another block may be writing them.
+ERC_DEVICE Raw load_chunk(const char* p, const void*, const void*) { return load_streaming(p); }
+
 // A write that nothing on the GPU reads soon: it leaves the L2 cache first.
 ERC_DEVICE void store_streaming(void* p, Raw r) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(r.word[0]), "r"(r.word[1]), "r"(r.word[2]),
@@ -190,16 +210,22 @@ ERC_DEVICE int count_block(int32_t* counter) {
 
 ERC_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-using CopyBarrier = uint64_t;  // an mbarrier in shared memory
+using CopyBarrier = uint64_t;  // an mbarrier in shared memory, for one copy or exchange
 
 ERC_DEVICE void copy_barrier_init(CopyBarrier* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
-               : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+// After the last of them, by the same thread: what follows, here and in the cluster, finds them set.
+ERC_DEVICE void copy_barriers_are_set() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+ERC_DEVICE void copy_barrier_expect(CopyBarrier* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// Global to shared memory; both addresses and the size are multiples of 16 bytes. One thread calls it, once a barrier.
-ERC_DEVICE void copy_bulk(void* destination, const void* source, uint32_t bytes, CopyBarrier* barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+// Global to shared memory; both addresses and the size are multiples of 16 bytes. Of the source only the bytes in [begin, end)
+// mean anything. One thread calls it, once a barrier.
+ERC_DEVICE void copy_bulk(void* destination, const void* source, uint32_t bytes, CopyBarrier* barrier, const void*, const void*) {
+  copy_barrier_expect(barrier, bytes);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)),
       "l"(source), "r"(bytes), "r"(shared_address(barrier))
@@ -217,15 +243,33 @@ ERC_DEVICE void copy_wait(CopyBarrier* barrier) {
 
 // ---- clusters (sm_90 and later) ------------------------------------------------------------------------------------
 
-ERC_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Orders nothing but the barriers' initialisation, which has a fence of its own: a release would wait for the whole GPU.
+ERC_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 ERC_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Writes a word of another block's shared memory, at the place that `p` has in this block's.
-ERC_DEVICE void store_remote(uint32_t* p, int rank, uint32_t value) {
+// `bytes` of states will be sent here.
+ERC_DEVICE void expect_states(CopyBarrier* barrier, uint32_t bytes) { copy_barrier_expect(barrier, bytes); }
+
+// Sends 16 bytes to a block of the cluster: to the places that `p` and `barrier` have in this block's shared memory.
+template <class State>
+ERC_DEVICE void send_state(State* p, int rank, const State& state, CopyBarrier* barrier) {
+  static_assert(sizeof(State) == 16, "");
+  Raw raw;
+  memcpy(&raw, &state, sizeof raw);
   asm volatile(
-      "{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.u32 [remote], %2; }" ::"r"(
+      "{ .reg .u32 place, arrival; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 arrival, %1, %2;\n"
+      "  st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [place], {%3, %4, %5, %6}, [arrival]; }" ::"r"(
           shared_address(p)),
-      "r"(rank), "r"(value)
+      "r"(shared_address(barrier)), "r"(rank), "r"(raw.word[0]), "r"(raw.word[1]), "r"(raw.word[2]), "r"(raw.word[3])
+      : "memory");
+}
+
+// Returns when all states are there, visible to the calling thread.
+ERC_DEVICE void wait_for_states(CopyBarrier* barrier) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "waiting: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "  @!done bra waiting; }" ::"r"(shared_address(barrier))
       : "memory");
 }
 

@@ -7,12 +7,6 @@
 namespace erc {
 namespace cuda {
 
-template <class V>
-ERC_DEVICE auto global_segments(const Partition& partition, const typename V::Element* row) {
-  using Source = GlobalSource<typename V::Element, V::aligned>;
-  return [=](int g) { return Segment<V, Source>{Source{row + g * partition.segment_size}, partition.columns(g)}; };
-}
-
 template <class Real>
 ERC_DEVICE Real optional(const void* values, int64_t row, Real otherwise) {
   return values != nullptr ? static_cast<const Real*>(values)[row] : otherwise;
@@ -43,7 +37,7 @@ struct GradientPlan {
     const RowGradient<Real> gradient(state, scale.scale, grads, label_value);
     label = gradient.label * scale.chain;
     constant = gradient.constant * scale.chain;
-    slope = gradient.slope * scale.chain / scale.rate;
+    slope = gradient.slope * scale.chain_by_rate;
     const Real rounded = mul_rn(state.row_max, scale.rate), residual = fma_rn(state.row_max, scale.rate, -rounded);
     // Below these bounds nothing in the fast form overflows where the fast statistics did not, and what the coefficients take
     // back of the residual leaves no rounding that a peaked row's entropy gradient would show.
@@ -62,17 +56,17 @@ struct GradientPlan {
   }
 };
 
-// kHoles: the vector may hold -inf that the statistics did not report, as the one at the row's end.
-template <bool kGuardedForm, bool kHoles, class V>
-ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
-                               const Raw& raw) {
+// The gradient of a vector. kHoles: it may hold -inf that the statistics did not report, as the filling at a row's ends.
+template <bool kGuardedForm, bool kHoles, class V, class G>
+ERC_DEVICE void gradient_vector(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale, const Raw& raw,
+                                Raw& out, int out_pair) {
   using T = typename V::Element;
   using Real = typename V::Real;
   const Pair<Real> slope{plan.slope, plan.slope}, constant{plan.constant, plan.constant};
-  Raw out;
 #pragma unroll
   for (int i = 0; i < kVector<T> / 2; ++i) {
-    const Pair<Real> v = V::values(scale, raw, i);
+    const Capped<Real> z = V::template pair<kGuardedForm || kHoles>(scale, raw, i);
+    const Pair<Real> v = z.value;
     Pair<Real> u;
     if constexpr (kGuardedForm) {
       u = {mul_rn(v.a - plan.center, scale.rate), mul_rn(v.b - plan.center, scale.rate)};
@@ -82,84 +76,132 @@ ERC_DEVICE Raw gradient_vector(const GradientPlan<typename V::Real>& plan, const
     if constexpr (kGuardedForm || kHoles) u = {above_floor(u.a), above_floor(u.b)};
     const Pair<Real> e{ex2(u.a), ex2(u.b)};
     Pair<Real> g = mul_pair(e, fma_pair(slope, u, constant));
-    if constexpr (V::softcap) {
-      g = mul_pair(g, V::slopes(scale, raw, i));
-    }
-    set_pair(typename V::Gradient{}, out, i, g);
+    if constexpr (V::softcap) g = mul_pair(g, z.slope);
+    set_pair(G{}, out, out_pair + i, g);
+  }
+}
+
+// The columns of a segment as its gradient is written: sixteen aligned bytes at a time, and what lies before the first and behind
+// the last such chunk. Every column depends on itself alone, so the cut may follow the address.
+template <class G>
+struct Chunks {
+  G* out;
+  int head, whole, tail;  // columns, chunks, columns
+
+  ERC_DEVICE Chunks(G* begin, int columns, bool aligned) : out(begin) {
+    const int behind = aligned ? 0 : int(reinterpret_cast<uintptr_t>(begin) / sizeof(G) % kVector<G>);
+    head = behind == 0 ? 0 : kVector<G> - behind;
+    head = head < columns ? head : columns;
+    whole = (columns - head) / kVector<G>;
+    tail = columns - head - whole * kVector<G>;
+  }
+  ERC_DEVICE int tail_begin() const { return head + whole * kVector<G>; }
+
+  // Which lane writes a column.
+  ERC_DEVICE int lane_of(int column) const {
+    const int chunk = (column - head) / kVector<G>;
+    return column < head ? 0 : chunk < whole ? chunk % kLanes : kWarp;
+  }
+};
+
+// kVector<G> columns as one Raw of gradients. A narrower gradient takes two vectors of logits.
+template <class T, class G>
+constexpr int kVectorsPerChunk = kVector<G> / kVector<T>;
+
+template <bool kGuardedForm, bool kHoles, class V, class G>
+ERC_DEVICE Raw gradient_chunk(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale, const Raw* raw) {
+  using T = typename V::Element;
+  Raw out;
+#pragma unroll
+  for (int k = 0; k < kVectorsPerChunk<T, G>; ++k) {
+    gradient_vector<kGuardedForm, kHoles, V, G>(plan, scale, raw[k], out, k * kVector<T> / 2);
   }
   return out;
 }
 
-// The gradients of a vector of logits.
-template <class V>
-ERC_DEVICE void store_vector(typename V::Gradient* p, const Raw& raw) {
-  if constexpr (V::aligned) {
-    store_streaming(p, raw);
-  } else {
-    store_elements(p, raw, kVector<typename V::Element>);
-  }
-}
-
-template <bool kGuardedForm, class V, class Source>
-ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
-                                 const Segment<V, Source>& segment, typename V::Gradient* out) {
+// Fewer columns than a chunk, one by one.
+template <bool kGuardedForm, class V, class G>
+ERC_DEVICE void gradient_rest(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                              const typename V::Element* z, G* out, int count) {
   using T = typename V::Element;
-  constexpr int kStep = kLanes * kVector<T>;
-  const int lane = threadIdx.x % kLanes, whole = segment.whole(), vectors = whole > lane ? (whole - lane - 1) / kLanes + 1 : 0;
-  const T* p = segment.source.begin + lane * kVector<T>;
-  typename V::Gradient* q = out + lane * kVector<T>;
+  Raw raw[kVectorsPerChunk<T, G>];
+#pragma unroll
+  for (int k = 0; k < kVectorsPerChunk<T, G>; ++k) {
+    raw[k] = load_elements(z + k * kVector<T>, count - k * kVector<T>, V::minus_infinity());
+  }
+  store_elements(out, gradient_chunk<kGuardedForm, true, V, G>(plan, scale, raw), count);
+}
+
+template <bool kGuardedForm, class V, class Memory, class G>
+ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                                 const Segment<V, Memory>& segment, const Chunks<G>& chunks) {
+  using T = typename V::Element;
+  constexpr int kPer = kVectorsPerChunk<T, G>, kTrip = kUnroll / kPer, kStep = kLanes * kVector<G>;
+  const int lane = threadIdx.x % kLanes, count = chunks.whole > lane ? (chunks.whole - lane - 1) / kLanes + 1 : 0;
+  const T* z = segment.begin + chunks.head;
+  // Logits and gradient are mostly misaligned alike, and then not at all.
+  constexpr Effort kEffort = kGuardedForm || V::rare ? Effort::kElements : Effort::kOneCode;
+  with_reader<V::aligned, kEffort>(segment.memory, z, [&](const auto& reader) {
+    const T* p = z + lane * kVector<G>;
+    G* q = chunks.out + chunks.head + lane * kVector<G>;
 #pragma unroll 1
-  for (int trips = vectors / kUnroll; trips > 0; --trips, p += kUnroll * kStep, q += kUnroll * kStep) {
-    Raw raw[kUnroll];
+    for (int trips = count / kTrip; trips > 0; --trips, p += kTrip * kStep, q += kTrip * kStep) {
+      Raw raw[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) raw[k] = Source::load(p + k * kStep);
+      for (int k = 0; k < kUnroll; ++k) raw[k] = reader.load(p + k / kPer * kStep + k % kPer * kVector<T>);
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      store_vector<V>(q + k * kStep, gradient_vector<kGuardedForm, false, V>(plan, scale, raw[k]));
+      for (int k = 0; k < kTrip; ++k) {
+        store_streaming(q + k * kStep, gradient_chunk<kGuardedForm, false, V, G>(plan, scale, raw + k * kPer));
+      }
     }
-  }
 #pragma unroll 1
-  for (int left = vectors % kUnroll; left > 0; --left, p += kStep, q += kStep) {
-    store_vector<V>(q, gradient_vector<kGuardedForm, false, V>(plan, scale, Source::load(p)));
-  }
-  if (segment.rest() != 0 && lane == 0) {
-    const Raw raw = gradient_vector<kGuardedForm, true, V>(plan, scale, segment.tail());
-    store_elements(out + int64_t(whole) * kVector<T>, raw, segment.rest());
+    for (int left = count % kTrip; left > 0; --left, p += kStep, q += kStep) {
+      Raw raw[kPer];
+#pragma unroll
+      for (int k = 0; k < kPer; ++k) raw[k] = reader.load(p + k * kVector<T>);
+      store_streaming(q, gradient_chunk<kGuardedForm, false, V, G>(plan, scale, raw));
+    }
+  });
+  if (lane == 0 && chunks.head != 0) gradient_rest<kGuardedForm, V>(plan, scale, segment.begin, chunks.out, chunks.head);
+  if (lane == kWarp && chunks.tail != 0) {
+    const int begin = chunks.tail_begin();
+    gradient_rest<kGuardedForm, V>(plan, scale, segment.begin + begin, chunks.out + begin, chunks.tail);
   }
 }
 
-template <class V>
-ERC_DEVICE void fill_columns(typename V::Gradient* out, int columns, typename V::Real value) {
-  constexpr int kCount = kVector<typename V::Element>;
+template <class G, class Real>
+ERC_DEVICE void fill_columns(const Chunks<G>& chunks, Real value) {
   Raw raw;
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) set_pair(typename V::Gradient{}, raw, i, Pair<typename V::Real>{value, value});
-  const int whole = columns / kCount, lane = threadIdx.x % kLanes;
-  for (int i = lane; i < whole; i += kLanes) store_vector<V>(out + int64_t(i) * kCount, raw);
-  if (lane == 0) store_elements(out + int64_t(whole) * kCount, raw, columns % kCount);
+  for (int i = 0; i < kVector<G> / 2; ++i) set_pair(G{}, raw, i, Pair<Real>{value, value});
+  const int lane = threadIdx.x % kLanes;
+  G* out = chunks.out + chunks.head;
+  for (int i = lane; i < chunks.whole; i += kLanes) store_streaming(out + i * kVector<G>, raw);
+  if (lane == 0) store_elements(chunks.out, raw, chunks.head);
+  if (lane == kWarp) store_elements(chunks.out + chunks.tail_begin(), raw, chunks.tail);
 }
 
-// The gradient of one segment by a group of kLanes threads. `label` is the labelled column counted from the segment's first, or outside.
-// `out` may be what the segment reads: a thread writes only vectors that it alone has read.
-template <class V, class Source>
+// The gradient of one segment by a group of kLanes threads. `label` is the labelled column counted from the segment's first, or
+// outside. `out` may be what the segment reads: a thread writes only what it alone has read.
+template <class V, class Memory, class G>
 ERC_DEVICE void gradient_segment(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
-                                 const Segment<V, Source>& segment, int64_t label, typename V::Gradient* out) {
-  using T = typename V::Element;
+                                 const Segment<V, Memory>& segment, int64_t label, G* out) {
   using Real = typename V::Real;
+  const Chunks<G> chunks(out, segment.columns, V::aligned);
   if (plan.mode == kFill) {
-    fill_columns<V>(out, segment.columns, plan.fill);
+    fill_columns(chunks, plan.fill);
     return;
   }
-  // The thread that writes the label's vector writes once more; what it reads there, it reads before.
-  const int vector = int(label / kVector<T>), writer = vector < segment.whole() ? vector % kLanes : 0;
-  const bool writes_label = label >= 0 && label < segment.columns && int(threadIdx.x % kLanes) == writer;
-  const Real label_slope = writes_label ? V::slope(scale, segment.source.begin[label]) : Real(1);
+  // The thread that writes the label's chunk writes once more; what it reads there, it reads before.
+  const bool here = label >= 0 && label < segment.columns;
+  const bool writes_label = here && int(threadIdx.x % kLanes) == chunks.lane_of(int(label));
+  const Real label_slope = writes_label ? V::slope(scale, segment.begin[label]) : Real(1);
   if (plan.mode == kFast) {
-    gradient_columns<false>(plan, scale, segment, out);
+    gradient_columns<false>(plan, scale, segment, chunks);
   } else {
-    gradient_columns<true>(plan, scale, segment, out);
+    gradient_columns<true>(plan, scale, segment, chunks);
   }
-  if (writes_label) out[label] = from_real(typename V::Gradient{}, plan.label * label_slope);
+  if (writes_label) out[label] = from_real(G{}, plan.label * label_slope);
 }
 
 }  // namespace cuda

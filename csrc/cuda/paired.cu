@@ -20,6 +20,13 @@ ERC_DEVICE Real divergence_series(Real x) {
   return total;
 }
 
+template <class Real>
+struct PairedShared {
+  SegmentState<Real> states[kMaxSegments];
+  GroupShared<Real> group;
+  Real sums[kPairedSums][kLanes / kWarp];
+};
+
 // One row as the second sweep sees it.
 template <class Real>
 struct Side {
@@ -57,39 +64,49 @@ struct PairedColumn {
   }
 };
 
+// The vector at p, whatever its address; behind `columns` it holds -inf.
+template <class V>
+ERC_DEVICE Raw vector_of(const typename V::Element* p, int64_t columns) {
+  using T = typename V::Element;
+  if (columns < kVector<T>) return load_elements(p, int(columns), V::minus_infinity());
+  Raw raw;
+  const GlobalMemory memory{p, p + columns};
+  with_reader<V::aligned, Effort::kOneCode>(memory, p, [&](const auto& reader) { raw = reader.load(p); });
+  return raw;
+}
+
 // Calls visit(i, new vector, old vector) for the calling thread's vectors of a row, the last one filled up with -inf.
 template <class V, class Visit>
-ERC_DEVICE void for_each_vector(const typename V::Element* fresh, const typename V::Element* old, int64_t columns, Visit&& visit) {
+ERC_DEVICE void for_each_vector(const typename V::Element* fresh, const typename V::Element* old, int columns, Visit&& visit) {
   using T = typename V::Element;
-  for (int64_t i = int64_t(threadIdx.x) * kVector<T>; i < columns; i += kLanes * kVector<T>) {
-    if (i + kVector<T> <= columns) {
-      visit(i, GlobalSource<T, V::aligned>::load(fresh + i), GlobalSource<T, V::aligned>::load(old + i));
-    } else {
-      const int count = int(columns - i);
-      visit(i, load_elements(fresh + i, count, V::minus_infinity()), load_elements(old + i, count, V::minus_infinity()));
-    }
+  for (int64_t i = threadIdx.x * kVector<T>; i < columns; i += kLanes * kVector<T>) {
+    visit(int(i), vector_of<V>(fresh + i, columns - i), vector_of<V>(old + i, columns - i));
   }
 }
 
+// For every thread; ends with a barrier, since the next row's sweep writes the same memory.
 template <class V>
 ERC_DEVICE RowState<typename V::Real> row_state(const RowScale<typename V::Real>& scale, const Partition& partition,
-                                                const typename V::Element* row, const StatsShared<typename V::Real>& shared) {
-  segment_states<V>(scale, 0, partition.segments, global_segments<V>(partition, row), shared);
-  const RowResult<typename V::Real> result(shared.states, partition.segments, scale.scale);
-  __syncthreads();  // the next row's sweep writes the same memory
+                                                const typename V::Element* row, PairedShared<typename V::Real>& shared) {
+  segment_states<V>(scale, partition.segments, global_segments<V>(partition, row), &shared.group, shared.states);
+  const RowResult<typename V::Real> result = merge_segments(shared.states, partition.segments, scale.scale);
+  __syncthreads();
   return result.state;
 }
 
 // One block a pair of rows.
 template <class V>
-__global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_kernel(PairedForward call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1)
+    paired_forward_kernel(PairedForward call, Prepared<V> host, RowAddress old_rows) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x, n = call.rows.num_tokens;
-  const RowScale<Real> scale(call.rows, row);
-  const StatsShared<Real> shared(dynamic_shared(), partition.segments);
-  const T* fresh_row = call.rows.logits.row<const T>(row);
-  const T* old_row = call.old_logits.row<const T>(row);
+  const uint32_t row = blockIdx.x;
+  const int64_t n = call.rows.num_tokens;
+  const Partition& partition = host.partition;
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, row);
+  auto& shared = *reinterpret_cast<PairedShared<Real>*>(dynamic_shared());
+  const T* fresh_row = host.logits.template row<const T>(host.index(row));
+  const T* old_row = old_rows.row<const T>(host.index(row));
   const auto state_of = [&](const T* elements, int first) -> RowState<Real> {
     const Real* known = static_cast<const Real*>(call.states) + first * n + row;
     if (call.states) return {known[0], known[n], known[2 * n]};
@@ -101,21 +118,20 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_ker
   Real sums[kPairedSums] = {};
   if (valid) {
     const Side<Real> p(fresh), q(old);
-    for_each_vector<V>(fresh_row, old_row, partition.vocab_size, [&](int64_t, const Raw& fresh_raw, const Raw& old_raw) {
+    for_each_vector<V>(fresh_row, old_row, partition.vocab_size, [&](int, const Raw& fresh_raw, const Raw& old_raw) {
 #pragma unroll
       for (int k = 0; k < kVector<T> / 2; ++k) {
-        const Pair<Real> v_new = V::values(scale, fresh_raw, k), v_old = V::values(scale, old_raw, k);
+        const Pair<Real> v_new = V::template pair<true>(scale, fresh_raw, k).value;
+        const Pair<Real> v_old = V::template pair<true>(scale, old_raw, k).value;
         PairedColumn<Real>(p, q, scale.scale, v_new.a, v_old.a).add_to(sums);
         PairedColumn<Real>(p, q, scale.scale, v_new.b, v_old.b).add_to(sums);
       }
     });
   }
-  constexpr int kWarps = kLanes / kWarp;
-  Real* partial = shared.lanes;  // [kPairedSums, kWarps]
 #pragma unroll
   for (int k = 0; k < kPairedSums; ++k) {
     const Real sum = warp_sum(sums[k]);
-    if (threadIdx.x % kWarp == 0) partial[k * kWarps + threadIdx.x / kWarp] = sum;
+    if (threadIdx.x % kWarp == 0) shared.sums[k][threadIdx.x / kWarp] = sum;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -123,7 +139,7 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_ker
   Real total[kPairedSums];
   for (int k = 0; k < kPairedSums; ++k) {
     total[k] = valid ? Real(0) : nan;
-    for (int w = 0; w < kWarps; ++w) total[k] += partial[k * kWarps + w];
+    for (int w = 0; w < kLanes / kWarp; ++w) total[k] += shared.sums[k][w];
   }
   const Real entropy = fresh.is_valid() ? fresh.entropy() : nan, old_entropy = old.is_valid() ? old.entropy() : nan;
   const Real ratio = (entropy + Real(kRatioEps)) / (old_entropy + Real(kRatioEps));
@@ -137,15 +153,18 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1) paired_forward_ker
 // d/dx_j = p_j * (g_H * (E[x - m] - (x_j - m)) + g_KL * (log p_j - log q_j - KL) + g_TV / 2 * (sign(p_j - q_j) - E_p[sign]))
 //          + g_reverse * (p_j - q_j), with g_H the entropy's own gradient plus the ratio's.
 template <class V>
-__global__ void __launch_bounds__(kLanes, 2) paired_backward_kernel(PairedBackward call) {
+__global__ void __launch_bounds__(kLanes, 2)
+    paired_backward_kernel(PairedBackward call, Prepared<V> host, RowAddress old_rows, RowAddress grads) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x, n = call.rows.num_tokens;
-  const RowScale<Real> scale(call.rows, row);
+  const uint32_t row = blockIdx.x;
+  const int64_t n = call.rows.num_tokens;
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, row);
   const Real* saved = static_cast<const Real*>(call.saved) + row;
   const Real* g = static_cast<const Real*>(call.grads) + row;
   const RowState<Real> fresh{saved[0], saved[n], saved[2 * n]}, old{saved[3 * n], saved[4 * n], saved[5 * n]};
-  T* out = call.grad_logits.row<T>(row);
+  T* out = grads.row<T>(host.index(row));
+  const int columns = host.partition.vocab_size;
   const bool valid = fresh.is_valid() && old.is_valid();
   const Side<Real> p(fresh), q(old);
   const Real g_kl = g[3 * n], g_reverse = g[4 * n], half_variation = g[5 * n] / 2;
@@ -161,17 +180,20 @@ __global__ void __launch_bounds__(kLanes, 2) paired_backward_kernel(PairedBackwa
     const Real own = at.p == 0 ? Real(0) : at.p * (constant - g_entropy * p.shift(v_new, scale.scale) + kl + sign);
     return (own + g_reverse * at.difference) * scale.chain * slope;
   };
-  for_each_vector<V>(call.rows.logits.row<const T>(row), call.old_logits.row<const T>(row),
-                     call.rows.logits.vocab_size, [&](int64_t i, const Raw& fresh_raw, const Raw& old_raw) {
-    Raw grads;
+  for_each_vector<V>(host.logits.template row<const T>(host.index(row)), old_rows.row<const T>(host.index(row)), columns,
+                     [&](int i, const Raw& fresh_raw, const Raw& old_raw) {
+    Raw gradients;
 #pragma unroll
     for (int k = 0; k < kVector<T> / 2; ++k) {
-      const Pair<Real> v_new = V::values(scale, fresh_raw, k), v_old = V::values(scale, old_raw, k);
-      const Pair<Real> slope = V::slopes(scale, fresh_raw, k);
-      set_pair(T{}, grads, k, Pair<Real>{gradient(v_new.a, v_old.a, slope.a), gradient(v_new.b, v_old.b, slope.b)});
+      const Capped<Real> z = V::template pair<true>(scale, fresh_raw, k);
+      const Pair<Real> v_new = z.value, v_old = V::template pair<true>(scale, old_raw, k).value;
+      set_pair(T{}, gradients, k, Pair<Real>{gradient(v_new.a, v_old.a, z.slope.a), gradient(v_new.b, v_old.b, z.slope.b)});
     }
-    const int64_t left = call.rows.logits.vocab_size - i;
-    left >= kVector<T> ? store_vector<V>(out + i, grads) : store_elements(out + i, grads, int(left));
+    if (V::aligned && i + kVector<T> <= columns) {
+      store_streaming(out + i, gradients);
+    } else {
+      store_elements(out + i, gradients, columns - i);
+    }
   });
 }
 
@@ -180,9 +202,9 @@ cudaError_t paired_forward(const PairedForward& call, cudaStream_t stream) {
   if (logits.num_rows == 0) return cudaSuccess;
   return dispatch({&logits, &call.old_logits}, call.rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
-    const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
-    const int bytes = stats_shared_bytes<typename V::Real>(partition.segments, partition.segments);
-    return launch(paired_forward_kernel<V>, {logits.num_rows, kLanes, 1, bytes, stream}, call, partition);
+    const int bytes = sizeof(PairedShared<typename V::Real>);
+    return launch(paired_forward_kernel<V>, {logits.num_rows, kLanes, 1, bytes, stream}, call, Prepared<V>(call.rows),
+                  RowAddress(call.old_logits, sizeof(typename V::Element)));
   });
 }
 
@@ -190,7 +212,10 @@ cudaError_t paired_backward(const PairedBackward& call, cudaStream_t stream) {
   const Rows& logits = call.rows.logits;
   if (logits.num_rows == 0) return cudaSuccess;
   return dispatch({&logits, &call.old_logits, &call.grad_logits}, call.rows.scaling.softcap != 0, [&](auto variant) {
-    return launch(paired_backward_kernel<decltype(variant)>, {logits.num_rows, kLanes, 1, 0, stream}, call);
+    using V = decltype(variant);
+    constexpr int kBytes = sizeof(typename V::Element);
+    return launch(paired_backward_kernel<V>, {logits.num_rows, kLanes, 1, 0, stream}, call, Prepared<V>(call.rows),
+                  RowAddress(call.old_logits, kBytes), RowAddress(call.grad_logits, kBytes));
   });
 }
 

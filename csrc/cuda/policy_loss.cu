@@ -2,6 +2,8 @@
 //
 // Three forms with the same numbers, segment by segment:
 //   cluster  sm_90 and later: a cluster of blocks holds the row in shared memory, one segment a block. One DRAM read, one write.
+//            The copy comes first and in parts; what a thread finishes with, and what the blocks tell each other, waits for nobody
+//            but those that need it.
 //   block    one block a row, which reads it again from the L2 cache; the grid is kept so small that the rows in flight fit there.
 //   split    few rows: a block a segment, statistics first, then loss and gradient.
 #include "common/token_loss.h"
@@ -11,153 +13,250 @@
 namespace erc {
 namespace cuda {
 
+// What is known of a token before its logits are, loaded while they are read. One thread writes it, and reads it again.
 template <class Real>
-ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token, Real loss, Real token_loss, Real logprob, Real entropy,
-                              int32_t flags) {
-  put(call.loss, token, loss);
-  put(call.token_loss, token, token_loss);
-  put(call.logprob, token, logprob);
-  put(call.entropy, token, entropy);
-  call.flags[token] = flags;
+struct KnownToken {
+  TokenInputs<Real> inputs;
+  Real label_value;
+};
+
+template <class Real>
+ERC_DEVICE const TokenInputs<Real>& token_row(const PolicyLoss& call, int64_t token) {
+  return static_cast<const TokenInputs<Real>*>(call.table)[token];
 }
 
-// What one thread does between the two sweeps. `writes`: of the blocks that share a row one writes its outputs.
+// What a token leaves: its gradient's coefficients, which every thread waits for, and its outputs, which nobody does.
 template <class Real>
-ERC_DEVICE GradientPlan<Real> finish_token(const PolicyLoss& call, int64_t token, const RowScale<Real>& scale,
-                                           const RowResult<Real>& result, Real label_value, bool writes) {
+struct FinishedToken {
+  GradientPlan<Real> plan;
+  Real loss, token_loss, logprob, entropy;
+  int32_t flags;
+
+  ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token) const {
+    put(call.loss, token, loss);
+    put(call.token_loss, token, token_loss);
+    put(call.logprob, token, logprob);
+    put(call.entropy, token, entropy);
+    call.flags[token] = flags;
+  }
+};
+
+// Where the threads of a block meet, between the two sweeps: one has finished the token, another one writes its outputs, unless a
+// block of the same row does.
+template <class Real>
+ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, const PolicyLoss& call, int64_t token, bool writes) {
+  __syncthreads();
+  if (writes && token >= 0 && threadIdx.x == kWarp) finished.write_outputs(call, token);
+  return finished.plan;
+}
+
+// What one thread does between the two sweeps.
+template <class Real>
+ERC_DEVICE FinishedToken<Real> finish_token(const PolicyLoss& call, const RowScale<Real>& scale, const RowResult<Real>& result,
+                                            const TokenInputs<Real>& known, Real label_value) {
   Real logprob = Real(NAN), entropy = Real(NAN);
   if (result.state.is_valid()) {
     logprob = result.state.logprob(label_value, scale.scale);
     entropy = result.state.entropy();
   }
-  const auto in = TokenInputs<Real>::read(call.table, token, call.params.present, logprob);
+  const auto in = TokenInputs<Real>::read(&known, 0, call.params.present, logprob);
   const TokenLoss<Real> loss = token_loss(LossParams<Real>::from(call.params), in, logprob, entropy);
-  if (writes) write_outputs(call, token, weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags);
   const StatGrads<Real> grads{loss.d_logprob, loss.d_entropy, Real(0)};
-  return GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded);
+  return {GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded),
+          weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags};
 }
 
-// A row that is not read: ignored, or without a label in range. Returns its constant gradient.
+// A row that is not read, because it is ignored or has no label in range: its gradient and outputs are constant.
 template <class Real>
-ERC_DEVICE GradientPlan<Real> finish_unread(const PolicyLoss& call, int64_t token, const Label& label, bool writes) {
+ERC_DEVICE FinishedToken<Real> finish_unread(const Label& label) {
   const Real value = label.kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  if (writes && token >= 0) write_outputs(call, token, value, value, value, value, 0);
-  return GradientPlan<Real>(value);
+  return {GradientPlan<Real>(value), value, value, value, value, 0};
 }
 
 // ---- cluster -------------------------------------------------------------------------------------------------------
+
+// The copy of a block's segment comes in parts, each with a barrier: the first trips of the sweep (sweep_lane), then the rest.
+constexpr int kParts = 4;
+
+struct TileMemory {
+  CopyBarrier* copied;
+  int last;  // part
+
+  ERC_DEVICE Raw chunk(const char* p) const { return *reinterpret_cast<const Raw*>(p); }
+  ERC_DEVICE void wait(int trip) const { copy_wait(copied + (trip < last ? trip : last)); }
+  ERC_DEVICE void wait_from(int trip) const {
+    for (int part = trip < last ? trip : last; part <= last; ++part) copy_wait(copied + part);
+  }
+};
+
+// Where a segment lies in shared memory: with the chunks around it, so that what was misaligned stays so by as much.
+template <class T, bool kAligned>
+struct Tile {
+  static constexpr int kPartBytes = kUnroll * kLanes * 16;
+  const char* source;  // the chunks
+  int behind, columns;
+
+  ERC_DEVICE Tile(const T* segment, int columns)
+      : source(reinterpret_cast<const char*>(segment)), behind(kAligned ? 0 : int(reinterpret_cast<uintptr_t>(segment) % 16)),
+        columns(columns) {
+    source -= behind;
+  }
+  ERC_DEVICE int bytes() const { return (behind + columns * int(sizeof(T)) + 15) / 16 * 16; }
+  // A trip of a misaligned segment reads one chunk more.
+  ERC_DEVICE int first_part() const { return kPartBytes + (behind == 0 ? 0 : 16); }
+  ERC_DEVICE int last() const {
+    const int part = (bytes() - first_part() + kPartBytes - 1) / kPartBytes;
+    return part < 0 ? 0 : part < kParts - 1 ? part : kParts - 1;
+  }
+  ERC_DEVICE const T* segment(const char* tile) const { return reinterpret_cast<const T*>(tile + behind); }
+
+  // One thread calls it.
+  ERC_DEVICE void copy(char* tile, CopyBarrier* copied) const {
+    const char *begin = source + behind, *end = begin + columns * int64_t(sizeof(T));
+    const int all = bytes();
+    int first = 0, next = first_part();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part, first = next, next += kPartBytes) {
+      if (part == kParts - 1 || next > all) next = all;
+      if (first < all) copy_bulk(tile + first, source + first, next - first, copied + part, begin, end);
+    }
+  }
+};
 
 // Shared memory of a block: its segment of the row, then the small things.
 template <class V>
 struct ClusterShared {
   using T = typename V::Element;
   using Real = typename V::Real;
-  T* tile;
-  StatsShared<Real> stats;         // of this block's segment
-  SegmentState<Real>* gathered;    // of all blocks' segments
-  GradientPlan<Real>* plan;
-  CopyBarrier* copied;
+  SegmentState<Real> gathered[kMaxSegments + 1];  // of all blocks' segments; behind them the label's value, as a row_max
+  GroupShared<Real> group;
+  CopyBarrier copied[kParts], exchanged;
+  FinishedToken<Real> finished;
+  TokenInputs<Real> known;  // loaded while the row is
 
-  static ERC_HOST_DEVICE int64_t tile_bytes(const Partition& partition) {
-    const int64_t columns = partition.segments == 1 ? partition.vocab_size : partition.segment_size;
-    return (columns * int64_t(sizeof(T)) + 15) / 16 * 16;
+  static ERC_HOST_DEVICE int tile_bytes(const Partition& partition) {
+    constexpr int kAlignment = alignof(ClusterShared);  // a multiple of 16; a misaligned row is copied with what is around it
+    const int columns = partition.segments == 1 ? partition.vocab_size : partition.segment_size;
+    return (columns * int(sizeof(T)) + (V::aligned ? 0 : 15) + kAlignment - 1) / kAlignment * kAlignment;
   }
-  static int64_t bytes(const Partition& partition) {
-    return tile_bytes(partition) + stats_shared_bytes<Real>(1, 1 + kMaxSegments) + 64;
-  }
-  ERC_DEVICE ClusterShared(char* memory, const Partition& partition)
-      : tile(reinterpret_cast<T*>(memory)), stats(memory + tile_bytes(partition), 1), gathered(stats.states + 1),
-        copied(reinterpret_cast<CopyBarrier*>(gathered + kMaxSegments)) {
-    plan = reinterpret_cast<GradientPlan<Real>*>(copied + 1);
-  }
+  static int64_t bytes(const Partition& partition) { return tile_bytes(partition) + int64_t(sizeof(ClusterShared)); }
 };
 
-// Block row * segments + rank, one cluster a row. Four clusters of eight such blocks share eight multiprocessors at V = 151,936
-// in bfloat16 (64 registers a thread; shared memory would hold five): while one waits for its copy, the others compute.
+// Block row * segments + rank, one cluster a row. Five clusters of eight such blocks share eight multiprocessors at V = 151,936
+// in bfloat16: while one waits for its copy, the others compute.
 template <class V>
-__global__ void __launch_bounds__(kLanes, kResident<V>) loss_cluster_kernel(PolicyLoss call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, kBlocks<V, 5>)
+    loss_cluster_kernel(PolicyLoss call, Prepared<V> host, RowAddress grads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / partition.segments, token = call.rows.token(row);
-  const int rank = int(blockIdx.x % partition.segments);
-  const int64_t first = rank * partition.segment_size;
+  const Partition& partition = host.partition;
+  const uint32_t row = blockIdx.x >> partition.log_segments;
+  const int rank = int(blockIdx.x & (partition.segments - 1)), thread = threadIdx.x;
+  char* memory = dynamic_shared();
+  ClusterShared<V>& shared = *reinterpret_cast<ClusterShared<V>*>(memory + ClusterShared<V>::tile_bytes(partition));
+  if (thread == 0) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) copy_barrier_init(shared.copied + part);
+    copy_barrier_init(&shared.exchanged);
+    copy_barriers_are_set();
+  }
+  const int64_t token = call.rows.token(row);
   const Label label = token_label(call.rows, token);
-  const ClusterShared<V> shared(dynamic_shared(), partition);
-  const RowScale<Real> scale(call.rows, token);
-  const T* logits = call.rows.logits.row<const T>(row);
-  T* out = call.grad_logits.row<T>(row) + first;
-  const Segment<V, SharedSource<T>> segment{{shared.tile}, partition.columns(rank)};
+  const int first = partition.first(rank), columns = partition.columns(rank);
+  const RowIndex index = host.index(row);
+  const T* logits = host.logits.template row<const T>(index);
+  auto* out = grads.row<typename V::Gradient>(index) + first;
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, token);
+  const Tile<T, V::aligned> tile(logits + first, columns);
+  const Segment<V, TileMemory> segment{tile.segment(memory), columns, {shared.copied, tile.last()}};
   if (label.kind != LabelKind::kHere) {  // all blocks of the cluster agree
-    const GradientPlan<Real> plan = finish_unread<Real>(call, token, label, rank == 0 && threadIdx.x == 0);
-    gradient_segment(plan, scale, segment, kNoColumn, out);
+    const FinishedToken<Real> unread = finish_unread<Real>(label);
+    if (rank == 0 && thread == 0 && token >= 0) unread.write_outputs(call, token);
+    gradient_segment(unread.plan, scale, segment, kNoColumn, out);
     return;
   }
-  const Real label_value = V::value(scale, logits[label.column]);
-  if (threadIdx.x == 0) copy_barrier_init(shared.copied);
+  if (thread == 0) {
+    tile.copy(memory, shared.copied);
+    expect_states(&shared.exchanged, (partition.segments + 1) * int(sizeof(SegmentState<Real>)));
+  }
+  cluster_arrive();  // "this block runs, and its barriers are set": it may be sent states from now on
   __syncthreads();
-  cluster_arrive();  // "this block runs": its shared memory may be written from now on
-  if (threadIdx.x == 0 && segment.whole() > 0) copy_bulk(shared.tile, logits + first, segment.whole() * 16, shared.copied);
-  const int tail = segment.whole() * kVector<T> + int(threadIdx.x);
-  if (int(threadIdx.x) < segment.rest()) shared.tile[tail] = logits[first + tail];
-  if (segment.whole() > 0) copy_wait(shared.copied);
-  __syncthreads();
+  if (thread == 0) shared.known = token_row<Real>(call, token);
 
-  segment_states<V>(scale, 0, 1, [&](int) { return segment; }, shared.stats);
+  const SegmentState<Real> state = segment_state<1>(scale, segment, &shared.group);
 
   cluster_wait();
-  constexpr int kWords = sizeof(SegmentState<Real>) / sizeof(uint32_t);
-  if (int(threadIdx.x) < partition.segments * kWords) {
-    const int word = threadIdx.x % kWords, to = threadIdx.x / kWords;
-    store_remote(reinterpret_cast<uint32_t*>(shared.gathered + rank) + word, to,
-                 reinterpret_cast<const uint32_t*>(shared.stats.states)[word]);
+  if (thread < kWarp) {
+    // Eight lanes send the segment's state, and in the block that holds it eight more the label's value: read by others from the
+    // row, it might be overwritten where the gradient takes the row's place.
+    const int64_t column = label.column - first;
+    const bool sends_label = thread >= kMaxSegments && column >= 0 && column < columns;
+    const int to = thread % kMaxSegments, slot = sends_label ? partition.segments : rank;
+    const bool sends = to < partition.segments && (thread < kMaxSegments || (sends_label && thread < 2 * kMaxSegments));
+    SegmentState<Real> sent = state;
+    if (sends_label) sent.row_max = V::value(scale, segment.begin[column]);
+    if (partition.segments > 1) {
+      if (sends) send_state(shared.gathered + slot, to, sent, &shared.exchanged);
+      wait_for_states(&shared.exchanged);
+    } else {  // a cluster of one block has nobody to send to
+      if (sends) shared.gathered[slot] = sent;
+      __syncwarp();
+    }
+    const RowResult<Real> result = merge_segments(shared.gathered, partition.segments, scale.scale);
+    const Real label_value = shared.gathered[partition.segments].row_max;
+    if (thread == 0) shared.finished = finish_token(call, scale, result, shared.known, label_value);
   }
-  cluster_arrive();
-  cluster_wait();
-  if (threadIdx.x == 0) {
-    const RowResult<Real> result(shared.gathered, partition.segments, scale.scale);
-    *shared.plan = finish_token(call, token, scale, result, label_value, rank == 0);
-  }
-  __syncthreads();
-  gradient_segment(*shared.plan, scale, segment, label.column - first, out);
+  const GradientPlan<Real>& plan = meet(shared.finished, call, token, rank == 0);
+  gradient_segment(plan, scale, segment, label.column - first, out);
 #endif
 }
 
 // ---- block ---------------------------------------------------------------------------------------------------------
 
-// At most: groups of kLanes threads that share a row. Element by element, two would leave too few registers for each.
+// At most: groups of kLanes threads that share a row. Four would leave too few registers for misaligned rows.
 template <class V>
-constexpr int kBlockGroups = V::aligned ? 2 : 1;
+constexpr int kBlockGroups = V::aligned ? 4 : 2;
+
+template <class V>
+struct BlockShared {
+  using Real = typename V::Real;
+  SegmentState<Real> states[kMaxSegments];
+  GroupShared<Real> group[kBlockGroups<V>];
+  KnownToken<Real> known;
+  FinishedToken<Real> finished;
+};
 
 template <class V>
 __global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
-    loss_block_kernel(PolicyLoss call, Partition partition) {
+    loss_block_kernel(PolicyLoss call, Prepared<V> host, RowAddress grads) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const StatsShared<Real> shared(dynamic_shared(), partition.segments);
-  auto* plan = reinterpret_cast<GradientPlan<Real>*>(shared.states + partition.segments);
+  const Partition& partition = host.partition;
+  auto& shared = *reinterpret_cast<BlockShared<V>*>(dynamic_shared());
   const int group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
-  for (int64_t row = blockIdx.x; row < call.rows.logits.num_rows; row += gridDim.x) {
+  for (uint32_t row = blockIdx.x; row < call.rows.logits.num_rows; row += gridDim.x) {
     const int64_t token = call.rows.token(row);
     const Label label = token_label(call.rows, token);
-    const RowScale<Real> scale(call.rows, token);
-    const T* logits = call.rows.logits.row<const T>(row);
+    const RowScale<Real> scale = row_scale(call.rows, host.scale, token);
+    const T* logits = host.logits.template row<const T>(host.index(row));
     const auto segments = global_segments<V>(partition, logits);
     if (label.kind == LabelKind::kHere) {
-      segment_states<V>(scale, 0, partition.segments, segments, shared);
-      if (threadIdx.x == 0) {
-        const RowResult<Real> result(shared.states, partition.segments, scale.scale);
-        *plan = finish_token(call, token, scale, result, V::value(scale, logits[label.column]), true);
+      if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), V::value(scale, logits[label.column])};
+      segment_states<V, kBlockGroups<V>>(scale, partition.segments, segments, shared.group, shared.states);
+      if (threadIdx.x < kWarp) {
+        const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
+        if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
       }
     } else if (threadIdx.x == 0) {
-      *plan = finish_unread<Real>(call, token, label, true);
+      shared.finished = finish_unread<Real>(label);
     }
-    __syncthreads();
-    if (call.grad_logits.data != nullptr) {
-      auto* out = call.grad_logits.row<typename V::Gradient>(row);
+    const GradientPlan<Real>& plan = meet(shared.finished, call, token, true);
+    if (grads.data != nullptr) {
+      auto* out = grads.row<typename V::Gradient>(host.index(row));
       for (int g = group; g < partition.segments; g += groups) {
-        const int64_t first = g * partition.segment_size;
-        gradient_segment(*plan, scale, segments(g), label.column - first, out + first);
+        const int first = partition.first(g);
+        gradient_segment(plan, scale, segments(g), label.column - first, out + first);
       }
     }
     __syncthreads();  // the next row overwrites the plan
@@ -169,27 +268,32 @@ __global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
 // Block row * blocks_per_row + g: every block of a row finishes the token for itself, from the states in the workspace.
 template <class V>
 __global__ void __launch_bounds__(kLanes, 2)
-    loss_gradient_kernel(PolicyLoss call, Workspace<typename V::Real> workspace, Partition partition, int blocks_per_row) {
+    loss_gradient_kernel(PolicyLoss call, Workspace<typename V::Real> workspace, Prepared<V> host, RowAddress grads,
+                         int log_blocks) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / blocks_per_row, token = call.rows.token(row);
-  const int g = int(blockIdx.x % blocks_per_row);
+  const Partition& partition = host.partition;
+  const uint32_t row = blockIdx.x >> log_blocks;
+  const int g = int(blockIdx.x & ((1u << log_blocks) - 1)), first = partition.first(g);
+  const int64_t token = call.rows.token(row);
   const Label label = token_label(call.rows, token);
-  const RowScale<Real> scale(call.rows, token);
-  auto* plan = reinterpret_cast<GradientPlan<Real>*>(dynamic_shared());
-  if (threadIdx.x == 0) {
-    if (label.kind == LabelKind::kHere) {
-      const RowResult<Real> result(workspace.states + row * partition.segments, partition.segments, scale.scale);
-      *plan = finish_token(call, token, scale, result, workspace.label_values[row], g == 0);
-    } else {
-      *plan = finish_unread<Real>(call, token, label, g == 0);
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, token);
+  const T* logits = host.logits.template row<const T>(host.index(row));
+  auto& shared = *reinterpret_cast<BlockShared<V>*>(dynamic_shared());
+  if (label.kind == LabelKind::kHere) {
+    if (threadIdx.x < kWarp) {
+      if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), workspace.label_values[row]};
+      const auto* states = workspace.states + int64_t(row) * partition.segments;
+      const RowResult<Real> result = merge_segments(states, partition.segments, scale.scale);
+      if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
     }
+  } else if (threadIdx.x == 0) {
+    shared.finished = finish_unread<Real>(label);
   }
-  __syncthreads();
-  if (call.grad_logits.data == nullptr) return;
-  const int64_t first = g * partition.segment_size;
-  const auto segment = global_segments<V>(partition, call.rows.logits.row<const T>(row))(g);
-  gradient_segment(*plan, scale, segment, label.column - first, call.grad_logits.row<typename V::Gradient>(row) + first);
+  const GradientPlan<Real>& plan = meet(shared.finished, call, token, g == 0);
+  if (grads.data == nullptr) return;
+  gradient_segment(plan, scale, global_segments<V>(partition, logits)(g), label.column - first,
+                   grads.row<typename V::Gradient>(host.index(row)) + first);
 }
 
 // ---- launcher ------------------------------------------------------------------------------------------------------
@@ -209,33 +313,35 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
   return dispatch_gradient(logits, call.grad_logits, call.rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
     using Real = typename V::Real;
-    const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
-    if constexpr (V::aligned) {
+    const Prepared<V> host(call.rows);
+    const Partition& partition = host.partition;
+    const RowAddress grads(call.grad_logits, sizeof(typename V::Gradient));
+    if constexpr (sizeof(Real) == 4) {
       const int64_t bytes = ClusterShared<V>::bytes(partition);
       if (wants_grad && bytes <= device.shared_bytes_per_block && runs_in_clusters(loss_cluster_kernel<V>, device)) {
         return launch(loss_cluster_kernel<V>, {n * partition.segments, kLanes, partition.segments, int(bytes), stream}, call,
-                      partition);
+                      host, grads);
       }
     }
+    const int bytes = sizeof(BlockShared<V>);
     if (splits_rows(logits, partition)) {
       const cudaError_t error = segments_to_workspace(call.rows, call.workspace, stream);
       if (error != cudaSuccess) return error;
-      const int blocks = wants_grad ? partition.segments : 1;
-      return launch(loss_gradient_kernel<V>, {n * blocks, kLanes, 1, int(sizeof(GradientPlan<Real>)), stream}, call,
-                    Workspace<Real>(call.workspace, n, partition), partition, blocks);
+      const int log_blocks = wants_grad ? partition.log_segments : 0;
+      return launch(loss_gradient_kernel<V>, {n << log_blocks, kLanes, 1, bytes, stream}, call,
+                    Workspace<Real>(call.workspace, n, partition), host, grads, log_blocks);
     }
     int64_t grid = n;
     int groups = 1;
     if (wants_grad) {
       const int64_t resident = rows_in_l2(device, logits.vocab_size * int64_t(sizeof(typename V::Element)));
-      const int64_t blocks = int64_t(device.multiprocessors) * 2;
-      grid = n < resident ? n : resident;
-      grid = grid < blocks ? grid : blocks;
-      // So few rows fit that a multiprocessor has one block or none: it needs more loads in flight.
-      if (resident < blocks && partition.segments > 1) groups = kBlockGroups<V>;
+      const int64_t all = int64_t(device.multiprocessors) * kBlockGroups<V>;  // groups that a GPU holds
+      // The fewer rows fit, the more threads each of them needs.
+      while (groups < kBlockGroups<V> && groups < partition.segments && resident * groups < all) groups *= 2;
+      const int64_t most = resident < all / groups ? resident : all / groups;
+      grid = n < most ? n : most;
     }
-    const int bytes = stats_shared_bytes<Real>(partition.segments, partition.segments) + int(sizeof(GradientPlan<Real>));
-    return launch(loss_block_kernel<V>, {grid, groups * kLanes, 1, bytes, stream}, call, partition);
+    return launch(loss_block_kernel<V>, {grid, groups * kLanes, 1, bytes, stream}, call, host, grads);
   });
 }
 

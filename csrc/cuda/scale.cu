@@ -7,29 +7,36 @@ namespace cuda {
 
 constexpr int kScaleBlocks = 8;  // a multiprocessor has place for as many
 
-// Every thread of a block scales its columns of `row`: runs part, part + parts, ... of kLanes vectors.
+// Every thread of a block scales its columns of `row`: of the destination's chunks the runs part, part + parts, ... of kLanes.
 template <class V>
 ERC_DEVICE void scale_row(const ScaleRows& call, int64_t row, int part, int parts, typename V::Real factor) {
   using T = typename V::Element;
   const T* source = call.source.row<const T>(row);
   T* destination = call.destination.row<T>(row);
   if (factor == 1 && source == destination) return;
-  const int64_t columns = call.source.vocab_size, step = int64_t(parts) * kLanes * kVector<T>;
-  for (int64_t i = (int64_t(part) * kLanes + threadIdx.x) * kVector<T>; i < columns; i += step) {
-    const bool whole = i + kVector<T> <= columns;
-    const int count = whole ? kVector<T> : int(columns - i);
-    const Raw raw = whole ? GlobalSource<T, V::aligned>::load(source + i) : load_elements(source + i, count, V::minus_infinity());
+  const auto scaled = [&](const Raw& raw) {
     Raw out;
 #pragma unroll
     for (int k = 0; k < kVector<T> / 2; ++k) {
       set_pair(T{}, out, k, mul_pair(pair_of(T{}, raw, k), Pair<typename V::Real>{factor, factor}));
     }
-    if (whole) {
-      store_vector<V>(destination + i, out);
-    } else {
-      store_elements(destination + i, out, count);
+    return out;
+  };
+  const int columns = int(call.source.vocab_size);
+  const Chunks<T> chunks(destination, columns, V::aligned);
+  const T* z = source + chunks.head;
+  T* out = destination + chunks.head;
+  with_reader<V::aligned, Effort::kOneCode>(GlobalMemory{source, source + columns}, z, [&](const auto& reader) {
+    for (int64_t i = part * kLanes + int(threadIdx.x); i < chunks.whole; i += parts * kLanes) {
+      store_streaming(out + i * kVector<T>, scaled(reader.load(z + i * kVector<T>)));
     }
-  }
+  });
+  if (part != 0) return;
+  const auto rest = [&](int begin, int count) {
+    store_elements(destination + begin, scaled(load_elements(source + begin, count, T{})), count);
+  };
+  if (threadIdx.x == 0) rest(0, chunks.head);
+  if (threadIdx.x == kWarp) rest(chunks.tail_begin(), chunks.tail);
 }
 
 // Block g * parts + part takes its part of the rows g, g + groups, ...

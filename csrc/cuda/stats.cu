@@ -50,78 +50,97 @@ ERC_DEVICE void write_row(const StatsForward& call, int64_t token, const Label& 
   }
 }
 
+template <class V>
+struct StatsShared {
+  using Real = typename V::Real;
+  SegmentState<Real> states[kMaxSegments];
+  GroupShared<Real> group;
+};
+
+template <class V>
+constexpr int kStatsBlocks = kBlocks<V, V::aligned ? 8 : 2>;
+
 // One block a row.
 template <class V>
-__global__ void __launch_bounds__(kLanes, kResident<V>)
-    stats_row_kernel(StatsForward call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, kStatsBlocks<V>) stats_row_kernel(StatsForward call, Prepared<V> host) {
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x, token = call.rows.token(row);
+  const uint32_t row = blockIdx.x;
+  const int64_t token = call.rows.token(row);
   const Label label = token_label(call.rows, token);
   if (label.kind == LabelKind::kIgnored) {
     if (threadIdx.x == 0) write_ignored<Real>(call, token);
     return;
   }
-  const RowScale<Real> scale(call.rows, token);
-  const auto* logits = call.rows.logits.row<const typename V::Element>(row);
-  const StatsShared<Real> shared(dynamic_shared(), partition.segments);
-  segment_states<V>(scale, 0, partition.segments, global_segments<V>(partition, logits), shared);
-  if (threadIdx.x == 0) {
-    const RowResult<Real> result(shared.states, partition.segments, scale.scale);
-    const Real label_value = label.kind == LabelKind::kHere ? V::value(scale, logits[label.column]) : Real(0);
-    write_row(call, token, label, scale, result.state, label_value);
-  }
+  const Partition& partition = host.partition;
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, token);
+  const auto* logits = host.logits.template row<const typename V::Element>(host.index(row));
+  auto& shared = *reinterpret_cast<StatsShared<V>*>(dynamic_shared());
+  segment_states<V>(scale, partition.segments, global_segments<V>(partition, logits), &shared.group, shared.states);
+  if (threadIdx.x >= kWarp) return;
+  const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
+  if (threadIdx.x != 0) return;
+  const Real label_value = label.kind == LabelKind::kHere ? V::value(scale, logits[label.column]) : Real(0);
+  write_row(call, token, label, scale, result.state, label_value);
 }
 
 // One block a segment: block row * segments + g leaves the state of segment g in the workspace, and of the row's label its value.
 template <class V>
-__global__ void __launch_bounds__(kLanes, kResident<V>)
-    segment_kernel(RowInputs rows, Workspace<typename V::Real> workspace, Partition partition) {
+__global__ void __launch_bounds__(kLanes, kStatsBlocks<V>)
+    segment_kernel(RowInputs rows, Workspace<typename V::Real> workspace, Prepared<V> host) {
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / partition.segments;
-  const int g = int(blockIdx.x % partition.segments);
+  const Partition& partition = host.partition;
+  const uint32_t row = blockIdx.x >> partition.log_segments;
+  const int g = int(blockIdx.x & (partition.segments - 1));
   const int64_t token = rows.token(row);
   const Label label = token_label(rows, token);
   if (label.kind == LabelKind::kIgnored) return;
-  const RowScale<Real> scale(rows, token);
-  const auto* logits = rows.logits.row<const typename V::Element>(row);
-  const StatsShared<Real> shared(dynamic_shared(), 1);
-  segment_states<V>(scale, g, g + 1, global_segments<V>(partition, logits), shared);
+  const RowScale<Real> scale = row_scale(rows, host.scale, token);
+  const auto* logits = host.logits.template row<const typename V::Element>(host.index(row));
+  auto& shared = *reinterpret_cast<GroupShared<Real>*>(dynamic_shared());
+  const SegmentState<Real> state = segment_state<1>(scale, global_segments<V>(partition, logits)(g), &shared);
   if (threadIdx.x != 0) return;
-  workspace.states[blockIdx.x] = shared.states[0];
+  workspace.states[blockIdx.x] = state;
   if (g == 0 && label.kind == LabelKind::kHere) workspace.label_values[row] = V::value(scale, logits[label.column]);
 }
 
-// One thread a row.
+// Eight threads a row.
+constexpr int kMergedRows = kWarp / kMaxSegments;
+
 template <class V>
-__global__ void __launch_bounds__(kWarp) stats_merge_kernel(StatsForward call, Partition partition) {
+__global__ void __launch_bounds__(kWarp) stats_merge_kernel(StatsForward call, Prepared<V> host) {
   using Real = typename V::Real;
-  const int64_t row = int64_t(blockIdx.x) * kWarp + threadIdx.x;
-  if (row >= call.rows.logits.num_rows) return;
+  const uint32_t n = uint32_t(call.rows.logits.num_rows), own = blockIdx.x * kMergedRows + threadIdx.x / kMaxSegments;
+  const uint32_t row = own < n ? own : n - 1;  // no thread may be missing
+  const Partition& partition = host.partition;
   const int64_t token = call.rows.token(row);
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, token);
+  const Workspace<Real> workspace(call.workspace, n, partition);
+  const auto* states = workspace.states + int64_t(row) * partition.segments;
+  const RowResult<Real> result = merge_segments(states, partition.segments, scale.scale);
+  if (own >= n || threadIdx.x % kMaxSegments != 0) return;
   const Label label = token_label(call.rows, token);
   if (label.kind == LabelKind::kIgnored) {
     write_ignored<Real>(call, token);
-    return;
+  } else {
+    write_row(call, token, label, scale, result.state, workspace.label_values[row]);
   }
-  const RowScale<Real> scale(call.rows, token);
-  const Workspace<Real> workspace(call.workspace, call.rows.logits.num_rows, partition);
-  const RowResult<Real> result(workspace.states + row * partition.segments, partition.segments, scale.scale);
-  write_row(call, token, label, scale, result.state, workspace.label_values[row]);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 // Block row * segments + g writes the gradient of segment g.
 template <class V>
-__global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward call, Partition partition) {
+__global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward call, Prepared<V> host, RowAddress grads) {
   using T = typename V::Element;
   using Real = typename V::Real;
-  const int64_t row = blockIdx.x / partition.segments, token = call.rows.token(row), n = call.rows.num_tokens;
-  const int g = int(blockIdx.x % partition.segments);
-  const int64_t first = g * partition.segment_size;
+  const Partition& partition = host.partition;
+  const uint32_t row = blockIdx.x >> partition.log_segments;
+  const int64_t token = call.rows.token(row), n = call.rows.num_tokens;
+  const int g = int(blockIdx.x & (partition.segments - 1)), first = partition.first(g);
   const Label label = token_label(call.rows, token);
-  const auto segment = global_segments<V>(partition, call.rows.logits.row<const T>(row))(g);
-  const RowScale<Real> scale(call.rows, token);
+  const auto segment = global_segments<V>(partition, host.logits.template row<const T>(host.index(row)))(g);
+  const RowScale<Real> scale = row_scale(call.rows, host.scale, token);
+  const int64_t column = label.kind == LabelKind::kHere ? label.column - first : kNoColumn;
   auto* plan = reinterpret_cast<GradientPlan<Real>*>(dynamic_shared());
   if (threadIdx.x == 0) {
     *plan = GradientPlan<Real>(Real(0));
@@ -129,16 +148,15 @@ __global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward
       const Real* saved = static_cast<const Real*>(call.saved);
       const RowState<Real> state{saved[token], saved[n + token], saved[2 * n + token]};
       const bool cut = label.kind == LabelKind::kCut;
-      const StatGrads<Real> grads{cut ? Real(0) : optional(call.grad_logprob, token, Real(0)),
-                                  optional(call.grad_entropy, token, Real(0)), optional(call.grad_logsumexp, token, Real(0))};
-      const int64_t column = label.column - first;
-      const bool here = label.kind == LabelKind::kHere && column >= 0 && column < segment.columns;
-      const Real label_value = here ? V::value(scale, segment.source.begin[column]) : Real(0);
-      *plan = GradientPlan<Real>(state, scale, grads, label_value, true);
+      const StatGrads<Real> upstream{cut ? Real(0) : optional(call.grad_logprob, token, Real(0)),
+                                     optional(call.grad_entropy, token, Real(0)), optional(call.grad_logsumexp, token, Real(0))};
+      const bool here = column >= 0 && column < segment.columns;
+      const Real label_value = here ? V::value(scale, segment.begin[column]) : Real(0);
+      *plan = GradientPlan<Real>(state, scale, upstream, label_value, true);
     }
   }
   __syncthreads();
-  gradient_segment(*plan, scale, segment, label.column - first, call.grad_logits.row<typename V::Gradient>(row) + first);
+  gradient_segment(*plan, scale, segment, column, grads.row<typename V::Gradient>(host.index(row)) + first);
 }
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
@@ -152,16 +170,17 @@ int64_t workspace_bytes(const Rows& logits) {
 }
 
 template <class V>
-cudaError_t launch_segments(const RowInputs& rows, void* workspace, const Partition& partition, cudaStream_t stream) {
+cudaError_t launch_segments(const RowInputs& rows, void* workspace, const Prepared<V>& host, cudaStream_t stream) {
   using Real = typename V::Real;
-  const LaunchShape shape{rows.logits.num_rows * partition.segments, kLanes, 1, stats_shared_bytes<Real>(1, 1), stream};
-  return launch(segment_kernel<V>, shape, rows, Workspace<Real>(workspace, rows.logits.num_rows, partition), partition);
+  const Partition& partition = host.partition;
+  const LaunchShape shape{rows.logits.num_rows * partition.segments, kLanes, 1, int(sizeof(GroupShared<Real>)), stream};
+  return launch(segment_kernel<V>, shape, rows, Workspace<Real>(workspace, rows.logits.num_rows, partition), host);
 }
 
 cudaError_t segments_to_workspace(const RowInputs& rows, void* workspace, cudaStream_t stream) {
   return dispatch({&rows.logits}, rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
-    return launch_segments<V>(rows, workspace, partition_of(rows.logits.vocab_size, sizeof(typename V::Element)), stream);
+    return launch_segments<V>(rows, workspace, Prepared<V>(rows), stream);
   });
 }
 
@@ -170,15 +189,14 @@ cudaError_t stats_forward(const StatsForward& call, cudaStream_t stream) {
   if (logits.num_rows == 0) return cudaSuccess;
   return dispatch({&logits}, call.rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
-    using Real = typename V::Real;
-    const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
-    if (!splits_rows(logits, partition)) {
-      const int bytes = stats_shared_bytes<Real>(partition.segments, partition.segments);
-      return launch(stats_row_kernel<V>, {logits.num_rows, kLanes, 1, bytes, stream}, call, partition);
+    const Prepared<V> host(call.rows);
+    if (!splits_rows(logits, host.partition)) {
+      const int bytes = sizeof(StatsShared<V>);
+      return launch(stats_row_kernel<V>, {logits.num_rows, kLanes, 1, bytes, stream}, call, host);
     }
-    const cudaError_t error = launch_segments<V>(call.rows, call.workspace, partition, stream);
+    const cudaError_t error = launch_segments<V>(call.rows, call.workspace, host, stream);
     if (error != cudaSuccess) return error;
-    return launch(stats_merge_kernel<V>, {(logits.num_rows + kWarp - 1) / kWarp, kWarp, 1, 0, stream}, call, partition);
+    return launch(stats_merge_kernel<V>, {(logits.num_rows + kMergedRows - 1) / kMergedRows, kWarp, 1, 0, stream}, call, host);
   });
 }
 
@@ -187,9 +205,10 @@ cudaError_t stats_backward(const StatsBackward& call, cudaStream_t stream) {
   if (logits.num_rows == 0) return cudaSuccess;
   return dispatch_gradient(logits, call.grad_logits, call.rows.scaling.softcap != 0, [&](auto variant) {
     using V = decltype(variant);
-    const Partition partition = partition_of(logits.vocab_size, sizeof(typename V::Element));
+    const Prepared<V> host(call.rows);
     const int bytes = sizeof(GradientPlan<typename V::Real>);
-    return launch(stats_gradient_kernel<V>, {logits.num_rows * partition.segments, kLanes, 1, bytes, stream}, call, partition);
+    return launch(stats_gradient_kernel<V>, {logits.num_rows * host.partition.segments, kLanes, 1, bytes, stream}, call, host,
+                  RowAddress(call.grad_logits, sizeof(typename V::Gradient)));
   });
 }
 

@@ -71,9 +71,9 @@ def _gradient_tile(
     offsets = tile_offsets(first, L)
     gradient = gradient.to(out.dtype.element_ty)
     if MASKED:
-        tl.store(out + offsets, gradient, mask=row_mask(offsets, V, L))
+        tl.store(out + offsets, gradient, mask=row_mask(offsets, V, L), eviction_policy="evict_first")
     else:
-        tl.store(out + offsets, gradient)
+        tl.store(out + offsets, gradient, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def write_zeros(out, begin, end, L: tl.constexpr):
     for first in range(begin, end, L.LANES * L.VEC):
         offsets = tile_offsets(first, L)
         zero = tl.zeros([L.LANES, L.VEC], out.dtype.element_ty)
-        tl.store(out + offsets, zero, mask=row_mask(offsets, end, L))
+        tl.store(out + offsets, zero, mask=row_mask(offsets, end, L), eviction_policy="evict_first")
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def sweep_lanes_kernel(
     if label.ignored == 0:
         start = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
         scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, token, L)
-        lanes = sweep_segment(start, begin, V, scaling, "evict_last", L)
+        lanes = sweep_segment(start, begin, V, scaling, "", L)
         store_lane_states(lanes_ptr + program * (3 * L.LANES), lanes, L)
 
 

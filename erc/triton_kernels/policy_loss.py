@@ -66,7 +66,9 @@ def policy_loss_kernel(
         else:
             start = row_pointer(logits_ptr, row, inner, stride_outer, stride_inner, L)
             scaling = row_scaling(scale, cap, cap_scale, temperature_ptr, token, L)
-            POLICY: tl.constexpr = "evict_first" if out_ptr is None else "evict_last"
+            # With a gradient the row is read twice: it stays in the cache because what is written leaves it first. Held
+            # by "evict_last", the rows of dropped tokens, which nobody reads again, would fill the cache.
+            POLICY: tl.constexpr = "evict_first" if out_ptr is None else ""
             state = row_state(lanes_ptr, start, row, V, label.error, scaling, False, POLICY, L)
             label_value, _ = load_label(start, label.column, label.inside, scaling, L)
             lp = row_logprob(state, label_value, scaling.scale)

@@ -94,7 +94,7 @@ def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
     logits, labels = random_logits(1, 2, 151_936, dtype=torch.bfloat16), random_labels(2, V=151_936)
     seen = {}
     for clusters, multiprocessors in CUDA_FORMS.values():  # with room for one row in the cache, which is what counts
-        host.configure(clusters=clusters, multiprocessors=multiprocessors, l2_bytes=1 << 20)
+        host.configure(clusters=clusters, multiprocessors=multiprocessors, l2_bytes=1 << 19)
         *_, saved = host.ops.stats_forward(logits, labels, None, params(), IGNORE)
         host.ops.stats_backward(logits, labels, None, params(), IGNORE, saved, torch.ones(2), None, None)
         loss_call(host.ops, logits, labels)
@@ -196,6 +196,7 @@ def test_more_rows_than_a_second_grid_dimension_holds(host):
         ("vote_without_a_lane", "missing threads"),
         ("partial_mask", "fewer than 32 lanes"),
         ("copy_without_wait", "nobody waited"),
+        ("wait_for_nobody", "nobody sends"),
         ("misaligned_load", "not aligned"),
         ("cluster_wait_alone", "without arriving"),
     ],

@@ -41,8 +41,18 @@ void copy_without_wait(float* out) {
   auto* barrier = reinterpret_cast<erc::cuda::CopyBarrier*>(dynamic_shared());
   if (threadIdx.x == 0) {
     erc::cuda::copy_barrier_init(barrier);
-    erc::cuda::copy_bulk(dynamic_shared() + 64, out, 16, barrier);
+    erc::cuda::copy_bulk(dynamic_shared() + 64, out, 16, barrier, out, out + 4);
   }
+}
+
+void wait_for_nobody(float*) {
+  auto* barrier = reinterpret_cast<erc::cuda::CopyBarrier*>(dynamic_shared());
+  if (threadIdx.x == 0) {
+    erc::cuda::copy_barrier_init(barrier);
+    erc::cuda::expect_states(barrier, 16);
+  }
+  __syncthreads();
+  erc::cuda::wait_for_states(barrier);
 }
 
 void misaligned_load(float* out) { out[0] = erc::cuda::as_float(erc::cuda::load_streaming(out + 1).word[0]); }
@@ -75,6 +85,7 @@ const struct {
     {"shuffle_without_a_lane", shuffle_without_a_lane}, {"partial_mask", partial_mask},
     {"uninitialised_shared", uninitialised_shared}, {"missing_barrier", missing_barrier},
     {"copy_without_wait", copy_without_wait},     {"misaligned_load", misaligned_load},
+    {"wait_for_nobody", wait_for_nobody},
     {"cluster_wait_alone", cluster_wait_alone},   {"sound", sound},
     {"vote_without_a_lane", vote_without_a_lane}, {"votes_and_atomics", votes_and_atomics},
 };

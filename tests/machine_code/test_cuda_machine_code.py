@@ -1,8 +1,8 @@
 """The machine code of csrc/cuda, by nvcc and without a GPU: no spills, no device-wide barriers, and no more
 instructions than the targets allow, in the main loops and over a kernel's whole life, which an emulator executes.
 
-A fresh machine compiles four files for three architectures, a few minutes of processor time; the cubins are kept by a
-hash of their sources.
+A fresh machine compiles the report's variants for three architectures and four whole files for one of them, some
+minutes of processor time; the cubins are kept by a hash of their sources.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 ARCHS = ("sm_80", "sm_90", "sm_100")
-# Kernels of a file, at least: each dtype and feature is one.
-KERNELS = {"stats": 30, "policy_loss": 30, "scale": 10, "tokens": 6}
+# Kernels of a file, at least: each dtype and feature is one. Of the architectures each file takes another one whenever
+# the sources change: all of them would take the better part of an hour.
+KERNELS = {"stats": 40, "policy_loss": 40, "scale": 10, "tokens": 6}
+TURN = int(cuda_variants.digest(), 16) if cuda_variants.nvcc() else 0
+WHOLE_FILES = [(file, ARCHS[(TURN + n) % len(ARCHS)]) for n, file in enumerate(KERNELS)]
 
 # Instructions an element of bfloat16 logits: in the main loop of the statistics, and in both sweeps of the fused loss.
 # On sm_100 two float32 operations share an instruction.
@@ -36,7 +39,8 @@ WHOLE = {
     ("loss, cluster", "sm_100"): 14.0,
     ("stats, softcap", "sm_90"): 30.0,
 }
-NOT_YET = pytest.mark.xfail(strict=True, reason="the kernels are not that far yet")
+SOFTCAP_MUFU = 2.1
+UNALIGNED = 15.0  # both sweeps' main loops
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +48,15 @@ def measured() -> dict[tuple[str, str], Measurement]:
     return {(m.name, m.arch): m for m in map(measure, cuda_variants.cuda_kernels(ARCHS))}
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("file", KERNELS)
-def test_no_kernel_spills(file, arch, measured):
+@pytest.mark.parametrize(("file", "arch"), WHOLE_FILES)
+def test_no_kernel_spills(file, arch):
     kernels = disassemble_file(cuda_variants.cubin(file, arch))
     assert len(kernels) >= KERNELS[file]
     assert [kernel.name for kernel in kernels if kernel.spills()] == []
+
+
+def test_no_kernel_of_the_report_spills(measured):
+    assert [key for key, found in measured.items() if found.spills] == []
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -61,7 +68,6 @@ def test_statistics_take_few_instructions(name, arch, measured):
     assert loop.load_bits == (128,) and loop.barriers == 0 and loop.shuffles == 0
 
 
-@NOT_YET
 @pytest.mark.parametrize(("name", "arch"), WHOLE)
 def test_whole_kernels_take_few_instructions(name, arch, measured):
     whole = measured[name, arch].whole
@@ -75,11 +81,25 @@ def test_most_of_a_whole_kernel_is_executed_in_its_main_loops(measured):
     assert measured["stats", "sm_90"].whole.main_loops > 0.5 * measured["stats", "sm_90"].whole.instructions
 
 
-@NOT_YET
-@pytest.mark.parametrize("arch", ARCHS[1:])
-def test_no_kernel_waits_for_the_whole_gpu(arch, measured):
-    kernels = [kernel for file in KERNELS for kernel in disassemble_file(cuda_variants.cubin(file, arch))]
-    assert [kernel.name for kernel in kernels if kernel.device_barriers()] == []
+def test_no_kernel_waits_for_the_whole_gpu(measured):
+    assert [key for key, found in measured.items() if found.device_barriers] == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_softcap_takes_one_tanh_an_element_and_sweep(arch, measured):
+    assert measured["stats, softcap", arch].whole.mufu <= SOFTCAP_MUFU
+    if arch != "sm_80":
+        assert measured["loss, cluster, softcap", arch].whole.mufu <= 2 * SOFTCAP_MUFU
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_unaligned_rows_are_read_sixteen_bytes_at_a_time(arch, measured):
+    for name in ("loss, block, unaligned", *(["loss, cluster, unaligned"] if arch != "sm_80" else [])):
+        found = measured[name, arch]
+        # Of the second vector one word may be enough.
+        assert found.statistics.load_bits in ((128,), (32, 128)) and found.gradient.store_bits == (128,)
+        assert found.instructions() <= UNALIGNED
+        assert found.whole.main_loops > 0.5 * found.whole.instructions, "the loops are those that were executed"
 
 
 FUSED = [("loss, block", "sm_80"), ("loss, cluster", "sm_90"), ("loss, cluster", "sm_100")]
@@ -91,7 +111,9 @@ def test_the_fused_loss_takes_few_instructions(name, arch, measured):
     assert 6 < found.instructions() <= LOSS[arch]
     assert 2 <= found.mufu() <= 2 * MUFU
     for loop in (found.statistics, found.gradient):
-        assert loop.load_bits == (128,) and loop.barriers == 0 and loop.shuffles == 0
+        assert loop.load_bits == (128,) and loop.shuffles == 0
+    # In a cluster the sweep waits for the part of the copy that it comes to.
+    assert (found.statistics.barriers, found.gradient.barriers) == (int(found.cluster > 1), 0)
     assert found.gradient.store_bits == (128,)
 
 
@@ -122,14 +144,15 @@ def test_the_instructions_leave_the_memory_s_speed_reachable(name, arch, measure
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_registers_and_shared_memory_allow_two_resident_blocks(arch, measured):
-    """Blocks of 256 threads; four where latency is hidden by other blocks alone. Of clusters of eight blocks, as many
-    share eight multiprocessors."""
+def test_registers_and_shared_memory_hide_latency_by_other_blocks(arch, measured):
+    """512 threads on a multiprocessor, 1,024 of the statistics; of clusters of eight blocks four over eight of them.
+    Half as many where a softcap or misaligned rows take more registers."""
     for (name, of), found in measured.items():
-        if of == arch and "unaligned" not in name:
-            least = 4 if name in ("stats", "stats of a segment", "loss, cluster") else 2
-            resident = found.occupancy.blocks * found.threads // 256
-            assert resident >= least, f"{name}: {found.occupancy}"
+        if of != arch:
+            continue
+        threads = found.occupancy.blocks * found.threads
+        least = 4 * 128 if found.cluster > 1 else 1024 if name in ("stats", "stats of a segment") else 512
+        assert threads >= least / (1 + ("," in name and name not in ("loss, cluster", "loss, block"))), name
 
 
 def test_the_checked_in_report_is_what_the_sources_compile_to(measured):

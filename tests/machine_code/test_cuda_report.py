@@ -49,14 +49,13 @@ def test_the_checked_in_report_is_complete(report):
     archs = {}
     for kernel in report["kernels"]:
         archs.setdefault((kernel["source"], kernel["name"]), set()).add(kernel["arch"])
-    for name in ("loss, cluster", "loss, cluster, softcap"):
+    for name in ("loss, cluster", "loss, cluster, softcap", "loss, cluster, unaligned"):
         assert archs.pop(("cuda", name)) == {"sm_90", "sm_100"}
     assert all(found == ARCHS for found in archs.values())
     assert {variant.name for variant in main_variants()} == {name for source, name in archs if source == "triton"}
     assert {peer.name for peer in peers.PEERS} == {name for source, name in archs if source == "peer"}
 
 
-@pytest.mark.xfail(strict=True, reason="the kernels are not that far yet")
 def test_the_checked_in_report_meets_every_target(report):
     assert unmet(document.TARGETS, report) == []
 
@@ -81,9 +80,7 @@ def test_every_kernel_of_the_report_was_executed_whole(report):
     for kernel in report["kernels"]:
         name, whole = kernel["name"], kernel["whole"]
         assert sum(whole["pipes"].values()) == pytest.approx(whole["instructions"]), name
-        if name != "stats gradient":  # whose main loop is the guarded twin, not the one with the fewest instructions
-            assert 0.99 * whole["main_loops"] <= whole["instructions"], name
-            assert whole["main_loops"] > 0.3 * whole["instructions"], name
+        assert 0.3 * whole["instructions"] < whole["main_loops"] <= whole["instructions"], name
 
 
 def test_the_model_covers_every_gpu_and_form(report):
@@ -101,8 +98,9 @@ def test_no_kernel_of_ours_spills_or_waits_in_its_main_loops(report):
         if kernel["source"] != "peer":
             assert not kernel["spills"], kernel["name"]
             for loop in filter(None, (kernel["statistics"], kernel["gradient"])):
-                assert loop["barriers"] == loop["shuffles"] == 0, kernel["name"]
-                assert loop["load_bits"] == [128] or "unaligned" in kernel["name"], kernel["name"]
+                # A block of a cluster waits for a part of its copy; a misaligned vector takes a word of the next one.
+                assert loop["barriers"] <= ("loss, cluster" in kernel["name"]) and loop["shuffles"] == 0, kernel["name"]
+                assert set(loop["load_bits"]) <= ({32, 128} if "unaligned" in kernel["name"] else {128}), kernel["name"]
 
 
 @pytest.mark.parametrize("variant", main_variants()[::3], ids=lambda v: v.name)

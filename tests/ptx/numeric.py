@@ -34,6 +34,30 @@ def shifted_right(x, count, width: int):
     return np.where(count >= width, rest, x >> shift)
 
 
+def reversed_bits(x):
+    """brev of 32 bits."""
+    bits = np.unpackbits(np.ascontiguousarray(x).view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+    return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(np.uint32).reshape(np.shape(x))
+
+
+def leading_zeros(x):
+    """bfind.shiftamt of 32 bits: how far the highest bit must be shifted; all ones where there is none."""
+    highest = np.frexp(x.astype(np.float64))[1]
+    return np.where(x == 0, 0xFFFFFFFF, 32 - highest).astype(np.uint32)
+
+
+def permuted(a, b, selector):
+    """prmt: four bytes of the eight of (a, b), or eight copies of one's sign where its selector has the highest bit."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    out = np.uint32(0)
+    for place in range(4):
+        choice = np.asarray(selector).astype(np.uint64) >> np.uint64(4 * place) & np.uint64(15)
+        byte = (both >> (choice & np.uint64(7)) * np.uint64(8) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(choice & np.uint64(8), np.where(byte & 128, np.uint32(255), np.uint32(0)), byte)
+        out = out | byte.astype(np.uint32) << np.uint32(8 * place)
+    return out
+
+
 _ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -66,6 +90,7 @@ def namespace() -> dict:
         "np": np, "ONE": np.float32(1), "ONE64": np.float64(1), "MINUS_ZERO": np.float32(-0.0),
         "SHARED_WINDOW": SHARED_WINDOW, "LOCAL_WINDOW": LOCAL_WINDOW,
     }  # fmt: skip
-    for function in (saturated, shifted_left, shifted_right, to_integer, clamped):
+    functions = (saturated, shifted_left, shifted_right, reversed_bits, leading_zeros, permuted, to_integer, clamped)
+    for function in functions:
         names[function.__name__] = function
     return names

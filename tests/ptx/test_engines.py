@@ -72,10 +72,10 @@ def test_launches_are_the_launchers():
     subject = Subject("cuda", cluster_architecture(), "cluster")
     with subject.running() as engine:
         erc.policy_loss(logits.requires_grad_(), labels, **given, backend=subject.name)
-    (launched,) = engine.launches
-    shape = (launched.shape.grid, launched.shape.threads, launched.shape.cluster, launched.shape.shared)
-    assert build.load().launches() == [shape] and shape[:3] == (8, 256, 2) and shape[3] > 24_576
-    assert "loss_cluster_kernel" in launched.kernel
+    found = [(one.shape.grid, one.shape.threads, one.shape.cluster, one.shape.shared) for one in engine.launches]
+    assert build.load().launches() == found
+    (position,) = (i for i, one in enumerate(engine.launches) if "loss_cluster_kernel" in one.kernel)
+    assert found[position][:3] == (8, 128, 2) and found[position][3] > 24_576
 
 
 @skip_without("cuda")
@@ -121,8 +121,10 @@ SYNCHRONISES = re.compile(
 )
 # What may go without harm: the barrier before a segment's second pass (between a thread's last look at the states and
 # their next change lies another barrier), in the block form the one between two rows that are both read, and in the
-# cluster form a fence for an mbarrier that no other block uses, and a barrier that only ragged rows need.
-HARMLESS = {"stats_row": 1, "loss_block": 2, "loss_cluster": 3, "segment": 1, "loss_gradient": 0}
+# cluster form waits for parts of the copy that come again: in the guarded sweep, behind the fast one, and behind a loop
+# that has waited for them.
+HARMLESS = {"stats_row": 1, "loss_block": 2, "loss_cluster": 12, "segment": 1, "loss_gradient": 0}
+PART_WAIT = "mbarrier.try_wait.parity.acquire.cta"
 
 
 @skip_without("cuda")
@@ -133,7 +135,8 @@ HARMLESS = {"stats_row": 1, "loss_block": 2, "loss_cluster": 3, "segment": 1, "l
 )  # fmt: skip
 def test_what_synchronises_a_kernel_cannot_be_taken_out(kernel, form):
     """Every barrier, wait and announcement of the compiled kernel, one at a time."""
-    subject, given, statistics = Subject("cuda", cluster_architecture(), form), inputs(), form != "cluster"
+    subject, statistics = Subject("cuda", cluster_architecture(), form), form != "cluster"
+    given = inputs(V=39_064) if form == "cluster" else inputs()  # of all parts of the copy, and a rest
     names = run(subject, *given, statistics)
     (name,) = {name for name in names if f"{kernel}_kernel" in name}
     with subject.running() as engine:
@@ -153,7 +156,8 @@ def test_what_synchronises_a_kernel_cannot_be_taken_out(kernel, form):
     finally:
         library.programs[name] = sound
     assert len(unnoticed) <= HARMLESS[kernel], unnoticed
-    assert not any(text.startswith(("barrier.cluster", "mbarrier", "st.async")) for text in unnoticed)
+    unnoticed = [text for text in unnoticed if not text.startswith(PART_WAIT)]
+    assert not any(text.startswith(("barrier.cluster", "mbarrier", "st.async")) for text in unnoticed), unnoticed
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

@@ -426,7 +426,29 @@ def test_fields_and_counts():
     start, length = start[: len(a)].astype(np.uint32), length[: len(a)].astype(np.uint32)
     fields = [(x >> s) & ((1 << n) - 1) for x, s, n in zip(a.tolist(), start.tolist(), length.tolist(), strict=True)]
     assert apply("bfe.u32", "b32 b32 b32 b32", a, start, length).tolist() == fields
+    b, masks = (
+        a[::-1].copy(),
+        [((1 << n) - 1) << s & 2**32 - 1 for s, n in zip(start.tolist(), length.tolist(), strict=True)],
+    )
+    inserted = [x << s & m | y & ~m for x, y, s, m in zip(a.tolist(), b.tolist(), start.tolist(), masks, strict=True)]
+    assert apply("bfi.b32", "b32 b32 b32 b32 b32", a, b, start, length).tolist() == inserted
     assert apply("popc.b32", "b32 b32", a).tolist() == [x.bit_count() for x in a.tolist()]
+    assert apply("brev.b32", "b32 b32", a).tolist() == [int(f"{x:032b}"[::-1], 2) for x in a.tolist()]
+    zeros = [32 - x.bit_length() if x else 2**32 - 1 for x in a.tolist()]
+    assert apply("bfind.shiftamt.u32", "b32 b32", a).tolist() == zeros and 2**32 - 1 in zeros
+
+
+def test_bytes_are_chosen_from_two_words():
+    a = integers("u32")
+    b, selectors = a[::-1].copy(), RNG.integers(0, 1 << 16, len(a)).astype(np.uint32)
+
+    def chosen(x: int, y: int, selector: int) -> int:
+        pool = (x | y << 32).to_bytes(8, "little")
+        places = [selector >> 4 * k & 15 for k in range(4)]
+        return int.from_bytes([(pool[p & 7] >> 7) * 255 if p & 8 else pool[p] for p in places], "little")
+
+    expected = [chosen(x, y, s) for x, y, s in zip(a.tolist(), b.tolist(), selectors.tolist(), strict=True)]
+    assert apply("prmt.b32", "b32 b32 b32 b32", a, b, selectors).tolist() == expected
 
 
 @pytest.mark.parametrize("type_", WIDTHS)

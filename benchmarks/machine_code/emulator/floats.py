@@ -228,8 +228,8 @@ def _packed_choice(i: Decoded, s: Step) -> None:
 
 @effect("FHADD")
 def _add_half(i: Decoded, s: Step) -> None:
-    """A bfloat16 or float16, and a float32."""
-    a = _halves(i.operands[1], s, "BF16" in i.mods)[0]
+    """A bfloat16 or float16, the upper one where its suffix says so, and a float32."""
+    a = _halves(i.operands[1], s, "BF16" in i.mods)["H1" in i.operands[1].suffix]
     i.operands[0].put_f32(s, np.float32(a + i.operands[2].f32(s)))
 
 

@@ -50,7 +50,7 @@ class Memory:
 
 # ---- loads and stores ------------------------------------------------------------------------------------------------
 
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _SPACES = {"LDG": "global", "LD": "generic", "LDS": "shared", "STG": "global", "ST": "generic", "STS": "shared"}
 
 
@@ -95,8 +95,14 @@ def _load(i: Decoded, s: Step) -> None:
         signed = np.int16 if width == 2 else np.int8
         into.put(s, value.view(signed).astype(np.int32).view(U32) if i.mods & {"S16", "S8"} else value.astype(U32))
         return
-    for word, value in enumerate(data.view(U32).T):
-        into.next(word).put(s, value)
+    # Of 32 bytes the second operand takes the lower half.
+    registers = (
+        [into.next(word) for word in range(width // 4)]
+        if width < 32
+        else [half.next(word) for half in (i.operands[1], into) for word in range(4)]
+    )
+    for register, value in zip(registers, data.view(U32).T, strict=True):
+        register.put(s, value)
 
 
 @effect("STG", "ST", "STS")
@@ -137,20 +143,29 @@ class CopyBarrier:
             self.pending = self.count
 
 
+def _arrivals(word: int) -> int:
+    """Those that an initialised barrier waits for: its lower word holds them, negated, above the lowest bit."""
+    return 0x100000 - (word >> 1)
+
+
 def barrier_at(m: Machine, address: int, block: int) -> CopyBarrier:
+    """The barrier at an address; sm_100 initialises one by a plain store of its word."""
     place = _place(m, address, block)
     if place not in m.barriers:
-        raise RuntimeError(f"the barrier at {address:#x} was not initialised")
+        owner, offset = place
+        count = _arrivals(int(m.shared[owner, offset : offset + 4].view(U32)[0]))
+        if not 0 < count <= 1024:
+            raise RuntimeError(f"the barrier at {address:#x} was not initialised")
+        m.barriers[place] = CopyBarrier(count)
     return m.barriers[place]
 
 
 @effect("SYNCS.EXCH")
 def _initialise(i: Decoded, s: Step) -> None:
-    """The count of arrivals stands, negated, above the lowest bit of the word."""
     m = s.machine
     addresses, words = (np.broadcast_to(x, s.warps.shape) for x in (i.memory.address(s), i.operands[-1].raw(s)))
     for warp, address, word in zip(s.warps, addresses, words, strict=True):
-        m.barriers[_place(m, int(address), int(m.block[warp * 32]))] = CopyBarrier(0x100000 - (int(word) >> 1))
+        m.barriers[_place(m, int(address), int(m.block[warp * 32]))] = CopyBarrier(_arrivals(int(word)))
 
 
 @effect("SYNCS.ARRIVE")
@@ -183,7 +198,7 @@ def _bulk_copy(i: Decoded, s: Step) -> None:
 
 @effect("STAS")
 def _send(i: Decoded, s: Step) -> None:
-    """To shared memory of a block of the cluster. The address names two: the place, and the barrier that counts."""
+    """To shared memory of a block of the cluster. The address's pair holds the place and the barrier that counts."""
     m, width, source = s.machine, _width(i), i.operands[-1]
     place = i.operands[0].terms[0][1]
     threads = m.threads_of(s)

@@ -17,6 +17,8 @@
 #define __syncwarp() erc_host::exchange(0, 0, 0xffffffffu, __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, offset) erc::cuda::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
 #define __ballot_sync(mask, predicate) erc_host::ballot((predicate) != 0, mask, __FILE__, __LINE__)
+#define __ffs(bits) __builtin_ffs(int(bits))
+#define __popc(bits) __builtin_popcount(bits)
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == 0xffffffffu)
 
@@ -98,7 +100,7 @@ inline uint32_t pack(float16, Pair<float> v) {
   return bits_as<uint16_t>(_Float16(v.a)) | uint32_t(bits_as<uint16_t>(_Float16(v.b))) << 16;
 }
 
-// Maxima of packed pairs; a NaN loses against a number.
+// Maxima and minima of packed pairs; a NaN loses against a number.
 template <class Half>
 inline uint32_t max_packed(Half tag, uint32_t x, uint32_t y) {
   const Pair<float> a = unpack(tag, x), b = unpack(tag, y);
@@ -107,6 +109,16 @@ inline uint32_t max_packed(Half tag, uint32_t x, uint32_t y) {
   return (low & 0xffffu) | (high & 0xffff0000u);
 }
 
+template <class Half>
+inline uint32_t min_packed(Half tag, uint32_t x, uint32_t y) {
+  const Pair<float> a = unpack(tag, x), b = unpack(tag, y);
+  const auto first = [](float p, float q) { return q != q || p < q; };
+  const uint32_t low = first(a.a, b.a) ? x : y, high = first(a.b, b.b) ? x : y;
+  return (low & 0xffffu) | (high & 0xffff0000u);
+}
+
+inline uint32_t shifted_half(uint32_t word, uint32_t next, int half) { return half != 0 ? word >> 16 | next << 16 : word; }
+
 inline void check_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) erc_host::fail("a 16-byte access is not aligned");
 }
@@ -114,6 +126,14 @@ inline Raw load_streaming(const void* p) {
   check_aligned(p);
   Raw raw;
   std::memcpy(&raw, p, sizeof raw);
+  return raw;
+}
+// What lies outside of [begin, end) is not read: it may be anything.
+inline Raw load_chunk(const char* p, const void* begin, const void* end) {
+  check_aligned(p);
+  Raw raw;
+  std::memset(&raw, 0xa5, sizeof raw);
+  erc_host::copy_known(&raw, p, sizeof raw, begin, end);
   return raw;
 }
 inline void store_streaming(void* p, const Raw& raw) {
@@ -129,9 +149,17 @@ using CopyBarrier = uint64_t;
 using erc_host::cluster_arrive;
 using erc_host::cluster_wait;
 using erc_host::copy_barrier_init;
+inline void copy_barriers_are_set() {}
 using erc_host::copy_bulk;
 using erc_host::copy_wait;
-using erc_host::store_remote;
+
+// A state goes to the place that `p` has in this block's shared memory; its barrier counts the bytes that came.
+inline void expect_states(CopyBarrier* barrier, uint32_t bytes) { erc_host::expect_bytes(barrier, bytes); }
+template <class State>
+inline void send_state(State* p, int rank, const State& state, CopyBarrier* barrier) {
+  erc_host::send_remote(p, rank, &state, sizeof state, barrier);
+}
+inline void wait_for_states(CopyBarrier* barrier) { erc_host::wait_for_bytes(barrier); }
 
 inline DeviceInfo device_info() {
   const erc_host::Machine& m = erc_host::machine;

@@ -47,6 +47,7 @@ struct Copy {
   const void* source;
   uint32_t bytes;
   uint64_t* barrier;
+  const void *begin, *end;  // of what is known of the source
 };
 
 struct Cluster;
@@ -316,30 +317,76 @@ unsigned ballot(bool vote, unsigned mask, const char* file, int line) {
   return bits;
 }
 
-void copy_barrier_init(uint64_t* barrier) { *barrier = 0; }
+namespace {
 
-void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+// A barrier in shared memory: kSet, then kDone when its copy has landed, or kSet + the bytes that are still to come.
+constexpr uint64_t kSet = uint64_t(1) << 62, kDone = uint64_t(1) << 63;
+
+void check_set(const uint64_t* barrier, const char* what) {
+  if ((*barrier & (kSet | kDone)) == 0 || (*barrier & (kSet | kDone)) == (kSet | kDone)) {
+    fail("the barrier of %s was not initialised", what);
+  }
+}
+
+// Lets the others run: what is waited for may come from them, or never.
+void give_way(int& turns) {
+  if (++turns > 10000) fail("thread %u of block %u waits for what nobody sends", current->thread_idx.x, current->block_idx.x);
+  running->waits_for = nullptr;
+  to_scheduler(false);
+}
+
+}  // namespace
+
+void copy_barrier_init(uint64_t* barrier) { *barrier = kSet; }
+
+void copy_known(void* destination, const void* source, size_t bytes, const void* begin, const void* end) {
+  const char *first = static_cast<const char*>(source), *last = first + bytes;
+  const char* from = std::max(first, static_cast<const char*>(begin));
+  const char* to = std::min(last, static_cast<const char*>(end));
+  if (from < to) std::memcpy(static_cast<char*>(destination) + (from - first), from, to - from);
+}
+
+void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier, const void* begin, const void* end) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
   if (bits % 16 != 0 || bytes == 0) fail("a bulk copy of %u bytes is not aligned to 16 bytes", bytes);
-  if (*barrier != 0) fail("the barrier of a bulk copy was not initialised");
-  current->block->copies.push_back({destination, source, bytes, barrier});
+  check_set(barrier, "a bulk copy");
+  current->block->copies.push_back({destination, source, bytes, barrier, begin, end});
 }
 
 void copy_wait(uint64_t* barrier) {
   auto& copies = current->block->copies;
-  for (size_t i = 0; i < copies.size(); ++i) {
-    if (copies[i].barrier != barrier) continue;
-    std::memcpy(copies[i].destination, copies[i].source, copies[i].bytes);
-    copies.erase(copies.begin() + i);
-    *barrier = 1;
-    return;
+  for (int turns = 0;;) {
+    for (size_t i = 0; i < copies.size(); ++i) {
+      if (copies[i].barrier != barrier) continue;
+      copy_known(copies[i].destination, copies[i].source, copies[i].bytes, copies[i].begin, copies[i].end);
+      copies.erase(copies.begin() + i);
+      *barrier = kDone;
+    }
+    if (*barrier == kDone) return;
+    check_set(barrier, "a wait");
+    give_way(turns);
   }
-  if (*barrier != 1) {  // the copy may be issued later: let the others run once
-    Meeting never;
-    running->waits_for = nullptr;
-    to_scheduler(false);
-    copy_wait(barrier);
-  }
+}
+
+void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  check_set(barrier, "an exchange");
+  *barrier += bytes;
+}
+
+void send_remote(void* p, int rank, const void* data, uint32_t bytes, uint64_t* barrier) {
+  const auto& blocks = current->block->cluster->blocks;
+  if (rank < 0 || rank >= int(blocks.size())) fail("block %d is not in the cluster", rank);
+  const auto there = [&](void* here) { return blocks[rank]->shared + (static_cast<char*>(here) - current->block->shared); };
+  std::memcpy(there(p), data, bytes);
+  auto* remote = reinterpret_cast<uint64_t*>(there(barrier));
+  check_set(remote, "an exchange");
+  if (*remote < kSet + bytes) fail("block %d is sent more than it expects", rank);
+  *remote -= bytes;
+}
+
+void wait_for_bytes(uint64_t* barrier) {
+  check_set(barrier, "an exchange");
+  for (int turns = 0; *barrier != kSet;) give_way(turns);
 }
 
 void cluster_arrive() {
@@ -354,13 +401,6 @@ void cluster_wait() {
   const int phase = current->cluster_arrival;
   wait_until_over(current->block->cluster->barrier, phase);
   current->cluster_arrival = -1;
-}
-
-void store_remote(uint32_t* p, int rank, uint32_t value) {
-  const auto& blocks = current->block->cluster->blocks;
-  if (rank < 0 || rank >= int(blocks.size())) fail("block %d is not in the cluster", rank);
-  const ptrdiff_t offset = reinterpret_cast<char*>(p) - current->block->shared;
-  *reinterpret_cast<uint32_t*>(blocks[rank]->shared + offset) = value;
 }
 
 }  // namespace erc_host

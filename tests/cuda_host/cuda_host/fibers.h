@@ -3,6 +3,7 @@
 // threads of a block at different barriers, a shuffle that some lanes of the warp do not reach, a wait that nobody ends.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -62,10 +63,15 @@ uint64_t exchange(uint64_t value, int from, unsigned mask, const char* file, int
 // The warp's votes, lane i in bit i.
 unsigned ballot(bool vote, unsigned mask, const char* file, int line);
 void copy_barrier_init(uint64_t* barrier);
-void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier);
+// Copies only what of the source lies in [begin, end): the rest may be anything.
+void copy_known(void* destination, const void* source, size_t bytes, const void* begin, const void* end);
+void copy_bulk(void* destination, const void* source, uint32_t bytes, uint64_t* barrier, const void* begin, const void* end);
 void copy_wait(uint64_t* barrier);
 void cluster_arrive();
 void cluster_wait();
-void store_remote(uint32_t* p, int rank, uint32_t value);
+// Blocks of a cluster that send each other data: a barrier expects bytes, and a wait for it ends when all are there.
+void expect_bytes(uint64_t* barrier, uint32_t bytes);
+void send_remote(void* p, int rank, const void* data, uint32_t bytes, uint64_t* barrier);
+void wait_for_bytes(uint64_t* barrier);
 
 }  // namespace erc_host

@@ -78,11 +78,47 @@ def _bfe(block: Block, mods: Modifiers, ins: Instruction) -> str:
     return "integer"
 
 
+@instruction("bfi", "9.7.1.20")
+def _bfi(block: Block, mods: Modifiers, ins: Instruction) -> str:
+    mods.type("b32")
+    d, a, b, start, length = operands(ins, 5)
+    count = f"{block.use(start, 'u32')} & 255"
+    field = f"shifted_left(~shifted_left(~U32(0), {block.use(length, 'u32')} & 255, 32), {count}, 32)"
+    moved = f"shifted_left({block.use(a, 'u32')}, {count}, 32)"
+    block.define(d, "u32", f"{moved} & {field} | {block.use(b, 'u32')} & ~{field}")
+    return "integer"
+
+
 @instruction("popc", "9.7.1.14")
 def _popc(block: Block, mods: Modifiers, ins: Instruction) -> str:
     type_ = mods.type("b32", "b64")
     d, a = operands(ins, 2)
     block.define(d, "u32", f"np.bitwise_count({block.use(a, type_)}).astype(U32)")
+    return "integer"
+
+
+@instruction("brev", "9.7.1.17")
+def _brev(block: Block, mods: Modifiers, ins: Instruction) -> str:
+    mods.type("b32")
+    d, a = operands(ins, 2)
+    block.define(d, "u32", f"reversed_bits({block.use(a, 'u32')})")
+    return "integer"
+
+
+@instruction("bfind", "9.7.1.16")
+def _bfind(block: Block, mods: Modifiers, ins: Instruction) -> str:
+    mods.need("shiftamt")
+    mods.type("u32")
+    d, a = operands(ins, 2)
+    block.define(d, "u32", f"leading_zeros({block.use(a, 'u32')})")
+    return "integer"
+
+
+@instruction("prmt", "9.7.9.7")
+def _prmt(block: Block, mods: Modifiers, ins: Instruction) -> str:
+    mods.type("b32")
+    d, *sources = operands(ins, 4)
+    block.define(d, "u32", f"permuted({', '.join(block.use(o, 'u32') for o in sources)})")
     return "integer"
 
 

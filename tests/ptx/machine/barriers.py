@@ -212,7 +212,7 @@ class Barriers(Spaces, Warps):
                 raise self.fault(site, thread, f"copies {size} bytes from {begin:#x}: not all are multiples of 16")
             (bar,) = self.mbarriers(group, site, barrier[one], one, True)
             slots, offsets = self.one_block(group, site, to[one], barrier[one], one)
-            self.region_of(group, site, begin, size, thread)
+            self.region_of(group, site, begin, size, thread, READ)
             slot, offset = int(slots[0]), int(offsets[0])
             number = self.begin(bar, int(slot != self.slot(group)[k]), False)
             self.shared_place(group, site, offsets, one, size, WRITE, slots, copy=number)

@@ -112,8 +112,8 @@ class Spaces(Threads):
             text = f"accesses {size} bytes at {int(addresses[k]):#x}, which is misaligned"
             raise self.fault(site, self.of(group.threads, where)[k], text)
 
-    def region_of(self, group: Group, site: int, address: int, size: int, thread: int) -> Region:
-        region = self.grid.regions.reach(address, size)
+    def region_of(self, group: Group, site: int, address: int, size: int, thread: int, access: int) -> Region:
+        region = self.grid.regions.reach(address, size, access == READ)
         if region is None:
             text = f"accesses {size} bytes of global memory out of bounds, {self.grid.regions.nearest(address)}"
             raise self.fault(site, thread, text)
@@ -123,26 +123,32 @@ class Spaces(Threads):
         self.check_aligned(group, site, addresses, where, size)
         region = self.site_region.get(site)
         if region is None or lanes().outside(addresses, size, region.start, region.end) >= 0:
-            for region, _ in self.by_region(group, site, addresses, where, size):
+            for region, _ in self.by_region(group, site, addresses, where, size, access):
                 self.site_region[site] = region
         if self.checks.order_global:
             self.record_global(group, site, addresses, where, size, access, values)
 
-    def by_region(self, group: Group, site: int, addresses, where, size: int) -> Iterator[tuple[Region, np.ndarray]]:
+    def by_region(
+        self, group: Group, site: int, addresses, where, size: int, access: int
+    ) -> Iterator[tuple[Region, np.ndarray]]:
         """The tensors that addresses lie in, each with the index of its addresses."""
         left = np.arange(len(addresses))
         while len(left):
             thread = self.of(group.threads, where)[left[0]]
-            region = self.region_of(group, site, int(addresses[left[0]]), size, thread)
+            region = self.region_of(group, site, int(addresses[left[0]]), size, thread, access)
+            rim = region.readable(size) if access == READ else region
             at = addresses[left]
-            inside = (at >= np.uint64(region.start)) & (at + np.uint64(size) <= np.uint64(region.end))
+            inside = (at >= np.uint64(rim.start)) & (at + np.uint64(size) <= np.uint64(rim.end))
             yield region, left[inside]
             left = left[~inside]
 
     def record_global(
         self, group: Group, site: int, addresses, where, size: int, access: int, values=(), copy=0
     ) -> None:
-        for region, index in self.by_region(group, site, addresses, where, size):
+        for region, index in self.by_region(group, site, addresses, where, size, access):
+            begin = addresses[index]
+            whole = (begin >= np.uint64(region.start)) & (begin + np.uint64(size) <= np.uint64(region.end))
+            index = index[whole]  # the rim of a tensor is nobody's
             ledger = self.grid.ledgers.setdefault(region, None) or Ledger(region.end - region.start, GLOBAL_GRANULE)
             self.grid.ledgers[region] = ledger
             offsets = addresses[index] - np.uint64(region.start)

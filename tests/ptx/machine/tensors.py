@@ -13,6 +13,13 @@ class Region(NamedTuple):
     end: int
     name: str
 
+    def readable(self, size: int) -> Region:
+        """Where reads of `size` bytes may lie: sixteen aligned bytes cannot fault if one of them is the tensor's. What
+        the others hold is nobody's business, so results that depend on it are wrong sooner or later."""
+        if size % 16:
+            return self
+        return Region(self.start // 16 * 16, -(-self.end // 16) * 16, self.name)
+
 
 class Regions:
     """The tensors that may be accessed. One that overlaps older ones, without lying in them or around them, takes
@@ -27,10 +34,14 @@ class Regions:
         new = Region(start, start + size, name)
         self._regions = sorted({new, *(r for r in self._regions if _apart(new, r) or _nested(new, r))})
 
-    def reach(self, address: int, size: int) -> Region | None:
-        """A region that holds `size` bytes at `address`."""
+    def reach(self, address: int, size: int, reads: bool = False) -> Region | None:
+        """A region that holds `size` bytes at `address`; of a read, as far as it must."""
         candidates = self._regions[: bisect_right(self._regions, address, key=lambda r: r.start)]
-        return next((r for r in reversed(candidates) if address + size <= r.end), None)
+        found = next((r for r in reversed(candidates) if address + size <= r.end), None)
+        if found is None and reads:
+            rims = ((r, r.readable(size)) for r in self._regions)
+            found = next((r for r, rim in rims if rim.start <= address and address + size <= rim.end), None)
+        return found
 
     def nearest(self, address: int) -> str:
         """Where an address lies, for a message."""
