@@ -19,7 +19,7 @@ from erc.triton_kernels import params, tuning
 from erc.triton_kernels.launch import sweep_lanes_kernel
 from erc.triton_kernels.paired import paired_backward_kernel, paired_forward_kernel
 from erc.triton_kernels.policy_loss import policy_loss_kernel
-from erc.triton_kernels.scale import FACTORS, scale_rows_kernel
+from erc.triton_kernels.scale import scale_rows_kernel
 from erc.triton_kernels.stats import partial_stats_kernel, stats_backward_kernel, stats_forward_kernel
 
 TARGETS = {
@@ -114,7 +114,7 @@ _FORMATS = {"i32": "i", "i64": "q", "fp64": "d"}
 
 _LOSS_ONLY_SHARED = frozenset({"saved", "grad_logprob", "grad_entropy"})
 _OFF_POLICY = {"OFF_POLICY": True, "CORRECTED": False, "NLL": False}
-_SCALE = {"ONE": False, "FACTORS": FACTORS}
+_SCALE = {"ONE": False}
 
 
 def policy_variant(

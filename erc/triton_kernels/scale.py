@@ -12,9 +12,6 @@ from .launch import launch
 from .params import Rows, kernel, make_layout, rows_of
 from .rows import load_tile, row_mask, row_pointer, tile_offsets
 
-FACTORS = 256
-"""Factors that a program looks at before it looks at a row."""
-
 
 @triton.jit
 def _scale_row(start, target, begin, end, V, factor, L: tl.constexpr):
@@ -28,7 +25,7 @@ def _scale_row(start, target, begin, end, V, factor, L: tl.constexpr):
 def scale_rows_kernel(
     logits_ptr, out_ptr, factor_ptr, V: tl.int32, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
     out_stride_outer: tl.int64, out_stride_inner: tl.int64, num_rows: tl.int64, programs: tl.int64, parts: tl.int32,
-    columns: tl.int32, ONE: tl.constexpr, IN_PLACE: tl.constexpr, FACTORS: tl.constexpr, L: tl.constexpr,
+    columns: tl.int32, ONE: tl.constexpr, IN_PLACE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Program `part + parts * p` takes a part of every `programs`-th row from p on. Of the rows it looks at as many
     factors at a time as a row has lanes, and at none of the rows where all of them are 1."""
@@ -36,12 +33,12 @@ def scale_rows_kernel(
     begin = (program % parts).to(tl.int32) * columns
     end = tl.minimum(begin + columns, V)
     mine = tl.cdiv(num_rows - program // parts, programs)
-    for turn in range(0, mine, FACTORS):
-        rows = program // parts + (turn + tl.arange(0, FACTORS)) * programs
+    for turn in range(0, mine, L.LANES):
+        rows = program // parts + (turn + tl.arange(0, L.LANES)) * programs
         factors = tl.load(factor_ptr + (rows * 0 if ONE else rows), mask=rows < num_rows, other=1.0)
         # Not `factor != 1` alone: a functional result must be written, whatever the factor.
         if (not IN_PLACE) or tl.max(tl.where(factors == 1.0, 0, 1), 0) != 0:
-            for other in range(turn, tl.minimum(turn + FACTORS, mine)):
+            for other in range(turn, tl.minimum(turn + L.LANES, mine)):
                 row = program // parts + other * programs
                 factor = tl.load(factor_ptr + (row * 0 if ONE else row))
                 if (not IN_PLACE) or (factor != 1.0):
@@ -63,7 +60,7 @@ def _scale_rows(source: Rows, target: Rows, scale: Tensor) -> None:
     launch(
         scale_rows_kernel, programs * parts, source.data, source.data, target.data, scale, source.V, *source.address(),
         *target.strides(), source.count, programs, parts, columns, ONE=scale.dim() == 0,
-        IN_PLACE=source is target, FACTORS=FACTORS, L=layout,
+        IN_PLACE=source is target, L=layout,
     )  # fmt: skip
 
 

@@ -225,8 +225,11 @@ def kl_term(KIND: tl.constexpr, clamp_at, logprob, ref_logprob):
     else:
         x = clamp(-k1, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         slope = expm1(x)
-        wide = x.to(tl.float64)  # the two cancel where policy and reference all but agree
-        value = (expm1(wide) - wide).to(x.dtype)
+        value = slope - x
+        if x.dtype != tl.float64:  # the two cancel where policy and reference all but agree
+            series = 1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320)))
+            series = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * series)))
+            value = tl.where(tl.abs(x) < 0.5, series, value)
         capped = tl.where(value > clamp_at, clamp_at, value)
         if KIND == KL_K3_PLUS:
             return capped, k1  # the value of k3, the gradient of k2

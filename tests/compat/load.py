@@ -13,12 +13,14 @@ from erc.check import check
 
 def compiles(objective: str) -> bool:
     """Whether the loss is one graph under torch.compile, with the gradient that it has eagerly."""
-    labels, rollout = torch.arange(4), {"old_logprob": torch.full((4,), -4.0), "old_entropy": torch.full((4,), 4.0)}
-    logits = torch.randn(4, 64)
+    shape = (1, 4)  # a sequence, which GSPO needs
+    labels = torch.arange(4).view(shape)
+    rollout = {"old_logprob": torch.full(shape, -4.0), "old_entropy": torch.full(shape, 4.0)}
+    logits = torch.randn(*shape, 64)
     gradients = []
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        out = erc.policy_loss(logits, labels, advantages=torch.ones(4), objective=objective, **rollout)
+        out = erc.policy_loss(logits, labels, advantages=torch.ones(1), objective=objective, **rollout)
         return out.loss + 0 * out.metrics["erc_fraction"]
 
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):

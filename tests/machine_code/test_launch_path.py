@@ -30,7 +30,7 @@ def test_a_launch_compiles_for_the_target_and_is_handed_over(arch):
     (launch,) = launches
     assert launch.kernel.metadata.target == TARGETS[arch] and launch.grid == (3,)
     assert launch.options["num_warps"] * TARGETS[arch].warp_size == LANES
-    assert launch.arguments["V"] == 2048 and launch.arguments["row_factor"].tolist() == [1.0] * 3
+    assert launch.arguments["V"] == 2048 and launch.arguments["factor_ptr"].tolist() == [1.0] * 3
     assert ("ptx" in launch.kernel.asm) == arch.startswith("sm_") and not torch.cuda.is_initialized()
 
 

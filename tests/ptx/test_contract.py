@@ -21,6 +21,7 @@ from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, SAPO, NoClip, PPOClip, Reinforce
 from tests import oracle
+from tests.backends import shard_state
 from tests.ptx.machine import Checks
 from tests.ptx.subjects import is_whole, subjects
 
@@ -157,12 +158,11 @@ def test_edges_of_a_row(subject):
 def test_states_of_shards_merge_to_the_row(subject):
     logits, labels, cuts = random_logits(1, 3, 2000, dtype=BF16), torch.tensor([5, 512, 1400]), (0, 512, 513, 2000)
     logits[0, 0, 512] = -INF  # a shard without any token
-    params = torch.tensor([1.0, 0, 1, *[0.0] * 9], dtype=F64)
     merged = None
     with subject.running():
         operators = erc.backend.operators(subject.name)
         for start, end in pairwise(cuts):
-            state = operators.partial_stats(logits[:, :, start:end], labels, None, params, IGNORE, start).double()
+            state = shard_state(operators, logits[:, :, start:end], labels, start).double()
             merged = state if merged is None else merge(merged, state)
     row_max, rest, weighted, label = merged
     expected = erc.reference.token_stats(logits[0].double(), labels)

@@ -171,7 +171,7 @@ def test_triton_launches_its_own_way_and_gives_the_driver_back():
     logits, labels, given = inputs(V=2048)
     subject = Subject("triton", architectures("triton")[0], "block")
     names = run(subject, logits, labels, given)
-    assert names[:2] == ["stats_forward_kernel", "policy_loss_kernel"] and driver._active is before
+    assert names[0] == "stats_forward_kernel" and "policy_loss_kernel" in names and driver._active is before
 
 
 @skip_without("triton")
@@ -182,9 +182,11 @@ def test_a_kernel_without_its_barriers_is_noticed(monkeypatch):
     logits, labels, _ = inputs(V=2048)
     subject = Subject("triton", architectures("triton")[0], "block")
     with subject.running() as engine:
+        ran, execute = [], engine.execute
+        monkeypatch.setattr(engine, "execute", lambda program, *rest: (ran.append(program), execute(program, *rest)))
         erc.token_stats(logits, labels, backend=subject.name)
     assert engine.launches[0].counts.block_barriers > 0
-    path = next(path for path in triton_engine._programs if "stats_forward" in path)
+    path = next(path for path, program in triton_engine._programs.items() if program is ran[0])
     text = Path(path).read_text()
     without = re.sub(r"bar\.sync\s+0;", "", text)
     assert without != text
