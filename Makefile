@@ -41,7 +41,8 @@ demo: setup ## train a small language model with the fused erc-dapo loss (minute
 	$(PY) -m examples.train_rlvr $(DEMO_ARGS)
 
 test: setup $(VENV)/.peers ## every test that this machine can run, one process of one thread per core
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 test-verl: build $(VERL_VENV)/.installed ## verl's own trainers over Ray, in an environment of verl's pins (minutes)
 	$(VERL_PY) -m pytest $(VERL_TESTS) -q $(PYTEST_ARGS)

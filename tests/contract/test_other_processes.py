@@ -24,6 +24,7 @@ EVERY_BACKEND = (
     "test_linear_rows.py",
     "test_opcheck.py",
     "test_order.py",
+    "test_random_search.py",
     "test_row_operators.py",
     "test_shards.py",
     "test_small_differences.py",
@@ -38,15 +39,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_again(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", *(HERE / name for name in EVERY_BACKEND), "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=800)
+def run_again(modules: tuple[str, ...], **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", *(HERE / name for name in modules), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=840)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_in_triton_s_interpreter():
-    run_again(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_in_triton_s_interpreter(third):
+    run_again(EVERY_BACKEND[third::3], TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(erc.backends()["cpu"] != "available", reason="the cpu backend is not built")
@@ -54,4 +56,4 @@ def test_in_triton_s_interpreter():
 def test_on_another_instruction_set(isa):
     if cpu_isa() == isa:
         pytest.skip("the other tests ran on it")
-    run_again(ERC_CPU_ISA=isa)
+    run_again(EVERY_BACKEND, ERC_CPU_ISA=isa)
