@@ -1,5 +1,5 @@
 """Lets the tests run where pytest-timeout is not installed, such as a GPU machine without a network: no time limits
-then. For the processes of pytest-xdist: a module's tests stay together, and what takes minutes comes first and alone."""
+then. For the processes of pytest-xdist: a module stays together, and what takes minutes comes first and alone."""
 
 from __future__ import annotations
 

@@ -234,6 +234,8 @@ def test_inplace_writes_the_gradient_over_the_logits():
     ("make", "match"),
     [
         (lambda: torch.zeros(B, T, VOCAB, requires_grad=True), "leaf"),
+        (lambda: torch.zeros(B, T + 1, VOCAB, requires_grad=True)[:, :-1], "a view of one"),
+        (lambda: (torch.zeros(B, 2 * VOCAB, requires_grad=True) * 1).unfold(1, VOCAB, 3)[:, :T], "overlap"),
         (lambda: (torch.zeros(1, T, VOCAB, requires_grad=True) * 1).expand(B, T, VOCAB), "overlap"),
         (lambda: (torch.zeros(B, T, 2 * VOCAB, requires_grad=True) * 1)[..., ::2], "contiguous"),
     ],
