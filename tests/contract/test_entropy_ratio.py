@@ -46,7 +46,7 @@ def test_values_and_every_gradient_match_the_oracle(V, dtype, scaling, machine):
             continue
         (gradient,) = torch.autograd.grad(getattr(tested, name).sum(), leaf, retain_graph=True)
         (expected,) = torch.autograd.grad(getattr(exact, name).sum(), exact_leaf, retain_graph=True)
-        assert_gradient_and_mutations(gradient, expected, relative=2e-5)
+        assert_gradient_and_mutations(gradient, expected, relative=1e-4 if INTERPRETED else 2e-5)
 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-3])

@@ -11,7 +11,7 @@ from erc.call import TokenArguments, loss_call
 from erc.constants import NUM_PARAMS, PAIRED_OUTPUTS
 from erc.ops import SCHEMAS
 from erc.rows import row_scaling
-from tests.backends import OnDevice, operators  # noqa: F401
+from tests.backends import INTERPRETED, OnDevice, operators  # noqa: F401
 from tests.oracle import random_labels, random_logits
 
 OUTER, INNER, VOCAB = 2, 3, 37
@@ -89,7 +89,7 @@ def operator_arguments(name: str, ops) -> tuple:
     }[name]
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", [True] if INTERPRETED else [False, True])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(name, requires_grad, operators):  # noqa: F811
     arguments = operator_arguments(name, operators.ops)

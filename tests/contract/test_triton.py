@@ -14,7 +14,7 @@ import importlib.util
 import pytest
 import torch
 
-from tests.backends import INTERPRETED, loss_call, params, shard_state
+from tests.backends import INTERPRETED, loss_call, open_backend, params, shard_state
 from tests.oracle import random_labels, random_logits, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -27,12 +27,11 @@ pytestmark = [
 IGNORE = -100
 
 if RUNS_HERE:
-    from erc.backend import operators
     from erc.triton_kernels import tuning
     from erc.triton_kernels.launch import launch
     from erc.triton_kernels.params import make_layout
 
-    OPS = operators("triton")
+    OPS = open_backend("triton").ops
 
 
 @pytest.fixture(autouse=True)
