@@ -72,6 +72,8 @@ def try_pair(pair: Pair, wheels: Path, tried: dict[str, Any], options: argparse.
             ]
             row["problems"] += [f"does not hold: {name}" for name in broken]
             say(f"PyTorch {pair.torch}: wheel loaded, {len(broken)} problems")
+            if options.no_kernels:
+                return row
             if pair.triton not in tried:
                 tried[pair.triton] = kernels(env, options.arch or ARCHS)
                 row["problems"] += executed(env)
@@ -134,6 +136,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the cheapest part, for every change")
     parser.add_argument("--torch", action="append", choices=[pair.torch for pair in PAIRS], help="only this release")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture")
+    parser.add_argument("--no-kernels", action="store_true", help="bindings and wheel only: minutes instead of an hour")
     parser.add_argument("--cuda", action="store_true", help="the wheel has the CUDA library too: minutes of nvcc")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "compat", help="the report's folder")
     options = parser.parse_args()
