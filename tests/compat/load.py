@@ -15,8 +15,9 @@ def compiles(objective: str) -> bool:
     """Whether the loss is one graph under torch.compile, with the gradient that it has eagerly."""
     shape = (1, 4)  # a sequence, which GSPO needs
     labels = torch.arange(4).view(shape)
-    rollout = {"old_logprob": torch.full(shape, -4.0), "old_entropy": torch.full(shape, 4.0)}
     logits = torch.randn(*shape, 64)
+    stats = erc.token_stats(logits, labels)  # an unchanged policy: GSPO's bounds are narrow
+    rollout = {"old_logprob": stats.logprob, "old_entropy": stats.entropy}
     gradients = []
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
