@@ -34,14 +34,17 @@ EVERY_BACKEND = (
     "test_triton.py",
     "test_unread_values.py",
 )
-pytestmark = pytest.mark.skipif(
-    "ERC_CPU_ISA" in os.environ or os.environ.get("TRITON_INTERPRET") == "1", reason="one of the other processes"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        "ERC_CPU_ISA" in os.environ or os.environ.get("TRITON_INTERPRET") == "1", reason="one of the other processes"
+    ),
+    pytest.mark.timeout(1800),
+]
 
 
 def run_again(modules: tuple[str, ...], **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", *(HERE / name for name in modules), "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=840)
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=1700)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
