@@ -62,6 +62,8 @@ ISA_FLAGS = (
 )
 # -fno-math-errno and -ffp-contract=fast leave NaN, infinities and the order of additions alone; -ffast-math would not.
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=fast"]
+# No contraction: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
@@ -320,8 +322,7 @@ def cuda_library() -> Library:
     driver = nvcc() or ""
     cuda_home = toolkit_of(driver)
     archs = gencode(cuda_archs())
-    # No contraction: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
-    flags = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags = (*NVCC_FLAGS, "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
     device = (driver, "-ccbin", compiler[0], *flags, *archs, *common_flags())
     host = (*compiler, *CXX_FLAGS, "-O3", *common_flags(), "-DUSE_CUDA", "-isystem", str(cuda_home / "include"))
     objects = [

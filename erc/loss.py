@@ -137,9 +137,7 @@ def policy_loss(
         if inplace_backward and needs_grad:
             check_inplace(logits)
         name, _ = select(logits, backend)
-        if support is not None:
-            check_support(support, logits.shape[:-1], logits.device, labels)
-            facts.add(token_ids=support.token_ids, offsets=support.offsets)
+        check_support(support, logits.shape[:-1], logits.device, labels, facts)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward, facts)
         scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from erc.constants import ABSENT_LABEL, Param
 from erc.inputs import check_logits
-from erc.ops import refuse_double_backward, stats_dtype
+from erc.ops import contiguous, refuse_double_backward, stats_dtype
 
 LOCAL_IGNORE_INDEX = -100
 """`ignore_index` of `local_labels`, whose columns count from 0 and could collide with the caller's."""
@@ -315,8 +315,10 @@ class _ShardedStats(torch.autograd.Function):
             return (None,) * 7
         if labels is None:
             grads = (None, *grads[1:])
-        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
-        grad_rows = ctx.operators.stats_backward(rows, labels, temperature, params, LOCAL_IGNORE_INDEX, saved, *grads)
+        upstream = map(contiguous, grads)
+        grad_rows = ctx.operators.stats_backward(
+            rows, labels, temperature, params, LOCAL_IGNORE_INDEX, saved, *upstream
+        )
         return (grad_rows,) + (None,) * 6
 
 

@@ -232,8 +232,7 @@ def token_stats(
     scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
     if labels is not None:
         labels = label_rows(labels, leading, logits.device, ignore_index)
-    if support is not None:
-        check_support(support, leading, logits.device, labels)
+    check_support(support, leading, logits.device, labels)
     with labels_explained(labels, leading, logits.shape[-1], ignore_index):
         stats = _row_statistics(logits, labels, scaling, scaling_params(scaling), ignore_index, support)
     return TokenStats.of_rows(*stats, leading)
@@ -288,8 +287,7 @@ def policy_loss(
 ) -> PolicyLoss:
     """The policy loss from logits; see `erc.policy_loss`, whose other arguments are these."""
     check_logits(logits)
-    if support is not None:
-        check_support(support, logits.shape[:-1], logits.device, labels)
+    check_support(support, logits.shape[:-1], logits.device, labels)
     scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
     call = loss_call(
         resolve_objective(objective), TokenArguments(**arguments), labels, ignore_index, logits, scaling,

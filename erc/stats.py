@@ -114,9 +114,7 @@ def token_stats(
         scaling = row_scaling(temperature, softcap, logit_scale, leading, logits)
         if labels is not None:
             labels = label_rows(labels, leading, logits.device, ignore_index).to(torch.int64)
-        if support is not None:
-            check_support(support, leading, logits.device, labels)
-            facts.add(token_ids=support.token_ids, offsets=support.offsets)
+        check_support(support, leading, logits.device, labels, facts)
         if vocab_shard is not None:
             check_shardable(name, inplace_backward, facts)
             if labels is not None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from erc.inputs import check_label_values
 from erc.surrogate.validation import values_are_readable
+
+if TYPE_CHECKING:
+    from erc.parallel import Facts
 
 _ID_DTYPES = (torch.int32, torch.int64)
 
@@ -240,9 +243,15 @@ def _described(given: Any) -> str:
 
 
 def check_support(
-    support: SamplingSupport, leading: tuple[int, ...], device: torch.device, labels: Tensor | None
+    support: SamplingSupport | None,
+    leading: tuple[int, ...],
+    device: torch.device,
+    labels: Tensor | None,
+    facts: Facts | None = None,
 ) -> None:
-    """Raises where `support` does not go with rows of shape `leading`."""
+    """Raises where `support` does not go with rows of shape `leading`; adds it to what ranks compare."""
+    if support is None:
+        return
     if not isinstance(support, SamplingSupport):
         raise TypeError(f"support must be an erc.SamplingSupport or None, got {type(support).__name__}")
     if labels is None:
@@ -251,3 +260,5 @@ def check_support(
         raise ValueError(f"support must have one row per row of logits, {prod(leading)}, got {support.rows}")
     if support.offsets.device != device:
         raise ValueError(f"support must be on {device} like logits, got {support.offsets.device}: support.to(device)")
+    if facts is not None:
+        facts.add(token_ids=support.token_ids, offsets=support.offsets)

@@ -16,12 +16,10 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: BFLOAT16, torch.float16: 2.
 """The largest relative error of one rounding to nearest."""
 
 
-def random_logits(
-    *shape: int, dtype: torch.dtype = torch.float32, spread: float = 4.0, seed: int = 0, offset: float = 0.0
-) -> Tensor:
+def random_logits(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 4.0, seed: int = 0) -> Tensor:
     """The same numbers on every device; on the default one, which a test of a GPU makes the GPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    numbers = torch.randn(*shape, generator=generator, device="cpu") * spread + offset
+    numbers = torch.randn(*shape, generator=generator, device="cpu") * spread
     return numbers.to(torch.get_default_device(), dtype)
 
 
@@ -48,6 +46,21 @@ def peaked_rows(entropies: list[float], vocab_size: int, seed: int = 0) -> Tenso
         above = (erc.reference.token_stats(raised.double()).entropy > targets)[:, None]
         low, high = torch.where(above, lead, low), torch.where(above, high, lead)
     return rows.scatter_add(1, top, low).to(torch.get_default_device())
+
+
+def merged_states(states: list[Tensor], scale: float = 1.0) -> Tensor:
+    """`[4, N]` of the whole row from those of its shards, in float64: the merge of row_state.h, written again."""
+    out = states[0].double()
+    for state in states[1:]:
+        first, second = out, state.double()
+        swap = second[0] > first[0]
+        a, b = torch.where(swap, second, first), torch.where(swap, first, second)
+        shift = torch.where(b[0] == -torch.inf, 0.0, (b[0] - a[0]) * scale)
+        factor = torch.where(b[0] == -torch.inf, 0.0, shift.exp())
+        rest = a[1] + factor * (1 + b[1])
+        weighted = a[2] + factor * (b[2] + (1 + b[1]) * shift)
+        out = torch.stack([a[0], rest, weighted, torch.maximum(first[3], second[3])])
+    return out
 
 
 def assert_logprob(tested: Tensor, exact: Tensor, x_max: Tensor) -> None:

@@ -248,15 +248,6 @@ ERC_DEVICE Real warp_max(Real x) {
   return x;
 }
 
-ERC_DEVICE int warp_min(int x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, x, offset);
-    x = other < x ? other : x;
-  }
-  return x;
-}
-
 // Where the warps of a group of kLanes threads meet: each one's maximum and the first lane that holds it, then its sums.
 template <class Real>
 struct alignas(16) GroupShared {

@@ -132,9 +132,7 @@ def linear_policy_loss(
             generator=generator, sequence_group=sequence_group,
         )  # fmt: skip
         scaling = row_scaling(temperature, softcap, logit_scale, like.shape[:-1], like)
-        if support is not None:
-            check_support(support, like.shape[:-1], like.device, labels)
-            facts.add(token_ids=support.token_ids, offsets=support.offsets)
+        check_support(support, like.shape[:-1], like.device, labels, facts)
         needs = needs_grad(hidden, weight, bias)
         route = choose_route(
             name, objective, like.dtype, needs_grad=any(needs), grad_scale=grad_scale,

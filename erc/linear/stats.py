@@ -136,9 +136,7 @@ def linear_token_stats(
             labels = label_rows(labels, leading, hidden.device, ignore_index).reshape(-1).to(torch.int64)
             if vocab_shard is not None:
                 check_label_values(labels.view(leading), like.shape[-1], ignore_index)
-        if support is not None:
-            check_support(support, leading, hidden.device, labels)
-            facts.add(token_ids=support.token_ids, offsets=support.offsets)
+        check_support(support, leading, hidden.device, labels, facts)
         active = active_rows(labels, leading.numel(), ignore_index, num_active)
         facts.add(scaling=scaling.values, temperature=scaling.temperature, labels=labels, ignore_index=ignore_index)
         facts.add(memory_budget=budget, logits_dtype=like.dtype, num_active=num_active)

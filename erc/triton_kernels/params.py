@@ -83,6 +83,24 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, outer * inner, V, max(inner, 1), tensor.stride(0), tensor.stride(1))
 
 
+def gradient_rows(logits: Rows, grad_logits: Tensor) -> Rows:
+    """Raises unless a gradient of `logits` can be written there: their own memory, other memory of their dtype, or, of
+    float32 logits, of a 16-bit one."""
+    grad = rows_of(grad_logits)
+    if (grad.count, grad.V) != (logits.count, logits.V):
+        raise ValueError(
+            f"grad_logits must be like the logits, {logits.count} rows of {logits.V}, got {grad.count} of {grad.V}"
+        )
+    dtype, own_memory = logits.data.dtype, grad.data.data_ptr() != logits.data.data_ptr()
+    narrower = dtype == torch.float32 and grad.data.dtype in (torch.bfloat16, torch.float16) and own_memory
+    if grad.data.dtype != dtype and not narrower:
+        raise ValueError(
+            "grad_logits must have the dtype of the logits, or of float32 logits a 16-bit one in memory of its own, "
+            f"got {grad.data.dtype} for {dtype}"
+        )
+    return grad
+
+
 class Selection(NamedTuple):
     """Which token each row belongs to: `row_index[row]`, or without it `first_token + row`."""
 

@@ -18,7 +18,7 @@ from . import tuning
 from .elementary import real
 from .gradient import StatGrads, write_gradient, write_zeros
 from .launch import launch, shared_lanes
-from .params import RowInputs, Rows, kernel, read_scaling, row_inputs, rows_of
+from .params import RowInputs, Rows, gradient_rows, kernel, read_scaling, row_inputs, rows_of
 from .rows import label_of, load_label, row_pointer, row_scaling, token_of
 from .stats import launch_backward
 from .sweep import row_entropy, row_logprob, row_state
@@ -153,8 +153,9 @@ def _launch_rows(
 def loss_rows_(*inputs_and_outputs: Any) -> None:
     """The fused loss of some tokens; see `erc.ops`."""
     *inputs, table, per_token, flags, grad_logits = inputs_and_outputs
-    target = None if grad_logits is None else rows_of(grad_logits)
-    _launch_rows(row_inputs(*inputs), table, per_token.unbind(), flags, target)
+    call = row_inputs(*inputs)
+    target = None if grad_logits is None else gradient_rows(call.rows, grad_logits)
+    _launch_rows(call, table, per_token.unbind(), flags, target)
 
 
 def _policy_loss(logits: Tensor, target: Rows | None, temperature: Tensor | None, *tokens: Any) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from erc.constants import CUT_LABEL as _CUT_LABEL
 from .elementary import real
 from .gradient import StatGrads, write_gradient, write_zeros
 from .launch import launch, shared_lanes
-from .params import RowInputs, Rows, columns_per_segment, kernel, read_scaling, row_inputs, rows_of
+from .params import RowInputs, Rows, columns_per_segment, gradient_rows, kernel, read_scaling, row_inputs, rows_of
 from .rows import label_of, load_label, row_pointer, row_scaling, token_of
 from .sweep import RowState, row_entropy, row_logprob, row_logsumexp, row_state
 
@@ -188,4 +188,6 @@ def stats_backward(
 def stats_backward_(*inputs_and_grads) -> None:
     """As `stats_backward`, for some tokens, into `grad_logits`, which may be the logits."""
     *inputs, saved, grad_logprob, grad_entropy, grad_logsumexp, grad_logits = inputs_and_grads
-    launch_backward(row_inputs(*inputs), rows_of(grad_logits), saved, grad_logprob, grad_entropy, grad_logsumexp)
+    call = row_inputs(*inputs)
+    target = gradient_rows(call.rows, grad_logits)
+    launch_backward(call, target, saved, grad_logprob, grad_entropy, grad_logsumexp)

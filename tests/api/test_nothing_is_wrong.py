@@ -9,8 +9,6 @@ import torch
 
 import erc
 
-SEQUENCE_OBJECTIVES = ["gspo", "gmpo", "grpo", "dr-grpo", "luspo", "erc-gspo"]
-
 
 @pytest.mark.parametrize("name", [*erc.objectives(), "masked", "opsm", "corrected"])
 @pytest.mark.parametrize("shape", [(3, 0), (0, 4), (0,)])

@@ -23,6 +23,18 @@ def pair(dtype, vocab_size=LONG, distance=0.3, rows=6):
     return new.to(dtype), old.to(dtype)
 
 
+def undecided(new, old, scaling):
+    """The probability of tokens whose two probabilities are so near that rounding decides which one is larger."""
+
+    def log_probs(z):
+        cap = scaling.get("softcap", math.inf)
+        z = z.detach().double() * scaling.get("logit_scale", 1)
+        return ((cap * torch.tanh(z / cap) if cap < math.inf else z) / scaling.get("temperature", 1)).log_softmax(-1)
+
+    new, old = log_probs(new), log_probs(old)
+    return (new.exp() * ((new - old).abs() < 1e-4)).sum(-1, keepdim=True)
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize(
     "scaling", [{}, {"temperature": 0.8}, {"temperature": 1.2, "softcap": 20.0, "logit_scale": 1.1}]
@@ -41,12 +53,20 @@ def test_values_and_every_gradient_match_the_oracle(V, dtype, scaling, machine):
     values = {"rtol": 1e-5, "atol": 1e-10} if machine.gradient == 1e-6 else {"rtol": 2e-5, "atol": 1e-7}
     for name in FIELDS:
         torch.testing.assert_close(getattr(tested, name).double(), getattr(exact, name), **values)
+    # A divergence's gradient is a difference of log-probs, 0.3 on average here, times the probability: an error of the
+    # former counts threefold or more, and a softcap has one of its own.
+    relative = (1e-4 if INTERPRETED else 3e-5) * (1 + scaling.get("softcap", 0) / 5)
     for name in FIELDS:
         if name == "old_entropy":
             continue
         (gradient,) = torch.autograd.grad(getattr(tested, name).sum(), leaf, retain_graph=True)
         (expected,) = torch.autograd.grad(getattr(exact, name).sum(), exact_leaf, retain_graph=True)
-        assert_gradient_and_mutations(gradient, expected, relative=1e-4 if INTERPRETED else 2e-5)
+        slack = (
+            undecided(exact_leaf, old, scaling) / expected.abs().amax(-1, keepdim=True)
+            if name == "total_variation"
+            else 0.0
+        )
+        assert_gradient_and_mutations(gradient, expected, relative=relative + slack)
 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-3])

@@ -13,6 +13,7 @@ from torch import Tensor
 from erc.constants import Column, KLKind, Present
 from erc.ops import stats_dtype
 from tests.backends import INTERPRETED, OnDevice, every_form, params, stored  # noqa: F401
+from tests.oracle import random_logits
 
 NAN, INF, IGNORE = math.nan, math.inf, -100
 TOKENS = 7
@@ -23,11 +24,6 @@ SELECTIONS = {
     "a run": [2, 3, 4],
     "no row of anybody": [-1, -1],
 }
-
-
-def random_logits(*shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return (4 * torch.randn(*shape, generator=generator)).to(dtype)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -6,31 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 import erc
 from erc.ops import stats_dtype
 from tests.backends import INTERPRETED, params, shard_state
-from tests.oracle import assert_entropy, assert_logprob, random_labels, random_logits, same_bits
+from tests.oracle import assert_entropy, assert_logprob, merged_states, random_labels, random_logits, same_bits
 
 pytestmark = [pytest.mark.sanitize, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 INF = torch.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def merged(states: list[Tensor], scale: float) -> Tensor:
-    """`[4, N]` of the whole row from those of its shards, in float64: the merge of row_state.h, written again."""
-    out = states[0].double()
-    for state in states[1:]:
-        first, second = out, state.double()
-        swap = second[0] > first[0]
-        a, b = torch.where(swap, second, first), torch.where(swap, first, second)
-        shift = torch.where(b[0] == -INF, 0.0, (b[0] - a[0]) * scale)
-        factor = torch.where(b[0] == -INF, 0.0, shift.exp())
-        rest = a[1] + factor * (1 + b[1])
-        weighted = a[2] + factor * (b[2] + (1 + b[1]) * shift)
-        out = torch.stack([a[0], rest, weighted, torch.maximum(first[3], second[3])])
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +34,7 @@ def test_shards_merge_to_the_whole_row(dtype, softcap, native):
     scaling = {"temperature": 0.8, "softcap": softcap}
     shards = [shard_state(native.ops, logits[..., a:b], labels, a, **scaling) for a, b in pairwise(cuts)]
     assert all(shard.dtype == stats_dtype(dtype) for shard in shards)
-    state = merged(shards, 1 / 0.8)[:, :3]
+    state = merged_states(shards, 1 / 0.8)[:, :3]
     expected = erc.reference.token_stats(logits[0, :3].double(), labels[:3], temperature=0.8, softcap=softcap or None)
     logprob = (state[3] - state[0]) / 0.8 - state[1].log1p()
     entropy = state[1].log1p() - state[2] / (1 + state[1])

@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.locks import one_process
+from tests import build_script
 from tests.ptx.native import BUILD_DIR
 from tests.ptx.program import Program
 from tests.ptx.source import entries, parse
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-FLAGS = ("-std=c++17", "-O3")
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -49,7 +49,7 @@ def ptx(source: Path, architecture: int, csrc: Path = CSRC) -> Path:
     Raises:
         RuntimeError: with the compiler's output.
     """
-    flags = (*FLAGS, f"-arch=compute_{architecture}")
+    flags = (*build_script.builder().NVCC_FLAGS, f"-arch=compute_{architecture}")
     key = hashlib.sha256(_digest(flags, csrc).encode() + source.read_bytes()).hexdigest()[:16]
     path = BUILD_DIR / "nvcc" / f"{source.stem}-{architecture}-{key}.ptx"
     with one_process(path):

@@ -9,6 +9,7 @@ bfloat16 columns are several segments, the first with a ragged end; 151,936 is Q
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -22,6 +23,7 @@ from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, SAPO, NoClip, PPOClip, Reinforce
 from tests import oracle
 from tests.backends import shard_state
+from tests.oracle import random_labels, same_bits
 from tests.ptx.machine import Checks
 from tests.ptx.subjects import is_whole, subjects
 
@@ -30,23 +32,13 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 NAN, INF, IGNORE = math.nan, math.inf, -100
 
 
-def random_logits(*shape: int, dtype: torch.dtype, spread: float = 3.0, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * spread).to(dtype)
-
-
-def random_labels(*shape: int, V: int, seed: int = 1) -> Tensor:
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+random_logits = partial(oracle.random_logits, spread=3.0)
 
 
 def unaligned(logits: Tensor) -> Tensor:
     """The same numbers, rows one element further on and with a gap behind each."""
     rows, V = logits.shape
     return torch.full((rows * (V + 3) + 1,), NAN, dtype=logits.dtype)[1:].view(rows, V + 3)[:, :V].copy_(logits)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -158,26 +150,13 @@ def test_edges_of_a_row(subject):
 def test_states_of_shards_merge_to_the_row(subject):
     logits, labels, cuts = random_logits(1, 3, 2000, dtype=BF16), torch.tensor([5, 512, 1400]), (0, 512, 513, 2000)
     logits[0, 0, 512] = -INF  # a shard without any token
-    merged = None
     with subject.running():
         operators = erc.backend.operators(subject.name)
-        for start, end in pairwise(cuts):
-            state = shard_state(operators, logits[:, :, start:end], labels, start).double()
-            merged = state if merged is None else merge(merged, state)
-    row_max, rest, weighted, label = merged
+        states = [shard_state(operators, logits[:, :, start:end], labels, start) for start, end in pairwise(cuts)]
+    row_max, rest, weighted, label = oracle.merged_states(states)
     expected = erc.reference.token_stats(logits[0].double(), labels)
     oracle.assert_entropy(rest.log1p() - weighted / (1 + rest), expected.entropy)
     torch.testing.assert_close(label - row_max - rest.log1p(), expected.logprob, rtol=2e-6, atol=2e-6)
-
-
-def merge(a: Tensor, b: Tensor) -> Tensor:
-    """Two shards' states as one; the empty state has row_max -inf."""
-    first = a[0] >= b[0]
-    (m1, r1, t1, _), (m2, r2, t2, _) = torch.where(first, a, b), torch.where(first, b, a)
-    shift = torch.where(m2 == -INF, 0.0, m2 - m1)
-    factor = torch.where(m2 == -INF, 0.0, shift.exp())
-    rest, weighted = r1 + factor * (1 + r2), t1 + factor * (t2 + (1 + r2) * shift)
-    return torch.stack([m1, rest, weighted, torch.maximum(a[3], b[3])])
 
 
 # ---- the fused loss --------------------------------------------------------------------------------------------------
@@ -313,13 +292,13 @@ def test_every_form_gives_the_same_bits(backend, dtype, V):
             statistics = erc.token_stats(logits, labels, backend=subject.name)
             loss, gradient = run_loss(subject.name, logits, labels, given, GATED)
             again, written = run_loss(subject.name, logits, labels, given, GATED, inplace_backward=True)
-        assert torch.equal(bits(statistics.entropy), bits(loss.entropy))
-        assert torch.equal(bits(statistics.logprob), bits(loss.logprob))
-        assert torch.equal(bits(gradient), bits(written)) and torch.equal(bits(loss.entropy), bits(again.entropy))
+        assert same_bits(statistics.entropy, loss.entropy)
+        assert same_bits(statistics.logprob, loss.logprob)
+        assert same_bits(gradient, written) and same_bits(loss.entropy, again.entropy)
         results.append((statistics.logsumexp, loss.per_token_loss, loss.entropy, gradient))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(bits(a), bits(b))
+            assert same_bits(a, b)
 
 
 RULES = {

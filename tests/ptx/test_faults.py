@@ -279,7 +279,6 @@ def test_a_block_that_is_not_in_the_cluster():
 
 SOURCE = np.arange(500, 532, dtype=np.uint32)
 EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128;"
-ONE_COPY = {"shared": 256}
 
 
 def faulty_copy(text: str, old: str, new: str, checks: Checks | None = None) -> str:

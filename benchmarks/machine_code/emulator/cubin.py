@@ -37,9 +37,6 @@ class Function:
     params: tuple[int, int]
     shared_bytes: int
 
-    def line_at(self, address: int) -> int:
-        return address // 16
-
 
 def split_operands(text: str) -> tuple[str, ...]:
     """At the commas outside of brackets."""
