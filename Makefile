@@ -95,7 +95,7 @@ gpu-report: ## all that a GPU machine can say, without a network or .venv: PYTHO
 
 .PHONY: docs
 docs: setup $(VENV)/.docs ## the site, into build/site: links and anchors are checked, a warning is an error
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Python itself is not sanitized, so the run-time library is loaded ahead of it; libstdc++ too, or the first C++ exception
 # finds no interceptor. A sanitizer ends the process: --capture=sys keeps its report out of what pytest then loses.

@@ -13,7 +13,7 @@ import torch
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
+    from rich.markdown import Markdown
 except ImportError as missing:
     sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
 
@@ -29,15 +29,14 @@ from benchmarks.hidden_states import measure_hidden_states
 from benchmarks.host import __doc__ as host_doc
 from benchmarks.host import host_rows
 from benchmarks.machine_code.report import machine_code_table
-from benchmarks.markdown import rewrite
+from benchmarks.markdown import markdown_table, rewrite
 from benchmarks.plots import save_plots
 from benchmarks.readme import block
 from benchmarks.report import accuracy_table, full_report
 from benchmarks.results import Results, new_results
 from benchmarks.roofline import machine_code_roofline
-from benchmarks.step_share import EFFICIENCY, LENGTH, MFU, ROLLOUT_RATIO, TRAFFIC, step_share_table
+from benchmarks.step_share import EFFICIENCY, H100, HEADINGS, LENGTH, MFU, ROLLOUT_RATIO, TRAFFIC, step_share_rows
 from benchmarks.step_share import __doc__ as step_share_doc
-from benchmarks.tables import terminal_table
 from benchmarks.workloads import DTYPES, OPERATORS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -80,14 +79,19 @@ def _run(name: str, plan: list[plans.Entry], selection: plans.Selection, output:
     if not kept:
         raise typer.Exit(130 if interrupted else 0)
     figures = save_plots(kept[0], path)
-    _console.print(full_report(kept[0]), *_machine_code(path))
+    _show(full_report(kept[0]), *_machine_code(path))
     _console.print(f"wrote {path}, {path.with_suffix('.csv').name}" + "".join(f", {figure.name}" for figure in figures))
     if interrupted:
         _console.print("interrupted: the cases above were measured")
         raise typer.Exit(130)
 
 
-def _machine_code(path: Path) -> list[Table]:
+def _show(*texts: str) -> None:
+    """Reports in Markdown, on the terminal."""
+    _console.print(*map(Markdown, texts), sep="\n\n")
+
+
+def _machine_code(path: Path) -> list[str]:
     """The machine-code report that lies beside a results file, made by `machine-code --json`; its roofline is drawn."""
     figures = path.with_name("machine_code.json")
     if not figures.exists():
@@ -179,7 +183,7 @@ def accuracy(
     results = new_results("accuracy")
     results.accuracy, results.skipped = measure_accuracy(device, peers=peers, rows=rows, vocab=vocab)
     for dtype in dict.fromkeys(row.dtype for row in results.accuracy):
-        _console.print(accuracy_table(results, dtype))
+        _show(accuracy_table(results, dtype))
     _console.print(
         f"bands from {BANDS[0]:g} to {BANDS[-1]:g} nats; H_old is exact, so every flip is the implementation's own"
     )
@@ -195,7 +199,7 @@ def hidden_states(
     """ERC decisions flipped from bfloat16 hidden states on, by entropy band: what a head's product decides."""
     results = new_results("hidden")
     results.accuracy = measure_hidden_states("cuda" if torch.cuda.is_available() else "cpu", peers)
-    _console.print(accuracy_table(results, "bfloat16", "hidden states"))
+    _show(accuracy_table(results, "bfloat16", "hidden states"))
     if output is not None:
         results.save(output)
         _console.print("wrote " + ", ".join(str(path) for path in [output, *save_plots(results, output)]))
@@ -206,7 +210,7 @@ def report(results: Path) -> None:
     """Print the tables of a results file, and draw its plots again."""
     loaded = Results.load(results)
     save_plots(loaded, results)
-    _console.print(full_report(loaded), *_machine_code(results))
+    _show(full_report(loaded), *_machine_code(results))
 
 
 @app.command()
@@ -224,7 +228,7 @@ def compare(
     if not found:
         _console.print("the two files have no case in common")
         raise typer.Exit(2)
-    _console.print(change_table(found, threshold))
+    _show(change_table(found, threshold))
     worse = regressions(found, threshold)
     _console.print(f"{len(worse)} regressions of {len(found)} comparisons")
     raise typer.Exit(1 if worse else 0)
@@ -257,22 +261,24 @@ def readme(
 def call() -> None:
     """Launches, bytes and memory of every public call, counted on meta tensors, with modelled GPU times."""
     _console.print(call_doc, highlight=False)
-    _console.print(terminal_table(CALL_HEADINGS, call_rows()))
+    _show(markdown_table(CALL_HEADINGS, call_rows()))
 
 
 @app.command()
 def host(calls: Annotated[int, typer.Option(min=100, help="calls of each kind")] = 3000) -> None:
     """Host time of one loss, station by station, beside F.cross_entropy."""
     _console.print(host_doc, highlight=False)
-    _console.print(terminal_table(("", "microseconds", "x F.cross_entropy"), host_rows(calls)))
+    _show(markdown_table(("station", "microseconds", "x F.cross_entropy"), host_rows(calls)))
 
 
 @app.command("linear-plans")
 def linear_plans(output: Output = None) -> None:
     """The loss from hidden states by plan, ours and the peers': counted on meta tensors, with modelled GPU times."""
     _console.print(plans_of_heads.__doc__, highlight=False)
-    _console.print(terminal_table(plans_of_heads.HEADINGS, plans_of_heads.time_rows()))
-    _console.print(terminal_table(plans_of_heads.COUNT_HEADINGS, plans_of_heads.count_rows()))
+    _show(
+        markdown_table(plans_of_heads.HEADINGS, plans_of_heads.time_rows()),
+        markdown_table(plans_of_heads.COUNT_HEADINGS, plans_of_heads.count_rows()),
+    )
     if output is not None:
         plans_of_heads.save(output)
         _console.print(f"wrote {output}")
@@ -289,12 +295,12 @@ def step_share(
 ) -> None:
     """What share of a training step the loss is, by a documented model."""
     _console.print(step_share_doc, highlight=False)
-    _console.print(
-        f"MFU {mfu:g}, bandwidth efficiency {efficiency:g}, T = {length:,}, rollout ratio {rollout_ratio:g}\n"
-    )
+    assumed = f"MFU {mfu:g}, bandwidth efficiency {efficiency:g}, T = {length:,}, rollout ratio {rollout_ratio:g}"
+    _console.print(f"{H100.name}, microseconds per token; {assumed}\n")
     for traffic in TRAFFIC:
         _console.print(f"{traffic.name}: {traffic.loss_bytes} bytes per logit ({traffic.how})", highlight=False)
-    _console.print(step_share_table(length=length, mfu=mfu, efficiency=efficiency, rollout_ratio=rollout_ratio))
+    rows = step_share_rows(length=length, mfu=mfu, efficiency=efficiency, rollout_ratio=rollout_ratio)
+    _show(markdown_table(HEADINGS, rows, left=2))
 
 
 @app.command("machine-code")
@@ -329,7 +335,7 @@ def machine_code(
     if as_text:
         print(figures)
     else:
-        Console(width=None if sys.stdout.isatty() else 230).print(machine_code_table(report))
+        Console(width=None if sys.stdout.isatty() else 230).print(Markdown(machine_code_table(report)))
     if output is not None and not as_text:
         output.write_text(figures + "\n")
     if cli.spilling(report):

@@ -256,7 +256,7 @@ def _shared(names: list[str]) -> str:
 
 def call_block() -> str:
     """The section of docs/benchmarks.md."""
-    table = markdown_table(list(HEADINGS), [list(row) for row in call_rows()])
+    table = markdown_table(HEADINGS, call_rows())
     return (
         f"{table}\n\nCounted on meta tensors, bfloat16, {ROWS} sequences of {LENGTH} tokens, V = {VOCAB:,}, with mask, "
         "advantages per sequence and a normalizer on the device; one launch more where few rows are split over blocks. "

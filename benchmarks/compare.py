@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.table import Table
-
+from benchmarks.markdown import markdown_table
 from benchmarks.report import BASELINES
 from benchmarks.results import Results
-from benchmarks.tables import terminal_table
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,14 @@ def regressions(found: list[Change], threshold: float) -> list[Change]:
     return [c for c in found if c.variant.startswith("erc") and c.certain and c.factor > 1 + threshold]
 
 
-def change_table(found: list[Change], threshold: float) -> Table:
+def change_table(found: list[Change], threshold: float) -> str:
     """Slowest first."""
     rows = []
     for change in sorted(found, key=lambda c: -c.factor):
         mark = ""
         if change.certain and abs(change.factor - 1) > threshold:
-            mark = "[red]slower[/red]" if change.factor > 1 else "[green]faster[/green]"
+            mark = "**slower**" if change.factor > 1 else "faster"
         operator, objective, dtype, rows_of_case, vocab, *_ = change.case
         case = f"{operator} {objective} {dtype} N={rows_of_case} V={vocab}"
         rows.append((case, change.variant, f"{change.factor:.2f}", mark))
-    return terminal_table(("case", "variant", "time, after / before", ""), rows, "after against before", left=2)
+    return markdown_table(("case", "variant", "time, after / before", ""), rows, left=2)

@@ -16,7 +16,7 @@ from benchmarks.step_share import EFFICIENCY, HEADINGS, LENGTH, MFU, ROLLOUT_RAT
 
 def docs_block(folder: Path, document: Path) -> str:
     """The generated part of `docs/benchmarks.md`, markers included: `folder` holds the checked-in results."""
-    step = markdown_table(list(HEADINGS), [list(row) for row in step_share_rows()])
+    step = markdown_table(HEADINGS, step_share_rows())
     assumed = (
         f"Per token of {LENGTH:,}-token sequences, at {MFU:.0%} of the peak flops and {EFFICIENCY:.0%} of the peak "
         f"bandwidth; generation takes {ROLLOUT_RATIO:g} times as long as the update. "

@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.markdown import markdown_table
+
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 PART_SECONDS = 570
@@ -57,7 +59,7 @@ def steps(output: Path) -> list[Step]:
         Step("tests-cuda", "suite", _pytest(_SUITE, "not triton and not bandwidth"), figures=tests),
         Step("tests-triton", "suite", _pytest(_SUITE, "triton and not bandwidth"), figures=tests),
         Step("bandwidth", "bandwidth", _pytest(_ON_A_GPU, "bandwidth", "-s"), figures=f"{tests}|GB/s"),
-        Step("benchmarks", "quick", run("benchmarks.gpu_steps", "bench", str(output / "gpu.json")), figures=r"^\|"),
+        Step("benchmarks", "quick", run("benchmarks.gpu_steps", "bench", str(output / "gpu.json")), figures=r"^\||^$"),
         Step("host", "host time", run("benchmarks.gpu_steps", "host"), figures=r"^\|"),
         *(
             Step(
@@ -121,7 +123,7 @@ def run(step: Step, seconds: float, gpu: bool, log: Path) -> Outcome:
     if code is None:
         result = "out of time"
     elif code != 0:
-        result, figures = "FAILED", figures or text.strip().splitlines()[-3:]
+        result, figures = "FAILED", figures if any(figures) else text.strip().splitlines()[-3:]
     else:
         result = "ok" if gpu else "no GPU"
     return Outcome(step.part, step.name, result, time.monotonic() - started, figures)
@@ -153,8 +155,8 @@ def facts() -> dict[str, str]:
 def summary(facts: dict[str, str], outcomes: list[Outcome]) -> str:
     """The report's first page."""
     lines = ["# GPU report", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    lines += ["| part | step | result | seconds |", "| --- | --- | --- | ---: |"]
-    lines += [f"| {each.part} | {each.name} | {each.result} | {each.seconds:.0f} |" for each in outcomes]
+    rows = [(each.part, each.name, each.result, f"{each.seconds:.0f}") for each in outcomes]
+    lines.append(markdown_table(("part", "step", "result", "seconds"), rows, left=3))
     for each in outcomes:
         if each.figures:
             lines += ["", f"## {each.part}: {each.name}", "", *each.figures]

@@ -21,6 +21,7 @@ import erc
 from benchmarks import plans, suite
 from benchmarks.markdown import markdown_table
 from benchmarks.peers.base import Runner
+from benchmarks.report import full_report
 from benchmarks.results import Results
 from benchmarks.timing import host_seconds
 
@@ -81,36 +82,8 @@ def bench(path: Path) -> int:
     """The short plan beside eager PyTorch, torch.compile, TRL and Liger; the file has the results so far."""
     plan = plans.Selection(backends=tuple(gpu_backends())).apply(plans.quick_plan("cuda"))
     suite.run("gpu-quick", plan, plans.Selection(), progress=print, keep=lambda results: results.save(path))
-    print(bench_tables(Results.load(path)))
+    print(full_report(Results.load(path)))
     return 0
-
-
-def bench_tables(results: Results) -> str:
-    """Every case of a results file as Markdown."""
-    parts = []
-    for key in results.cases():
-        case = results.of(key)
-        operator, objective, dtype, rows, vocab, *_ = key
-        peak = results.machine.get("gpu_peak_gbps")
-        lines = [
-            [
-                m.variant,
-                f"{1e3 * m.median:.3f}",
-                f"{m.gbps:,.0f}",
-                f"{m.gbps / peak:.0%}" if peak else "",
-                "" if m.host is None else f"{1e6 * m.host:.0f}",
-            ]
-            for m in sorted(case.values(), key=lambda m: m.median)
-        ]
-        header = [
-            f"{operator} {objective}, {dtype}, N = {rows:,}, V = {vocab:,}",
-            "ms",
-            "GB/s",
-            "of the peak",
-            "host us",
-        ]
-        parts.append(markdown_table(header, lines))
-    return "\n\n".join(parts)
 
 
 # ---- host time -------------------------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ def linear_plans_block(path: Path) -> str:
     """The section of docs/benchmarks.md, from what `save` wrote."""
     found = json.loads(path.read_text())
     times, counts = (
-        markdown_table(list(HEADINGS), found["times"]),
-        markdown_table(list(COUNT_HEADINGS), found["counts"]),
+        markdown_table(HEADINGS, found["times"]),
+        markdown_table(COUNT_HEADINGS, found["counts"]),
     )
     flops, bandwidth = H100.flops / ACCELERATORS[0].flops, H100.bandwidth / ACCELERATORS[0].bandwidth
     return (

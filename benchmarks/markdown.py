@@ -1,4 +1,5 @@
-"""Tables in Markdown, and documents with generated blocks, each between two markers that hold its name."""
+"""The one writer of tables, in Markdown, which `python -m benchmarks` shows on the terminal by rich; and documents with
+generated blocks, each between two markers that hold its name."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
     """The first `left` columns to the left, the others to the right."""
     ruler = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ruler, *rows))
+    lines = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in (header, ruler, *rows))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def generated(name: str, *parts: str) -> str:

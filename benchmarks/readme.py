@@ -10,10 +10,18 @@ from pathlib import Path
 from benchmarks.call import LENGTH, ROWS, VOCAB, calls, count
 from benchmarks.markdown import generated, markdown_table
 from benchmarks.plots import PLOTS, plot_path
-from benchmarks.report import BASELINES, TARGETS, flipped_share, main_cases, milliseconds, rule_costs, speedup, times
+from benchmarks.report import (
+    BASELINES,
+    flipped_share,
+    main_cases,
+    milliseconds,
+    rule_costs,
+    speedup,
+    target_table,
+    times,
+)
 from benchmarks.results import Measurement, Results
 from benchmarks.step_share import ACCELERATORS, HEADINGS, MODELS, step_share_rows
-from benchmarks.targets import TARGET_HEADER, target_rows
 
 _CAPTIONS = {
     "speed_by_vocab": "Time per token over the vocabulary",
@@ -48,11 +56,6 @@ def _speed(results: Results, operator: str, objective: str, title: str) -> str:
     sizes = dict.fromkeys((key[3], key[4], key[5]) for key in cases.values())
     words = [f"{n:,} tokens, V = {v:,}" + (f", D = {d:,}" if d else "") for n, v, d in sizes]
     return markdown_table(header, rows) + f"\n\n{'; '.join(words)}; medians of interleaved runs."
-
-
-def _targets(results: Results) -> str:
-    rows = target_rows(TARGETS, results)
-    return markdown_table(TARGET_HEADER, rows) if rows else ""
 
 
 def _accuracy(results: Results) -> str:
@@ -215,7 +218,7 @@ def measured_sections(results: Results, results_path: Path, document: Path) -> s
             *(_plot(results_path, name, document) for name in PLOTS if name not in apart),
         ],
         "Memory": [_memory(results), _plot(results_path, "memory_by_rows", document)],
-        "Targets, measured": [_targets(results)],
+        "Targets, measured": [target_table(results)],
         "Flipped decisions": [
             _accuracy(results),
             _plot(results_path, "flips_by_entropy", document),

@@ -1,16 +1,13 @@
-"""Tables for the terminal, and the ratios that they and the README show."""
+"""The report of a run as Markdown, and the ratios that it and the README show."""
 
 from __future__ import annotations
 
 from math import isnan
 
-from rich.console import Group
-from rich.table import Table
-
 from benchmarks import ours
+from benchmarks.markdown import markdown_table
 from benchmarks.results import AccuracyRow, Measurement, Results
 from benchmarks.step_share import EFFICIENCY
-from benchmarks.tables import terminal_table
 from benchmarks.targets import TARGET_HEADER, Target, target_rows
 from benchmarks.workloads import OPERATORS
 
@@ -94,31 +91,28 @@ def case_title(key: tuple) -> str:
     operator, objective, dtype, rows, vocab, hidden, device = key
     head = f", D = {hidden:,}" if hidden else ""
     what = f"{objective}: " if objective else ""
-    return f"{what}{OPERATORS[operator]}\n{dtype}, N = {rows:,}, V = {vocab:,}{head}, {device}"
+    return f"{what}{OPERATORS[operator]}, {dtype}, N = {rows:,}, V = {vocab:,}{head}, {device}"
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
-def case_table(results: Results, key: tuple) -> Table:
+def case_table(results: Results, key: tuple) -> str:
     """Every variant of a case, the fastest first, baselines last."""
     case = results.of(key)
     dtype_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[key[2]]
     logits_bytes = key[3] * key[4] * dtype_bytes
     baseline = next((name for name in BASELINES if name in case), None)
     fastest = min((m for m in case.values() if m.variant not in BASELINES), key=lambda m: m.median, default=None)
-    table = Table("", title=case_title(key), title_justify="left")
     peak = results.machine.get("gpu_peak_gbps") if key[6] == "cuda" else None
     limit = f"of {peak:,.0f} GB/s" if peak else f"x {baseline}" if baseline else ""
+    header = [case_title(key), "median ms", "quartiles ms", "GB/s", "x fastest", limit, "extra memory / logits"]
     host = key[6] == "cuda"
-    for heading in ("median ms", "quartiles ms", "GB/s", "x fastest", limit, "extra memory / logits"):
-        table.add_column(heading, justify="right")
-    if host:
-        table.add_column("host us", justify="right")
+    rows = []
     for m in sorted(case.values(), key=lambda m: (m.variant in BASELINES, m.median)):
         memory = "" if m.peak_extra_bytes is None else f"{m.peak_extra_bytes / logits_bytes:.2f}"
-        table.add_row(
+        cells = [
             m.variant,
             milliseconds(m.median),
             f"{milliseconds(m.q1)} to {milliseconds(m.q3)}",
@@ -127,9 +121,9 @@ def case_table(results: Results, key: tuple) -> Table:
             f"{100 * m.gbps / peak:.0f} %" if peak else f"{m.median / case[baseline].median:.2f}" if baseline else "",
             memory,
             *(["" if m.host is None else f"{1e6 * m.host:.0f}"] if host else []),
-            style="dim" if m.variant in BASELINES else ("bold" if m.variant.startswith("erc") else ""),
-        )
-    return table
+        ]
+        rows.append(cells)
+    return markdown_table([*header, *(["host us"] if host else [])], rows)
 
 
 def rule_costs(results: Results) -> list[tuple[str, str, float]]:
@@ -145,28 +139,25 @@ def rule_costs(results: Results) -> list[tuple[str, str, float]]:
     return rows
 
 
-def target_table(results: Results) -> Table | None:
-    """The targets beside what was measured; None where nothing was."""
+def target_table(results: Results) -> str:
+    """The targets beside what was measured; empty where nothing was."""
     rows = target_rows(TARGETS, results)
-    colours = {"yes": "green", "no": "red"}
-    coloured = [(*row[:3], f"[{colours[row[3]]}]{row[3]}[/]") for row in rows]
-    return terminal_table(TARGET_HEADER, coloured, "targets") if rows else None
+    return markdown_table(TARGET_HEADER, rows) if rows else ""
 
 
-def accuracy_table(results: Results, dtype: str, of: str = "logits") -> Table:
+def accuracy_table(results: Results, dtype: str, of: str = "logits") -> str:
     """Flipped ERC decisions by implementation and entropy band."""
     rows = [row for row in results.accuracy if row.dtype == dtype]
     bands = list(dict.fromkeys(row.band for row in rows))
-    table = Table("", title=f"ERC decisions flipped, {dtype} {of}, by entropy in nats", title_justify="left")
-    for band in bands:
-        count = next(row.rows for row in rows if row.band == band)
-        table.add_column(f"{band}\n({count} rows)", justify="right")
-    table.add_column("entropy error\n(relative, max)", justify="right")
+    counts = [next(row.rows for row in rows if row.band == band) for band in bands]
+    header = ["implementation", *(f"{band} ({count} rows)" for band, count in zip(bands, counts, strict=True))]
+    lines = []
     for name in dict.fromkeys(row.implementation for row in rows):
         mine = {row.band: row for row in rows if row.implementation == name}
         flips = [flipped_share(mine[band]) for band in bands]
-        table.add_row(name, *flips, f"{mine['all'].entropy_max_error:.1e}")
-    return table
+        lines.append([name, *flips, f"{mine['all'].entropy_max_error:.1e}"])
+    title = f"**ERC decisions flipped, {dtype} {of}, by entropy in nats**"
+    return f"{title}\n\n{markdown_table([*header, 'entropy error (relative, max)'], lines)}"
 
 
 def flipped_share(row: AccuracyRow) -> str:
@@ -175,36 +166,35 @@ def flipped_share(row: AccuracyRow) -> str:
     return f"{100 * row.flipped:.1f} %" if row.flipped else "0"
 
 
-def skip_table(results: Results) -> Table:
+def skip_table(results: Results) -> str:
     """Who did not take part, and why; one line a reason."""
     counts: dict[tuple[str, str], int] = {}
     for skip in results.skipped:
         counts[skip.variant, skip.reason] = counts.get((skip.variant, skip.reason), 0) + 1
-    rows = [(variant, reason, str(count)) for (variant, reason), count in counts.items()]
-    return terminal_table(("variant", "reason", "cases"), rows, "skipped", left=2)
+    rows = [(*skip, count) for skip, count in counts.items()]
+    return markdown_table(("skipped", "reason", "cases"), rows, left=2)
 
 
-def full_report(results: Results) -> Group:
-    """Everything, for the terminal."""
+def full_report(results: Results) -> str:
+    """Everything."""
     machine = results.machine
     header = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['isa']}"
         f"{', ' + machine['gpu'] if machine['gpu'] else ''}; load {machine['load']}; "
-        f"commit {results.commit}; {results.date}\n"
+        f"commit {results.commit}; {results.date}\n\n"
         + ", ".join(f"{name} {version}" for name, version in results.versions.items())
     )
     if results.workload:
         nats = ", ".join(f"{name} {value:.2g}" for name, value in results.workload["entropy_nats"].items())
-        header += f"\nlogits: temperature {results.workload['temperature']}, entropy in nats: {nats}"
+        header += f"\n\nlogits: temperature {results.workload['temperature']}, entropy in nats: {nats}"
     tables = [case_table(results, key) for key in results.cases() if key[0] != "rules"]
     costs = rule_costs(results)
     if costs:
         rows = [(where, preset, f"{100 * (cost - 1):+.1f} %") for where, preset, cost in costs]
-        title = "cost of a ratio rule over plain DAPO (in place)"
-        tables.append(terminal_table(("", "preset", "cost"), rows, title, left=2))
-    if (targets := target_table(results)) is not None:
+        tables.append(markdown_table(("cost of a rule over plain DAPO (in place)", "preset", "cost"), rows, left=2))
+    if targets := target_table(results):
         tables.append(targets)
     tables += [accuracy_table(results, dtype) for dtype in dict.fromkeys(row.dtype for row in results.accuracy)]
     if results.skipped:
         tables.append(skip_table(results))
-    return Group(header, *tables)
+    return "\n\n".join([header, *tables])

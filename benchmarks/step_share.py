@@ -18,10 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from benchmarks.hardware import GPU, GPUS
-from benchmarks.tables import terminal_table
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,3 @@ def step_share_rows(**assumptions: float) -> list[tuple[str, ...]]:
             shares = (f"{100 * share.share_of_update:.1f} %", f"{100 * share.share_of_step:.1f} %")
             rows.append((model.name, traffic.name, *times, *shares, f"{traffic.loss_bytes} + {traffic.stats_bytes}"))
     return rows
-
-
-def step_share_table(**assumptions: float) -> Table:
-    """`step_share_rows` for the terminal."""
-    title = f"share of a training step, {H100.name}, microseconds per token"
-    return terminal_table(HEADINGS, step_share_rows(**assumptions), title, left=2)

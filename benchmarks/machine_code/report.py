@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from benchmarks.hardware import GPUS, Reachable
 from benchmarks.machine_code.emulator.machine import Executed, Launch
 from benchmarks.machine_code.occupancy import Occupancy
 from benchmarks.machine_code.ordinary_row import OrdinaryRow, Work, execute
 from benchmarks.machine_code.sass import Kernel, Loop, disassemble, disassemble_file
-from benchmarks.tables import terminal_table
+from benchmarks.markdown import markdown_table
 
 
 @dataclass(frozen=True)
@@ -264,8 +263,9 @@ _HEADER = ("kernel", "arch", "statistics", "gradient", "main loops", "whole kern
 _HEADER += ("blocks an SM", "spills", "reachable")
 
 
-def machine_code_table(document: dict) -> Table:
-    """The report: `{"toolchain": versions by name, "kernels": `Measurement.json` of every kernel}`."""
+def machine_code_table(document: dict) -> str:
+    """Instructions by element, and the share of the peak bandwidth that they leave reachable. The report is
+    `{"toolchain": versions by name, "kernels": `Measurement.json` of every kernel}`."""
     rows = []
     for m in document["kernels"]:
         loops = [loop for loop in (m["statistics"], m["gradient"]) if loop]
@@ -287,5 +287,4 @@ def machine_code_table(document: dict) -> Table:
             reachable,
         )
         rows.append(cells)
-    title = "Instructions by element; the share of peak bandwidth that the instruction mix leaves reachable"
-    return terminal_table(_HEADER, rows, title)
+    return markdown_table(_HEADER, rows)

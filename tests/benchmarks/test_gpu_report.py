@@ -66,6 +66,12 @@ def test_without_a_gpu_the_report_is_complete_and_says_so(part, tmp_path):
     assert f"| {part} |" in (tmp_path / "summary.md").read_text()
 
 
+def test_a_gpu_machine_needs_none_of_the_packages_that_only_the_command_line_needs():
+    absent = "import sys; sys.modules |= dict.fromkeys(('rich', 'typer', 'matplotlib', 'pytest'))"
+    for module in ("benchmarks.gpu_report", "benchmarks.gpu_steps", "tests.compat.__main__"):
+        subprocess.run([sys.executable, "-c", f"{absent}; import {module}"], cwd=ROOT, check=True)
+
+
 NCU = """==PROF== Connected to process 7
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","7","stats_row_kernel(erc::Call)","gpu__time_duration.sum","usecond","250.5"

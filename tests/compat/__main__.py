@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.markdown import markdown_table
 from tests.compat.environments import PAIRS, ROOT, Environment, Pair, Unavailable, environment, headers, unpack, wheel
 from tests.compat.sources import build_wheel, check_bindings
 
@@ -93,18 +94,15 @@ def try_pair(pair: Pair, wheels: Path, tried: dict[str, Any], options: argparse.
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The report as Markdown."""
-    lines = [
-        "| PyTorch | Triton | Python | wheel | kernels | instructions | spills | result |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ("PyTorch", "Triton", "Python", "wheel", "kernels", "instructions", "spills", "result")
+    lines = []
     for row in rows:
         found = [k for result in row.get("kernels", {}).values() for k in result["kernels"]]
         counts = (len(found), sum(k["instructions"] for k in found), sum(bool(k["spilled"]) for k in found))
         state = row.get("unavailable") or ("; ".join(row["problems"][:3]) or "green")
         loaded = "holds" if row.get("loads") and all(row["loads"]["contract"].values()) else "-"
-        cells = (row["torch"], row["triton"], row.get("python", "-"), loaded, *counts, state)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append((row["torch"], row["triton"], row.get("python", "-"), loaded, *counts, state))
+    return markdown_table(header, lines, left=len(header))
 
 
 def quick() -> int:

@@ -196,7 +196,7 @@ def test_the_command_writes_and_prints_the_report(monkeypatch, tmp_path):
     assert "left out: csrc/cuda: no nvcc" in printed and "trl is not installed" in printed
     written = json.loads(path.read_text())
     assert written["toolchain"]["triton"] == triton.__version__ and "nvcc" not in written["toolchain"]
-    assert machine_code_table(written).row_count == 1
+    assert len(machine_code_table(written).splitlines()) == 3  # header, ruler, one kernel
 
 
 def test_options_of_the_command_are_checked_before_anything_is_compiled():
