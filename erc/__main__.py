@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from erc import __version__
-from erc.backend import backends, cpu_isa, library_path
+from erc.backend import backends, cpu_isa, cpu_wide_product, library_path
 from erc.check import check
 
 
@@ -29,6 +29,7 @@ def info() -> dict[str, Any]:
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts["backends"] = backends()
     facts["cpu instruction set"] = cpu_isa() or "none"
+    facts["cpu products, bfloat16 into float32"] = cpu_wide_product() or "float32 tiles of the weight"
     facts["cpu library"] = str(library_path("cpu"))
     return facts
 

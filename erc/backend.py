@@ -199,6 +199,11 @@ def cpu_isa() -> str | None:
     return None if why_not("cpu") is not None else _text_of(library_path("cpu"), "erc_cpu_isa")
 
 
+def cpu_wide_product() -> str:
+    """The instructions by which the `cpu` backend multiplies bfloat16 into float32, empty where it does not."""
+    return "" if why_not("cpu") is not None else _text_of(library_path("cpu"), "erc_cpu_wide_product") or ""
+
+
 class use_backend(ContextDecorator):
     """Run every call inside on backend `name`, or as a decorator every call of a function. By itself it changes
     nothing, and warns.

@@ -97,6 +97,9 @@ SCHEMAS = {
     "paired_backward": f"({_PAIR}, Tensor saved, Tensor grads) -> Tensor",
 }
 
+# out = rows @ weight.T + bias, bfloat16 `[n, D]` and `[V, D]` into float32 `[n, V]`: what PyTorch has on GPUs only.
+CPU_SCHEMAS = {"wide_product_": "(Tensor rows, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()"}
+
 
 def stamp() -> str:
     """A digest of all that the package and a compiled library must agree on: schemas and constants.
@@ -104,7 +107,7 @@ def stamp() -> str:
     `python -m erc.ops` prints `csrc/common/stamp.h`, and a test holds the file to it. A library with another stamp is
     refused when it is loaded.
     """
-    return hashlib.sha256(f"{SCHEMAS}{header()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{SCHEMAS}{CPU_SCHEMAS}{header()}".encode()).hexdigest()[:16]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -115,7 +118,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 def define(namespace: str) -> torch.library.Library:
     """Define every operator in `namespace`, with fakes and autograd; returns the library handle, to be kept alive."""
     library = torch.library.Library(namespace, "DEF")
-    for name, schema in SCHEMAS.items():
+    for name, schema in (SCHEMAS | (CPU_SCHEMAS if namespace == "erc_cpu" else {})).items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", _FAKES.get(name, _fake_nothing), lib=library)
     for name, (backward, setup_context) in _AUTOGRAD.items():

@@ -3,6 +3,7 @@
 #include "bindings/operators.h"
 #include "cpu/kernels.h"
 #include "cpu/tokens.h"
+#include "cpu/wide_product.h"
 
 namespace erc {
 namespace {
@@ -44,10 +45,37 @@ class Cpu {
   }
 };
 
+void wide_product_(const Tensor& rows, const Tensor& weight, const MaybeTensor& bias, const Tensor& out) {
+  const auto matrix = [](const Tensor& t, ScalarType type) { return t.dim() == 2 && t.scalar_type() == type && t.stride(1) == 1; };
+  STD_TORCH_CHECK(matrix(rows, ScalarType::BFloat16) && matrix(weight, ScalarType::BFloat16) && matrix(out, ScalarType::Float) &&
+                      rows.size(1) == weight.size(1) && out.size(0) == rows.size(0) && out.size(1) == weight.size(0),
+                  "wide_product_ needs bfloat16 [n, D] and [V, D] and float32 [n, V], each with a last stride of 1");
+  WideProduct call{};
+  call.rows = static_cast<const uint16_t*>(rows.const_data_ptr());
+  call.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
+  call.bias = static_cast<const float*>(Like(out).values(bias, "bias", weight.size(0)));
+  call.out = static_cast<float*>(out.mutable_data_ptr());
+  call.num_rows = rows.size(0), call.num_columns = weight.size(0), call.width = rows.size(1);
+  call.row_stride = rows.stride(0), call.weight_stride = weight.stride(0), call.out_stride = out.stride(0);
+  Tensor packed = Like(out).bytes(2 * wide_product_packed(call));
+  pack_wide_product(call, static_cast<uint16_t*>(packed.mutable_data_ptr()));
+  constexpr int64_t kBlocksPerTask = 16;
+  const int64_t blocks = (call.num_columns + kProductBlock - 1) / kProductBlock;
+  torch::stable::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+    run_wide_product(call, static_cast<const uint16_t*>(packed.const_data_ptr()), begin, end);
+  });
+}
+
 }  // namespace
 }  // namespace erc
 
-STABLE_TORCH_LIBRARY_IMPL(erc_cpu, CPU, m) { erc::Operators<erc::Cpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(erc_cpu, CPU, m) {
+  erc::Operators<erc::Cpu>::implement(m);
+  m.impl("wide_product_", TORCH_BOX(&erc::wide_product_));
+}
+
+// What multiplies bfloat16 into float32 here, empty where nothing does.
+extern "C" __attribute__((visibility("default"))) const char* erc_cpu_wide_product() { return erc::wide_product_isa(); }
 
 // Which instruction set was chosen, for `python -m erc info`.
 extern "C" __attribute__((visibility("default"))) const char* erc_cpu_isa() { return erc::kernels().isa; }

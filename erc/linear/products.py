@@ -1,7 +1,8 @@
 """Matrix products of 16-bit operands whose results are float32.
 
 A product that is rounded to 16 bit decides ERC tokens by its rounding, and one that is added up in 16 bit loses terms.
-CUDA builds of PyTorch have products with a wider result (`out_dtype`); elsewhere the weight is converted in tiles.
+CUDA builds of PyTorch have products with a wider result (`out_dtype`). The `cpu` backend has one where the processor
+multiplies bfloat16; elsewhere the weight is converted in tiles.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erc.backend import results_are_readable, synchronisation_allowed
+from erc.backend import cpu_wide_product, results_are_readable, synchronisation_allowed
 
 TILE_ROWS = 512
 """Rows of a weight that are float32 at a time: with a few thousand columns they stay in a core's cache."""
@@ -29,8 +30,24 @@ def write_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor)
             torch.mm(rows, weight.t(), out_dtype=out.dtype, out=out)
         else:  # with a 1-D bias, out= and out_dtype= at once PyTorch fails
             torch.addmm(out.copy_(bias), rows, weight.t(), out_dtype=out.dtype, out=out)
+    elif _multiplied_by_the_cpu_backend(rows, weight, out):
+        bias = None if bias is None else bias.to(out.dtype)
+        torch.ops.erc_cpu.wide_product_(rows, weight, bias, out)
     else:
         _write_by_tiles(rows.to(out.dtype), weight, bias, out)
+
+
+def _multiplied_by_the_cpu_backend(rows: Tensor, weight: Tensor, out: Tensor) -> bool:
+    bfloat16 = rows.dtype == weight.dtype == torch.bfloat16 and out.dtype == torch.float32
+    ours = weight.device.type == "cpu" and all(each.stride(1) == 1 for each in (rows, weight, out))
+    return bfloat16 and ours and _cpu_multiplies()
+
+
+def _cpu_multiplies() -> bool:
+    cpu = torch.device("cpu")
+    if cpu not in _answers:
+        _answers[cpu] = bool(cpu_wide_product())
+    return _answers[cpu]
 
 
 def _write_by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -71,6 +88,7 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 # What torch.compiler.assume_constant_result sets; the decorator itself imports the whole compiler.
 widens._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cpu_multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _answers: dict[torch.device, bool] = {}
 

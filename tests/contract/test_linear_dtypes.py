@@ -24,9 +24,14 @@ HEADS = [
 ]
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=["cpu product", "tiles"])
+def small_tiles(request, monkeypatch):
+    """Tiles of the weight, also where the processor multiplies bfloat16; and what this processor does."""
     monkeypatch.setattr(products, "TILE_ROWS", 16)
+    if request.param == "tiles":
+        monkeypatch.setattr(products, "_cpu_multiplies", lambda: False)
+    elif not products._cpu_multiplies():
+        pytest.skip("this processor does not multiply bfloat16")
 
 
 def problem(hidden_dtype, weight_dtype, bias=True):
