@@ -17,6 +17,7 @@ VERL_VENV := .venv-verl
 VERL_PY := $(VERL_VENV)/bin/python
 VERL_TESTS := $(wildcard tests/integrations/test_verl*.py tests/examples/test_recipes.py)
 SOURCES := $(wildcard erc tests benchmarks examples setup.py)
+CPP_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 ifeq ($(HAS_GPU),yes)
 TORCH ?= torch>=2.10
@@ -56,20 +57,21 @@ compat: setup ## every supported PyTorch and Triton, in throw-away environments:
 compat-quick: setup ## its cheapest part: the oldest PyTorch's headers, some kernels on the oldest Triton
 	$(PY) -m tests.compat --quick
 
-lint: setup ## ruff and mypy, without changing anything
+lint: setup ## ruff, mypy and clang-format, without changing anything
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
 
-lint-cpp: build ## clang-tidy over the C++ of the CPU backend; that clang accepts the sources is part of it
-	$(PY) -m pip install -q "clang-tidy>=20"
+lint-cpp: setup ## clang-tidy over the C++ of the CPU backend; that clang accepts the sources is part of it
 	$(BIN)/clang-tidy --quiet $(filter-out %/cuda.cpp,$(wildcard csrc/bindings/*.cpp csrc/cpu/*.cpp csrc/cpu/isa/*.cpp)) -- \
 		-std=c++17 -Icsrc -isystem "$$($(PY) -c 'import torch; print(torch.__path__[0])')/include" \
 		-DTORCH_TARGET_VERSION=0x020a000000000000 -DERC_ISA=avx2 -mavx2 -mfma -mf16c
 
-format: setup ## let ruff fix what `make lint` reports, as far as it can
+format: setup ## repair what `make lint` reports, as far as ruff and clang-format can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 # The wheel is built from the sdist, so that one is complete. --exclude: the libraries that PyTorch brings. ERC_BUILD_CUDA=1
 # gives a wheel that names its GPUs in its version (ERC_CUDA_ARCHS chooses them), ERC_REPOSITORY_URL the README's links.

@@ -206,6 +206,11 @@ def linear_plan(device: str = "cpu") -> list[Entry]:
         without = (*WITHOUT_ENTROPY_LINEAR, torch_linear.PEER.name) if count == 256 else WITHOUT_ENTROPY_LINEAR
         case = Case("linear", dtype, count * scale, QWEN, "dapo", 512 * scale, device=device)
         plan.append(Entry(case, budget, (*FUSED, *without), memory=True))
+    if device == "cpu":  # float32 logits from 16-bit operands, beside products and logits in bfloat16
+        budget = Budget(seconds=10, min_rounds=3, max_rounds=5, max_repeats=1)
+        for count, hidden in ((64, 512), (256, 1024), (1024, 1024)):
+            case = Case("linear", "bfloat16", count, QWEN, "erc-dapo", hidden)
+            plan.append(Entry(case, budget, (*chunked, *stored, ours.PRODUCTS), memory=True))
     return plan
 
 
