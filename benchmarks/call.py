@@ -4,7 +4,7 @@ The calls run as on a GPU, with operators that only know shapes. A launch is an 
 fills, even where PyTorch takes several kernels for it; for ours it is the number of kernels in `LAUNCHES`, which a test
 holds to the CUDA sources. An operator moves each of its tensors once: logits that a gradient sweep reads again come
 from the L2 cache by the kernels' design, and a gradient whose factor is 1, as here, is not touched again. A support has
-64 ids a token, padding included; its kernels move those, and not the rows that they lie in. Memory is
+64 ids per token, padding included; its kernels move those, and not the rows that they lie in. Memory is
 what lives at once beyond the inputs, gradients included.
 
 Modelled time of a launch: max(LAUNCH, bytes / (bandwidth * efficiency)); the host is assumed to queue ahead.

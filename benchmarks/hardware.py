@@ -83,7 +83,7 @@ GPUS = (
     ),
 )  # fmt: skip
 
-# Bytes a second of other boards. The first name that a device's name contains decides, so these stand before the GPUs.
+# Bytes per second of other boards. The first name that a device's name contains decides, so these stand before the GPUs.
 _OTHER_BOARDS = {
     "A100-SXM4-40GB": 1.555e12,
     "A100-PCIE-40GB": 1.555e12,
@@ -97,7 +97,7 @@ _OTHER_BOARDS = {
 
 
 def data_sheet_bandwidth(name: str) -> float | None:
-    """Bytes a second of the GPU that PyTorch calls `name`, or None where it is not listed."""
+    """Bytes per second of the GPU that PyTorch calls `name`, or None where it is not listed."""
     boards = _OTHER_BOARDS | {gpu.name: gpu.bandwidth for gpu in GPUS}
     return next((bandwidth for part, bandwidth in boards.items() if part in name), None)
 

@@ -52,7 +52,7 @@ def _load_library(name: str) -> str | None:
     path = library_path(name)
     if not path.exists():
         return f"{path.name} was not built: install with a C++ compiler{' and nvcc' if name == 'cuda' else ''}"
-    if name not in _libraries:  # a namespace is defined once a process, however often somebody tries to load it
+    if name not in _libraries:  # a namespace is defined once per process, however often loading is tried
         _libraries[name] = ops.define(_NAMESPACES[name])
     torch.ops.load_library(path)
     if _text_of(path, "erc_stamp") != ops.stamp():

@@ -345,7 +345,7 @@ def merged_pair(
 ) -> tuple[Tensor, Tensor]:
     """What `paired_forward` returns of whole rows, on every rank: a sweep for the states of both rows, which are
     merged, and one for the sums of their divergences, which are added in rank order. Two all-gathers, eight and four
-    numbers a row."""
+    numbers per row."""
     count = rows.shape[0] * rows.shape[1]
     states = rows.new_empty((2, 4, count), dtype=stats_dtype(rows.dtype))
     for side, state in zip((rows, old_rows), states, strict=True):

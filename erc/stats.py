@@ -211,7 +211,7 @@ def entropy_ratio(
         old_logits: the same shape, dtype and device; a constant.
         temperature, softcap, logit_scale: applied to both.
         vocab_shard: both are this rank's columns of a larger vocabulary, as `token_stats`; two all-gathers of twelve
-            numbers a row in all.
+            numbers per row in all.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
         backend: see `erc.backends()`.
 

@@ -110,7 +110,7 @@ class InContextTrainer(Trainer):
         return dialogue_batch(self.tokenizer, rows, self.device)
 
     def prompts(self, problems: list[Problem]) -> list[Conversation]:
-        """`demonstrated` of each group see demonstrations, drawn once a batch and shared by its prompts."""
+        """`demonstrated` of each group see demonstrations, drawn once per batch and shared by its prompts."""
         config = self.config
         demos = self.sound_pool.sample(config.demonstrated * config.per_rollout, self.draws)
         return [

@@ -384,7 +384,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for curves.png and run.json")] = Path("output/demo"),
     learning_rate: Annotated[float, typer.Option()] = DEFAULT.learning_rate,
     prompts: Annotated[int, typer.Option(help="prompts a rollout batch")] = DEFAULT.prompts,
-    group_size: Annotated[int, typer.Option(help="rollouts a prompt")] = DEFAULT.group_size,
+    group_size: Annotated[int, typer.Option(help="rollouts per prompt")] = DEFAULT.group_size,
     updates_per_batch: Annotated[
         int, typer.Option(help="off-policy mini-batches a rollout batch")
     ] = DEFAULT.updates_per_batch,

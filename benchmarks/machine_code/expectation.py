@@ -20,7 +20,7 @@ _ROW_BYTES = 2 * VOCABULARY
 
 
 def _shape(kernel: CompiledKernel, gpu: GPU) -> tuple[int, float, int]:
-    """(blocks on a multiprocessor, multiprocessors, blocks a row), as the launchers choose them for many rows."""
+    """(blocks on a multiprocessor, multiprocessors, blocks per row), as the launchers choose them for many rows."""
     found = kernel.kernel()
     fitting = Occupancy.of(kernel.arch, kernel.threads, found.registers, found.shared_bytes, kernel.dynamic_shared)
     if kernel.cluster > 1:

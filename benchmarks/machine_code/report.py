@@ -160,7 +160,7 @@ def _main_loop(
     loops: Iterable[Loop], elements: int | None, itemsize: int, slots: np.ndarray | None
 ) -> tuple[LoopCost, Loop] | None:
     """The main loop is the one in which the ordinary row spends most; of a kernel that was not executed the one with
-    the fewest instructions an element, since guarded and masked twins have more.
+    the fewest instructions per element, since guarded and masked twins have more.
 
     Given `elements`, a loop must take as many exponentials: others are tails and merges.
     """

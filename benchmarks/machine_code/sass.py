@@ -39,7 +39,7 @@ class Instruction:
         return self.opcode.split(".")[0]
 
     def width(self) -> int:
-        """Bytes a thread loads or stores by it."""
+        """Bytes that a thread loads or stores by it."""
         return next((_BYTES[part] for part in self.opcode.split(".")[1:] if part in _BYTES), 4)
 
     def pipe(self) -> str:

@@ -56,7 +56,7 @@ def linear_entropy_ratio(
         temperature, softcap, logit_scale: applied to both.
         logits_dtype: of both, as `linear_policy_loss`: float32 by default, of 16-bit operands too.
         vocab_shard: both weights and biases are this rank's rows of larger ones, as `token_stats`. Two all-gathers a
-            chunk of rows, of twelve numbers a row in all; one all-reduce of the gradient of `hidden` in the backward.
+            chunk of rows, of twelve numbers per row in all; one all-reduce of the gradient of `hidden` in the backward.
         memory_budget: bytes of both logits and of their gradient that exist at a time, as `linear_policy_loss`.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
 

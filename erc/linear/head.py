@@ -70,7 +70,7 @@ class HeadGradients:
         self._shard = shard
         self._reduced: list[tuple[Tensor | slice, ReducedRows]] = []
         self.hidden = torch.zeros_like(head.hidden, dtype=wide if shard else dtype) if needs_hidden else None
-        # A single product stays in its dtype; the sum of several is float32's business.
+        # A single product stays in its dtype; the sum of several is kept in float32.
         self.weight: Tensor | None = None
         if needs_weight and total is None:
             self.weight = torch.empty_like(head.weight, dtype=wide if several else dtype)

@@ -19,7 +19,7 @@ _ALIGNMENT = 128  # rows of a product's block on GPUs
 
 
 class Machine(NamedTuple):
-    """What a device called `name` reaches: flops a second of 16-bit products, bytes a second of its memory, and whether
+    """What a device called `name` reaches: flops per second of 16-bit products, bytes per second of its memory, and whether
     products of 16-bit operands have float32 results (elsewhere the weight is converted for each window)."""
 
     name: str

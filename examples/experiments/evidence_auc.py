@@ -27,7 +27,7 @@ VARIANTS = {"careless authors": (0.0, 1.0), "single slips": (0.1, 0.6)}
 
 
 def gains(trainer: InContextTrainer, queries: int, experts: int) -> tuple[Tensor, Tensor]:
-    """Evidence Gain in nats a token of the sound and of the lucky solution to each question; and its standard errors.
+    """Evidence Gain in nats per token of the sound and of the lucky solution to each question; and its standard errors.
     Both `[queries, 2]`."""
     rng, draws = random.Random(0), torch.Generator().manual_seed(0)
     evidence = EvidenceGain(

@@ -191,7 +191,7 @@ class Decoded:
     parts: tuple[str, ...]
     operands: tuple[Operand, ...]
     guard: Operand | None
-    uniform: bool  # once a warp
+    uniform: bool  # once per warp
     effect: str  # its name in the table of effects
     memory: Operand | None
 
