@@ -68,7 +68,7 @@ ERC_AVX512 void sum_by_vectors(const uint16_t* weight, int64_t stride, const uin
     for (int64_t step = begin; step < end; ++step) {
       const uint16_t* low = packed_tile(packed, num_steps, block, 0, step);
       const uint16_t* high = packed_tile(packed, num_steps, block, 1, step);
-      for (int pair = 0; pair < kStep / 2; ++pair) {
+      for (int64_t pair = 0; pair < kStep / 2; ++pair) {
         const __m512bh x0 = (__m512bh)_mm512_loadu_si512(low + 32 * pair), x1 = (__m512bh)_mm512_loadu_si512(high + 32 * pair);
         for (int r = 0; r < kRows; ++r) {
           int both;
@@ -80,7 +80,7 @@ ERC_AVX512 void sum_by_vectors(const uint16_t* weight, int64_t stride, const uin
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int half = 0; half < 2; ++half) {
+      for (int64_t half = 0; half < 2; ++half) {
         float* to = sums[first + r] + 16 * half;
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][half]));
       }

@@ -17,6 +17,7 @@ for package in ("rich", "typer", "matplotlib"):
 from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import erc  # noqa: E402
 from benchmarks import __main__, accuracy, compare, ours, plans, readme, report, roofline, step_share, suite, timing  # noqa: E402
 from benchmarks.docs_page import docs_block  # noqa: E402
 from benchmarks.hardware import GPUS  # noqa: E402
@@ -33,6 +34,19 @@ REGENERATE = "run `python -m benchmarks readme results/benchmarks/cpu.json`"
 def test_the_readme_holds_the_results_file():
     expected = readme.block(Results.load(RESULTS), RESULTS, ROOT / "README.md")
     assert current_block(ROOT / "README.md") == expected, REGENERATE
+
+
+def test_figures_in_the_readme_s_sentences_are_the_measured_ones():
+    (usual,) = (
+        row.flipped
+        for row in Results.load(RESULTS).accuracy
+        if (row.implementation, row.dtype, row.band) == ("eager, logits' dtype", "bfloat16", "all")
+    )
+    presets = {name.removeprefix("erc-") for name in erc.objectives() if f"erc-{name}" in erc.objectives()}
+    text = (ROOT / "README.md").read_text()
+    assert f"flips {100 * usual:.0f} % of these decisions" in text
+    assert f"PPO, GRPO, DAPO, GSPO, CISPO and {len(presets) - 5} more" in text
+    assert len(text.splitlines()) <= 110
 
 
 def test_the_page_of_the_benchmarks_holds_what_lies_beside_the_results_file():
