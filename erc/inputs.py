@@ -134,7 +134,7 @@ def check_token_values(
     check_label_values(labels.view(leading), vocab_size, ignore_index, mask)
     if advantages.shape == leading:
         bad = active & ~advantages.isfinite()
-    else:  # one per sequence: of one without active tokens it may be anything, but nobody computes it by hand
+    else:  # one per sequence; where no token is active it may be anything, but trainers do not compute it by hand
         bad = ~advantages.isfinite()
     if bool(bad.any()) and bool(active.any()):
         where = _position(bad)

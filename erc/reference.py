@@ -61,8 +61,8 @@ class Row:
     def logprob(self, labels: Tensor) -> Tensor:
         column = labels[:, None]
         u = self.u.gather(-1, column).squeeze(-1)
-        # Of a maximum: -log1p(sum_j exp(x_j - x_y)), whose gradient R / S needs no 1 - p. The where keeps exp(-u)
-        # finite.
+        # The log-prob of a maximum is -log1p(sum_j exp(x_j - x_y)), whose gradient R / S needs no 1 - p. The
+        # where keeps exp(-u) finite.
         is_max = u.detach() == 0
         of_max = -torch.log1p(self._sum_without(column) * torch.exp(-torch.where(is_max, u, 0.0)))
         logprob = torch.where(is_max, of_max, u - self.log_sum)

@@ -28,7 +28,7 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def check_inplace(logits: Tensor) -> None:
-    """Refuse to overwrite logits that somebody may still need, or that the kernel would not really overwrite.
+    """Refuse to overwrite logits that may still be needed, or that the kernel would not really overwrite.
 
     Raises:
         ValueError: for a leaf or a view of one, overlapping rows, or a layout that `as_rows` would copy.
@@ -82,7 +82,7 @@ UNSCALED = RowScaling((1.0, 0.0, 1.0), None)
 def row_scaling(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, leading: tuple[int, ...], like: Tensor
 ) -> RowScaling:
-    """Check and collect the scaling of `like`, the logits. A temperature that nobody reads makes a bad row NaN."""
+    """Check and collect the scaling of `like`, the logits. A temperature that is not read makes a bad row NaN."""
     if softcap is None and logit_scale == 1.0 and isinstance(temperature, float) and temperature == 1.0:
         return UNSCALED
     softcap = 0.0 if softcap is None else positive("softcap", softcap)
@@ -134,7 +134,7 @@ def params_tensor(numbers: tuple[float, ...]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
     params = _CACHE.get(numbers)
     if params is None:
-        with torch.inference_mode(False):  # autograd saves it, whoever asked first
+        with torch.inference_mode(False):  # autograd saves it, whichever call came first
             params = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if type(params) is not Tensor:  # of a mode that makes its own tensors, such as fake ones
             return params

@@ -140,7 +140,7 @@ def _nll(objective: Objective, response_mask: Tensor, dp_size: int = 1, **_: Any
 
 
 def _ignored_clips(config: Any, objective: Objective) -> str:
-    """What to say of clip widths in verl's config that somebody set, and that the objective does not have."""
+    """The message about clip widths that verl's config sets and the objective does not have."""
     defaults = {field.name: field.default for field in fields(ActorConfig)}
     given = {name: getattr(config, name, defaults[name]) for name in _CLIPS}
     ignored = [

@@ -133,7 +133,7 @@ def carried_support(labels: Tensor) -> SamplingSupport | None:
 
 
 def _packed_support(data: Any) -> SamplingSupport:
-    """Of the packed rows of a micro-batch, where the row before a response token predicts it."""
+    """The support of a micro-batch's packed rows, where the row before a response token predicts it."""
     ids, responses, ends = data[SAMPLING_IDS], data["responses"], data["input_ids"].offsets()[1:]
     ids = ids.to_padded_tensor(-1) if ids.is_nested else ids
     if responses.is_nested:
@@ -177,5 +177,5 @@ def _rewarded(data: Any) -> Tensor | None:
 
 
 def _row_sums(values: Tensor) -> Tensor:
-    """Of `[B, T]`, padded or jagged."""
+    """Sums over T of `[B, T]`, padded or jagged."""
     return (values.to_padded_tensor(0) if values.is_nested else values).sum(-1)

@@ -268,7 +268,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _whole(value: Any) -> Any:
-    """Of a parameter or None: what FSDP2 has parted, gathered."""
+    """A parameter or None; what FSDP2 has sharded is gathered."""
     return value.full_tensor() if type(value).__name__ == "DTensor" else value
 
 

@@ -4,7 +4,7 @@ Two buffers: a window of logits, which the loss kernel turns into rows of a larg
 the two gradient products run once. Where logits and gradient have one dtype a single buffer is both. A small window
 reads the weight often; many chunks read and write the accumulator of its gradient often. The model of a plan's time
 weighs the two: each product takes the longer of its arithmetic and its traffic, sweeps over the logits and the last
-conversion come on top. It is a model: it chooses, and nobody measured it.
+conversion come on top. It is a model: it chooses, and it was not measured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _ALIGNMENT = 128  # rows of a product's block on GPUs
 
 
 class Machine(NamedTuple):
-    """What a device called `name` reaches: flops per second of 16-bit products, bytes per second of its memory, and whether
-    products of 16-bit operands have float32 results (elsewhere the weight is converted for each window)."""
+    """What a device called `name` reaches: flops per second of 16-bit products, bytes per second of its memory, and
+    whether products of 16-bit operands have float32 results (elsewhere the weight is converted for each window)."""
 
     name: str
     flops: float
@@ -103,7 +103,7 @@ def plan_rows(shape: Shape, budget: int, machine: Machine) -> RowPlan:
 
 
 def window_rows(shape: Shape, budget: int) -> int:
-    """Rows of a window where nobody wants a gradient."""
+    """Rows of a window where no gradient is wanted."""
     return _share(shape.rows, budget // (max(1, shape.columns) * shape.logit_bytes))
 
 

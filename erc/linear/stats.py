@@ -226,7 +226,7 @@ class _Rows(NamedTuple):
     kept: KeptRows | None
 
     def shape(self, head: Head) -> Shape:
-        """Of even shards, so that every rank's plan is the same."""
+        """The shape for even shards, so that every rank's plan is the same."""
         columns = None if self.vocab_shard is None else self.vocab_shard.even_share()
         return shape_of(head, self.active, self.logits_dtype, columns)
 
@@ -245,11 +245,11 @@ class _LinearStats(torch.autograd.Function):
             count = len(head.hidden)
             size = window_rows(rows.shape(head), rows.budget)
             buffers = Buffers(RowPlan(size, size), head, rows.logits_dtype, gradient=False)
-            # Of rows that are not read every statistic is 0, and the state that of a single certain token.
+            # Rows that are not read have statistics of 0, and the state of a single certain token.
             stats = torch.zeros(6 if shard is None else 4, count, dtype=real, device=hidden.device)
             gathered, kept = [], rows.kept
             over_support = torch.zeros_like(stats[0] if kept is not None else stats[0, :0])
-            # Of a shard the kernel looks for kept logits alone; the statistics come when all ranks' are there.
+            # On a shard the kernel only looks for kept logits; the statistics come when those of all ranks are there.
             whole = stats if shard is None or kept is None else stats.new_zeros(6, count)
             full: tuple[Tensor, ...] = (*whole[:3], whole[3:])
             for chunk in rows.active.chunks(size):

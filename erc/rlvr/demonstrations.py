@@ -1,6 +1,6 @@
 """In-Context RLVR (arXiv 2603.09803): demonstrations before a rollout, a change of the prompt and not of the loss.
 
-Of the G rollouts of a prompt, K see demonstrations and the others none; all G form one advantage group. By Bayes' rule
+K of the G rollouts of a prompt see demonstrations, the others none; all G form one advantage group. By Bayes' rule
 this weighs rewards approximately by exponentiated Evidence Gain (`erc.rlvr.evidence_gain`, which says what is left out)
 without ever computing it.
 """

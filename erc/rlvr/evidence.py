@@ -170,7 +170,7 @@ class EvidenceGain:
 
 
 def _standard_error(values: Tensor) -> Tensor:
-    """Of the mean over the last dimension; NaN for a single value."""
+    """The standard error of the mean over the last dimension; NaN for a single value."""
     count = values.shape[-1]
     return values.std(-1) / count**0.5 if count > 1 else torch.full_like(values[..., 0], torch.nan)
 

@@ -65,8 +65,8 @@ def log_difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def constant_log_ratio(inputs: RatioInputs) -> Tensor:
-    """The clamped log-ratio without its graph, in as few steps as possible. Of a NaN it is 0: who composes the rules
-    makes such a token NaN in the end."""
+    """The clamped log-ratio without its graph, in as few steps as possible. For a NaN it is 0: the code that
+    composes the rules makes such a token NaN."""
     difference = (inputs.logprob.detach() - inputs.old_logprob).nan_to_num(0.0, torch.inf, -torch.inf)
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -84,7 +84,8 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
 
 
 def squared_distance(difference: Tensor) -> Tensor:
-    """Of two log-probs; an infinite one has no gradient, so that a weight of 0 silences it: 0 * inf is NaN."""
+    """The squared difference of two log-probs. An infinite one has no gradient, so that a weight of 0 silences it:
+    0 * inf is NaN."""
     infinite = difference.isinf()
     return difference.masked_fill(infinite, 0.0).square().masked_fill(infinite, torch.inf)
 
