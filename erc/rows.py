@@ -82,7 +82,8 @@ UNSCALED = RowScaling((1.0, 0.0, 1.0), None)
 def row_scaling(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, leading: tuple[int, ...], like: Tensor
 ) -> RowScaling:
-    """Check and collect the scaling of `like`, the logits. A temperature that is not read makes a bad row NaN."""
+    """Check and collect the scaling of `like`, the logits. A temperature whose values are not read here makes a
+    bad row NaN."""
     if softcap is None and logit_scale == 1.0 and isinstance(temperature, float) and temperature == 1.0:
         return UNSCALED
     softcap = 0.0 if softcap is None else positive("softcap", softcap)
