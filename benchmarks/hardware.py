@@ -83,7 +83,7 @@ GPUS = (
     ),
 )  # fmt: skip
 
-# Bytes per second of other boards. The first name that a device's name contains decides, so these stand before the GPUs.
+# Bytes per second of other boards. The first name that a device's name contains decides, so these come before the GPUs.
 _OTHER_BOARDS = {
     "A100-SXM4-40GB": 1.555e12,
     "A100-PCIE-40GB": 1.555e12,

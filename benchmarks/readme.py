@@ -165,7 +165,9 @@ def _overview(results: Results) -> str:
         row += ["" if memory is None or name in BASELINES else f"{memory:.1f}x"]
         row += [milliseconds(measured[d][name].median) if name in measured[d] else "" for d in dtypes]
         rows.append(row)
-    sizes = ", ".join(f"{cases[dtype][3]:,} tokens of {dtype}" for dtype in dtypes)
+    counts = {dtype: f"{cases[dtype][3]:,} tokens" for dtype in dtypes}
+    same = len(set(counts.values())) == 1
+    sizes = counts[dtypes[0]] if same else ", ".join(f"{count} of {dtype}" for dtype, count in counts.items())
     words = f"{sizes}, V = {cases[dtypes[0]][4]:,}. Extra memory is the peak beyond the inputs, in units of the logits."
     return f"{markdown_table(header, rows)}\n\n{words}"
 

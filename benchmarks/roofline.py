@@ -1,4 +1,4 @@
-"""Rooflines as PNG: logits per second over logits per byte, measured by a run, or left reachable by a GPU's machine code.
+"""Rooflines as PNG: logits per second over logits per byte, by a run or by what a GPU's machine code leaves reachable.
 
 The unit of work is one logit. An operator decides how many logits a byte of necessary traffic is: one read of bfloat16
 is half a logit a byte, a read and a write of float32 an eighth. Bandwidth is then a slanted roof, and what the

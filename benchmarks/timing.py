@@ -36,7 +36,7 @@ _CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most about
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of `samples` timings, in seconds; on a GPU also the median of what the host needs per call."""
+    """Median and quartiles of `samples` timings, in seconds; on a GPU also the median host time per call."""
 
     median: float
     q1: float
