@@ -97,8 +97,9 @@ SCHEMAS = {
     "paired_backward": f"({_PAIR}, Tensor saved, Tensor grads) -> Tensor",
 }
 
-# out = rows @ weight.T + bias, bfloat16 `[n, D]` and `[V, D]` into float32 `[n, V]`: what PyTorch has on GPUs only.
-CPU_SCHEMAS = {"wide_product_": "(Tensor rows, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()"}
+# out = rows @ weight.T + bias, or out += that: bfloat16 `[n, D]` and `[V, D]` into float32 `[n, V]`. PyTorch has that
+# on GPUs only.
+CPU_SCHEMAS = {"wide_product_": "(Tensor rows, Tensor weight, Tensor? bias, bool accumulate, Tensor(a!) out) -> ()"}
 
 
 def stamp() -> str:

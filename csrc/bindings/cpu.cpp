@@ -45,18 +45,21 @@ class Cpu {
   }
 };
 
-void wide_product_(const Tensor& rows, const Tensor& weight, const MaybeTensor& bias, const Tensor& out) {
-  const auto matrix = [](const Tensor& t, ScalarType type) { return t.dim() == 2 && t.scalar_type() == type && t.stride(1) == 1; };
+void wide_product_(const Tensor& rows, const Tensor& weight, const MaybeTensor& bias, bool accumulate, const Tensor& out) {
+  const auto matrix = [](const Tensor& t, ScalarType type) { return t.dim() == 2 && t.scalar_type() == type; };
+  const auto strides = [](const Tensor& t) { return WideProduct::Strides{t.stride(0), t.stride(1)}; };
   STD_TORCH_CHECK(matrix(rows, ScalarType::BFloat16) && matrix(weight, ScalarType::BFloat16) && matrix(out, ScalarType::Float) &&
-                      rows.size(1) == weight.size(1) && out.size(0) == rows.size(0) && out.size(1) == weight.size(0),
-                  "wide_product_ needs bfloat16 [n, D] and [V, D] and float32 [n, V], each with a last stride of 1");
+                      rows.size(1) == weight.size(1) && out.size(0) == rows.size(0) && out.size(1) == weight.size(0) &&
+                      (out.stride(1) == 1 || (out.stride(0) == 1 && !bias)),
+                  "wide_product_ needs bfloat16 [n, D] and [V, D] and float32 [n, V] with a stride of 1, without bias the first");
   WideProduct call{};
   call.rows = static_cast<const uint16_t*>(rows.const_data_ptr());
   call.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
   call.bias = static_cast<const float*>(Like(out).values(bias, "bias", weight.size(0)));
   call.out = static_cast<float*>(out.mutable_data_ptr());
   call.num_rows = rows.size(0), call.num_columns = weight.size(0), call.width = rows.size(1);
-  call.row_stride = rows.stride(0), call.weight_stride = weight.stride(0), call.out_stride = out.stride(0);
+  call.row_strides = strides(rows), call.weight_strides = strides(weight), call.out_strides = strides(out);
+  call.accumulate = accumulate;
   Tensor packed = Like(out).bytes(2 * wide_product_packed(call));
   pack_wide_product(call, static_cast<uint16_t*>(packed.mutable_data_ptr()));
   constexpr int64_t kBlocksPerTask = 16;

@@ -1,6 +1,6 @@
-// A block of the weight stays in its own layout: 32 of its rows by 32 of the hidden states give a 32 x 32 block of the
-// transposed result, which is transposed in registers when it is stored. Only the hidden states, the small operand, are
-// rearranged. Instructions and operand order follow Intel's "Architecture Instruction Set Extensions", TDPBF16PS and VDPBF16PS.
+// A block of the weight stays in its own layout, where its last stride is 1: 32 of its rows by 32 of the hidden states give a
+// 32 x 32 block of the transposed result, which is transposed in registers when it is stored in rows. Only the hidden states,
+// the small operand, are rearranged. Instructions and operand order follow Intel's "Architecture Instruction Set Extensions", TDPBF16PS and VDPBF16PS.
 // Both take subnormal numbers for 0, which moves no logit by more than 1e-36.
 #include "cpu/wide_product.h"
 
@@ -140,7 +140,19 @@ ERC_AVX512 inline void transpose(__m512 (&v)[16]) {
   }
 }
 
-ERC_AVX512 void store(const WideProduct& call, int64_t column, int64_t row, const Sums& sums) {
+ERC_AVX512 void store_columns(const WideProduct& call, int64_t column, int64_t row, const Sums& sums) {
+  const int64_t columns = std::min<int64_t>(kBlock, call.num_columns - column);
+  for (int64_t i = 0; i < std::min<int64_t>(kBlock, call.num_rows - row); i += 16) {
+    const __mmask16 there = __mmask16((1u << std::min<int64_t>(16, call.num_rows - row - i)) - 1);
+    for (int64_t j = 0; j < columns; ++j) {
+      float* to = call.out + (column + j) * call.out_strides.inner + row + i;
+      const __m512 before = call.accumulate ? _mm512_maskz_loadu_ps(there, to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, there, _mm512_add_ps(before, _mm512_loadu_ps(&sums[j][i])));
+    }
+  }
+}
+
+ERC_AVX512 void store_rows(const WideProduct& call, int64_t column, int64_t row, const Sums& sums) {
   for (int j = 0; j < kBlock; j += 16) {
     const int64_t columns = std::min<int64_t>(16, call.num_columns - column - j);
     if (columns <= 0) return;
@@ -153,8 +165,9 @@ ERC_AVX512 void store(const WideProduct& call, int64_t column, int64_t row, cons
       transpose(v);
       const int64_t rows = std::min<int64_t>(16, call.num_rows - row - i);
       for (int r = 0; r < rows; ++r) {
-        float* to = call.out + (row + i + r) * call.out_stride + column + j;
-        const __m512 value = _mm512_add_ps(v[r], bias);
+        float* to = call.out + (row + i + r) * call.out_strides.outer + column + j;
+        __m512 value = _mm512_add_ps(v[r], bias);
+        if (call.accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, to));
         if (columns == 16 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
           _mm512_stream_ps(to, value);  // a whole line: memory need not be read first
         } else {
@@ -185,9 +198,9 @@ int64_t wide_product_packed(const WideProduct& call) {
 void pack_wide_product(const WideProduct& call, uint16_t* packed) {
   std::memset(packed, 0, 2 * wide_product_packed(call));
   for (int64_t i = 0; i < call.num_rows; ++i) {
-    const uint16_t* row = call.rows + i * call.row_stride;
+    const uint16_t* row = call.rows + i * call.row_strides.outer;
     uint16_t* to = const_cast<uint16_t*>(packed_tile(packed, steps(call), i / kBlock, i % kBlock / 16, 0)) + i % 16 * 2;
-    for (int64_t k = 0; k < call.width; ++k) to[k / 2 * 32 + k % 2] = row[k];
+    for (int64_t k = 0; k < call.width; ++k) to[k / 2 * 32 + k % 2] = row[k * call.row_strides.inner];
   }
 }
 
@@ -200,14 +213,18 @@ void run_wide_product(const WideProduct& call, const uint16_t* packed, int64_t b
     save_tiles(before);
     load_tiles(ours);
   }
-  std::vector<uint16_t> copy;  // of a block that is not whole, with zeros
+  const bool in_rows = call.out_strides.inner == 1;
+  std::vector<uint16_t> copy;  // of a block that is not whole, with zeros, or not in rows
   for (int64_t at = begin; at < end; ++at) {
     const int64_t column = at * kBlock, columns = std::min<int64_t>(kBlock, call.num_columns - column);
-    const uint16_t* weight = call.weight + column * call.weight_stride;
-    int64_t stride = call.weight_stride;
-    if (columns < kBlock || call.width < padded) {
+    const uint16_t* weight = call.weight + column * call.weight_strides.outer;
+    const int64_t inner = call.weight_strides.inner;
+    int64_t stride = call.weight_strides.outer;
+    if (columns < kBlock || call.width < padded || inner != 1) {
       copy.assign(kBlock * padded, 0);
-      for (int64_t j = 0; j < columns; ++j) std::memcpy(&copy[j * padded], weight + j * stride, 2 * call.width);
+      for (int64_t k = 0; k < call.width; ++k) {
+        for (int64_t j = 0; j < columns; ++j) copy[j * padded + k] = weight[j * stride + k * inner];
+      }
       weight = copy.data(), stride = padded;
     }
     for (int64_t row = 0; row < call.num_rows; row += kBlock) {
@@ -216,7 +233,7 @@ void run_wide_product(const WideProduct& call, const uint16_t* packed, int64_t b
         const int64_t stop = std::min(piece + steps_of_piece, num_steps);
         (amx ? sum_by_tiles : sum_by_vectors)(weight, stride, packed, num_steps, row / kBlock, piece, stop, sums);
       }
-      store(call, column, row, sums);
+      (in_rows ? store_rows : store_columns)(call, column, row, sums);
     }
   }
   _mm_sfence();

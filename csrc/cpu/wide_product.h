@@ -5,13 +5,17 @@
 
 namespace erc {
 
-// out[i][j] = sum over k of rows[i][k] * weight[j][k], plus bias[j]. Strides are in elements; those of the last dimension are 1.
+// out[i][j] = sum over k of rows[i][k] * weight[j][k], plus bias[j], plus what out[i][j] was where that is wanted. Strides are in
+// elements, by the index that they belong to; one of those of `out` is 1. The weight is the large operand.
 struct WideProduct {
   const uint16_t *rows, *weight;
   const float* bias;  // null without
   float* out;
   int64_t num_rows, num_columns, width;
-  int64_t row_stride, weight_stride, out_stride;
+  struct Strides {
+    int64_t outer, inner;
+  } row_strides, weight_strides, out_strides;
+  bool accumulate;
 };
 
 // Which instructions do it here: "amx", "avx512_bf16", or "" where nothing does.

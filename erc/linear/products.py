@@ -30,17 +30,16 @@ def write_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor)
             torch.mm(rows, weight.t(), out_dtype=out.dtype, out=out)
         else:  # with a 1-D bias, out= and out_dtype= at once PyTorch fails
             torch.addmm(out.copy_(bias), rows, weight.t(), out_dtype=out.dtype, out=out)
-    elif _multiplied_by_the_cpu_backend(rows, weight, out):
+    elif _multiplied_by_the_cpu_backend(weight, out):
         bias = None if bias is None else bias.to(out.dtype)
-        torch.ops.erc_cpu.wide_product_(rows, weight, bias, out)
+        torch.ops.erc_cpu.wide_product_(rows, weight, bias, False, out)
     else:
         _write_by_tiles(rows.to(out.dtype), weight, bias, out)
 
 
-def _multiplied_by_the_cpu_backend(rows: Tensor, weight: Tensor, out: Tensor) -> bool:
-    bfloat16 = rows.dtype == weight.dtype == torch.bfloat16 and out.dtype == torch.float32
-    ours = weight.device.type == "cpu" and all(each.stride(1) == 1 for each in (rows, weight, out))
-    return bfloat16 and ours and _cpu_multiplies()
+def _multiplied_by_the_cpu_backend(operand: Tensor, out: Tensor) -> bool:
+    wanted = operand.dtype == torch.bfloat16 and out.dtype == torch.float32 and out.stride(1) == 1
+    return wanted and operand.device.type == "cpu" and _cpu_multiplies()
 
 
 def _cpu_multiplies() -> bool:
@@ -64,6 +63,9 @@ def _write_by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """`total += left @ right`, or `total = left @ right` for the `first`: in the dtype of `total`, which is the
     operands' or float32. Where no product has a wider result than its operands, each one is rounded once."""
+    if _multiplied_by_the_cpu_backend(left, total):
+        torch.ops.erc_cpu.wide_product_(right.t(), left, None, not first, total.t())
+        return
     if total.dtype != left.dtype and not widens(left.device, left.dtype):
         product = left @ right
         total.copy_(product) if first else total.add_(product)

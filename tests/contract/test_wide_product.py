@@ -15,7 +15,7 @@ import torch
 
 import erc
 from erc.backend import cpu_wide_product
-from erc.linear.products import write_logits
+from erc.linear.products import add_product, write_logits
 
 pytestmark = pytest.mark.skipif(not cpu_wide_product(), reason="this processor does not multiply bfloat16")
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,22 @@ def test_every_shape(shape, bias):
     bound = 4e-7 * max(1.0, float(expected.abs().max()))
     assert (out - expected).abs().max() <= bound
     assert (out - out.bfloat16()).abs().max() > bound or shape == (1, 1, 1), "rounding to bfloat16 would be noticed"
+    assert (room[-1] == 7).all() and (room[:, -3:] == 7).all(), "nothing beside the result is written"
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_sum_of_products(shape, first):
+    """The gradient of a weight `[V, D]` from that of logits `[n, V]` and hidden states `[n, D]`."""
+    count, columns, width = shape
+    hidden, weight, _ = operands(width, columns, count, bias=False)  # as [D, n] and [V, n]
+    grad_logits, rows = weight.t().contiguous(), hidden.t().contiguous()
+    room = torch.full((columns + 1, width + 3), 7.0)
+    total = room[:-1, :-3]
+    add_product(total, grad_logits.t(), rows, first)
+    expected = exact(weight, hidden, None) + (0 if first else 7)
+    assert (total - expected).abs().max() <= 4e-7 * max(1.0, float(expected.abs().max()))
     assert (room[-1] == 7).all() and (room[:, -3:] == 7).all(), "nothing beside the result is written"
 
 
@@ -79,14 +95,14 @@ def test_what_is_not_finite_stays_in_its_row_and_column(value):
 
 def test_operands_that_do_not_fit_are_refused():
     hidden, weight, _ = operands(4, 8, 32, bias=False)
-    for out in (torch.empty(4, 7), torch.empty(4, 8, dtype=torch.bfloat16), torch.empty(8, 4).t()):
+    for out in (torch.empty(4, 7), torch.empty(4, 8, dtype=torch.bfloat16), torch.empty(8, 8)[:, ::2].t()):
         with pytest.raises(RuntimeError, match="wide_product_ needs"):
-            torch.ops.erc_cpu.wide_product_(hidden, weight, None, out)
+            torch.ops.erc_cpu.wide_product_(hidden, weight, None, False, out)
 
 
 def test_opcheck():
     hidden, weight, bias = operands(4, 8, 32)
-    torch.library.opcheck(torch.ops.erc_cpu.wide_product_, (hidden, weight, bias.float(), torch.empty(4, 8)))
+    torch.library.opcheck(torch.ops.erc_cpu.wide_product_, (hidden, weight, bias.float(), True, torch.zeros(4, 8)))
 
 
 def test_compiled_code_calls_it():
@@ -103,7 +119,7 @@ def test_compiled_code_calls_it():
 @pytest.mark.skipif("ERC_CPU_ISA" in os.environ, reason="one of the other processes")
 @pytest.mark.parametrize(("isa", "instructions"), [("avx512", "avx512_bf16"), ("avx2", "")])
 def test_on_the_vectors_of_avx512(isa, instructions):
-    test = (Path(__file__), "-k", "every_shape or company or finite") if instructions else ()
+    test = (Path(__file__), "-k", "every_shape or sum or company or finite") if instructions else ()
     found = f"from erc.backend import cpu_wide_product as f; assert f() == {instructions!r}, f()"
     environment = os.environ | {"ERC_CPU_ISA": isa}
     subprocess.run([sys.executable, "-c", found], cwd=ROOT, env=environment, check=True)
