@@ -56,5 +56,6 @@ def _linear_table(results: Results) -> str:
         for m in results.find(operator="linear")
     ]
     table = markdown_table(["case", "objective", "variant", "seconds", "peak memory beyond the inputs, MiB"], rows)
-    where = results.machine["gpu"] or f"{results.machine['cpu']}, {results.machine['threads']} threads"
+    machine = results.machine
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, load {machine['load']}"
     return f"{table}\n\nV = {results.measurements[0].vocab:,}; {where}, commit {results.commit}, {results.date}."
