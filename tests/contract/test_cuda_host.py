@@ -78,7 +78,7 @@ def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison,
             table, active, counter = host.ops.token_table(*tokens)
             per_token = torch.rand(4, 1300, generator=torch.Generator().manual_seed(3))
             flags = torch.zeros(1300, dtype=torch.int32)
-            summary = host.ops.token_summary(per_token, flags, table, active, counter, params(), IGNORE)
+            summary = host.ops.token_summary(per_token, None, flags, table, active, counter, params(), IGNORE)
             results.append((*statistics, *pair, *loss_call(host.ops, logits, labels), table, *summary))
         for a, b in zip(*results, strict=True):
             assert same_bits(a, b)
@@ -153,7 +153,7 @@ def test_a_summary_of_the_same_tokens_again(host):
     labels, ones = random_labels(1500, V=70), torch.ones(1500)
     table, labels, counter = host.ops.token_table(labels, ones, *[None] * 11, params(), IGNORE, 70, False)
     per_token, flags = torch.rand(4, 1500), torch.zeros(1500, dtype=torch.int32)
-    arguments = (per_token, flags, table, labels, counter, params(), IGNORE)
+    arguments = (per_token, None, flags, table, labels, counter, params(), IGNORE)
     for a, b in zip(host.ops.token_summary(*arguments), host.ops.token_summary(*arguments), strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert counter == 0 and len(host.launches()) == 4
