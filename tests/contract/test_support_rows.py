@@ -325,7 +325,7 @@ def test_a_loss_over_uncut_rows_has_the_bits_of_none(dtype, kernels):
         assert all(torch.equal(*pair) for pair in zip(kept, plain, strict=True)) and plain[-1].any()
 
 
-@pytest.mark.parametrize("objective", [EVERY_TERM, erc.objective("erc-dapo")])
+@pytest.mark.parametrize("objective", [EVERY_TERM, erc.objective("dapo")])
 def test_a_loss_over_a_support_in_the_memory_of_the_logits(objective, kernels):
     if kernels == "torch":
         pytest.skip("the torch backend has nothing to reuse")
