@@ -288,7 +288,7 @@ def test_losses_and_their_gradients_meet_the_definition(name, kernels):
     torch.testing.assert_close(exact.metrics["kept_mass"], mass, rtol=1e-6, atol=0)
     for result in (out, exact):
         result.loss.sum().backward()
-    relative = 4e-5 if kernels == "torch" else 1e-5  # float32 log-probs, differences of which a KL takes
+    relative = 4e-5 if name == "erc-ppo" else 1e-5  # a KL alone, of float32 log-probs that all but agree
     assert_gradient_and_mutations(leaves[0].grad, leaves[1].grad, relative=relative)
     path = "two-phase" if name == "gspo" else "fused"
     assert erc.explain(leaves[0], objective, support=True).path == ("reference" if kernels == "torch" else path)
