@@ -164,7 +164,7 @@ class Metric(IntEnum):
     ENTROPY_RATIO_MAX = 14
     RATIO_MAX = 15
     NAN_INPUTS = 16
-    KEPT_MASS = 17  # of calls over a sampling support
+    KEPT_MASS = 17  # 1 without a sampling support
 
 
 PAIRED_OUTPUTS = ("ratio", "entropy", "old_entropy", "kl_new_old", "kl_old_new", "total_variation")

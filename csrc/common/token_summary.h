@@ -79,7 +79,7 @@ struct SummaryState {
     call.metrics[Metric::kEntropyRatioMin] = compares && tokens != 0 ? values[Metric::kEntropyRatioMin] : nan;
     call.metrics[Metric::kEntropyRatioMax] = compares && tokens != 0 ? values[Metric::kEntropyRatioMax] : nan;
     call.metrics[Metric::kRatioMax] = tokens != 0 ? std::exp(values[Metric::kRatioMax]) : nan;
-    call.metrics[Metric::kKeptMass] = call.logprob_full != nullptr ? values[Metric::kKeptMass] / count : nan;
+    call.metrics[Metric::kKeptMass] = call.logprob_full != nullptr ? values[Metric::kKeptMass] / count : 1;
     call.metrics[Metric::kNanInputs] = values[Metric::kNanInputs];
     call.metrics[Metric::kLoss] = values[Metric::kLoss];
     *static_cast<Real*>(call.total) = Real(values[Metric::kLoss]);

@@ -35,7 +35,7 @@ def metrics_by_name(metrics: Tensor, tokens: Tensor, over_support: bool = False)
     extremes are NaN where an input is missing, extremes also without active tokens. `approx_kl` is the k3 estimate of
     KL(old || new), `kl` the objective's own estimate to the reference, `nan_inputs` the number of tokens with a NaN
     among their rollout statistics, which on a GPU nothing else reports. `kept_mass`, of log-probs over a sampling
-    support, is the mean probability of the kept tokens under the full distribution.
+    support, is the mean probability of the kept tokens under the full distribution, 1 without rows.
     """
     named = {metric.name.lower(): value for metric, value in zip(Metric, metrics.unbind(), strict=True)}
     for metric in (Metric.LOSS, *(() if over_support else (Metric.KEPT_MASS,))):
@@ -79,10 +79,10 @@ def token_summary(
         Metric.ENTROPY_RATIO_MIN,
         Metric.ENTROPY_RATIO_MAX,
         Metric.KL,
-        Metric.KEPT_MASS,
     ):
         metrics[metric] = missing
-    if logprob_full is not None:
+    metrics[Metric.KEPT_MASS] = torch.ones_like(missing)
+    if logprob_full is not None and len(active):
         metrics[Metric.KEPT_MASS] = mean((full - logprob).exp())
     if present & Present.OLD_ENTROPY:
         ratio = entropy_ratio_of(entropy, old_entropy, numbers[Param.GATE_EPS])

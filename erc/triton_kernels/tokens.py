@@ -487,7 +487,7 @@ def summary_kernel(
         tl.store(metrics_ptr + ENTROPY_RATIO_MIN, low)
         tl.store(metrics_ptr + ENTROPY_RATIO_MAX, high)
         tl.store(metrics_ptr + RATIO_MAX, most)
-        mass = nan
+        mass = tl.full((), 1.0, tl.float64)
         if logprob_full_ptr is not None:
             mass = _sum_of(partials_ptr, KEPT_MASS, programs, BLOCK) / count
         tl.store(metrics_ptr + KEPT_MASS, mass)
@@ -522,6 +522,7 @@ def summary(
     """`token_summary` of `[N]` each: the tokens' shares of the loss, log-probs and entropies, and log-probs over the
     full vocabulary where the others are over a support, else None."""
     count, numbers = len(labels), params.tolist()
+    statistics = statistics if count else (*statistics[:3], None)
     programs = max(1, triton.cdiv(count, RUN))
     partials = table.new_empty((programs, len(Metric) + 1), dtype=torch.float64)
     total, metrics = table.new_empty(()), table.new_empty(len(Metric), dtype=torch.float64)
