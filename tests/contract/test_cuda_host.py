@@ -100,7 +100,7 @@ def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
         loss_call(host.ops, logits, labels)
         seen[clusters, multiprocessors] = [shape[1:] for shape in host.launches()]
     stats, gradient = assumed["stats"], assumed["stats gradient"]
-    table, summary = (256, 1, 3 * 8 * 8), (256, 1, 8 * 18 * 8 + 16)
+    table, summary = (256, 1, 3 * 8 * 8), (256, 1, 8 * 19 * 8 + 16)
     assert seen[True, 1] == [stats, gradient, table, assumed["loss, cluster"], summary]
     assert seen[False, 1] == [stats, gradient, table, assumed["loss, block"], summary]
     segment, merge = assumed["stats of a segment"], (32, 1, 0)
