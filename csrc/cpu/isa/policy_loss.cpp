@@ -44,7 +44,7 @@ void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
           loss = weighted_loss(inputs, result.value, logprob, entropy);
           if (wants_grad) {
             row_gradient<kSoftcap>(scale, sweep, {result.d_logprob, result.d_entropy, 0}, row, vocab_size, label.column,
-                                   call.grad_logits.row<G>(i));
+                                   call.grad_logits.row<G>(i), in.logits.row<T>(i + 1 < end ? i + 1 : i));
           }
         }
         put<Real>(call.loss, token, loss);
