@@ -87,8 +87,9 @@ cudaError_t token_table(const TokenTable& call, bool wide, cudaStream_t stream) 
 
 // ---- losses of tokens whose statistics exist -------------------------------------------------------------------------
 
+// Two blocks on a multiprocessor are enough: without the number, ptxas saves registers for more and spills on sm_100.
 template <class Real>
-__global__ void __launch_bounds__(kTokenThreads) losses_kernel(TokenLosses call) {
+__global__ void __launch_bounds__(kTokenThreads, 2) losses_kernel(TokenLosses call) {
   const int64_t token = int64_t(blockIdx.x) * kTokenThreads + threadIdx.x;
   if (token < call.num_tokens) judge_token<Real>(call, token);
 }

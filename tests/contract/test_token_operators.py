@@ -372,17 +372,18 @@ def test_summaries_repeat_bit_by_bit(operators):  # noqa: F811
 @pytest.mark.parametrize("per_row", [False, True])
 def test_the_fused_operator_is_its_parts(per_row, operators):  # noqa: F811
     """policy_loss against token_table, loss_rows_ and token_summary: the same bits of everything."""
-    columns = 33
-    arguments, numbers = given(mask=torch.float32)
+    columns, count = 33, 60 if INTERPRETED else N  # the interpreter takes a tenth of a second for each row
+    arguments, numbers = given(count, mask=torch.float32, packed=INTERPRETED)
     arguments["labels"] = torch.where(arguments["labels"] == IGNORE, IGNORE, arguments["labels"] % columns)
-    logits = torch.randn(B, T, columns, generator=generator())
+    logits = torch.randn(1, count, columns, generator=generator())
     values = params((0.2, 0.28, INF, INF), reduction=Reduction.SEQ_MEAN_TOKEN_MEAN, entropy_coef=0.01,
                     kl_coef=0.1, kl_id=KLKind.K3, **numbers)  # fmt: skip
     tensors = (arguments[name] for name in NAMES)
     fused = operators.ops.policy_loss(logits, None, *tensors, values, IGNORE, per_row, True)
     tensors = (arguments[name] for name in NAMES)
     table, labels, counter = operators.ops.token_table(*tensors, values, IGNORE, columns, False)
-    per_token, flags, grad = torch.empty(4, N), torch.empty(N, dtype=torch.int32), torch.empty_like(logits)
+    per_token, flags = torch.empty(4, count), torch.empty(count, dtype=torch.int32)
+    grad = torch.empty_like(logits)
     operators.ops.loss_rows_(logits, labels, None, values, IGNORE, None, 0, table, per_token, flags, grad)
     loss, metrics, tokens = operators.ops.token_summary(per_token, flags, table, labels, counter, values, IGNORE)
     parts = (per_token[0] if per_row else loss, per_token[1:], flags, metrics, tokens, grad)
