@@ -31,7 +31,8 @@ from erc import ops
 from erc.backend import register_namespace
 
 LAUNCHES = {"token_table": 2, "policy_loss": 4, "policy_loss_": 4}
-"""Kernels of an operator that launches more than one; where rows are split over blocks, their merge comes on top."""
+"""Kernels of an operator that launches more than one; where rows are split over blocks, their merge comes on top, and
+around the rows of a loss over a support two more."""
 LAUNCH = 2e-6
 """Seconds that a launch takes at least."""
 ROWS, LENGTH, VOCAB = 16, 512, 151_936
@@ -97,7 +98,7 @@ class _Counter(TorchDispatchMode):
         name = func.name()
         computes = not func.is_view and not name.split("::")[1].removeprefix("new_").startswith(_NOTHING)
         if computes and any(tensor.device.type == "meta" for tensor in (*inputs, *outputs)):
-            kernels = LAUNCHES.get(name.split("::")[1], 1)
+            kernels = kernels_of(name.split("::")[1], dict(_given(func, args, kwargs or {})))
             moved = _moved(func, args, kwargs or {}, outputs)
             self.cost.launches.append(Launch(name, kernels, moved, _flops(name, args)))
         return result
@@ -114,6 +115,17 @@ class _Counter(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.cost.live -= size
+
+
+def kernels_of(operator: str, given: dict[str, Any]) -> int:
+    """How many kernels an operator launches with these arguments, by their names."""
+    around = 0 if given.get("token_ids") is None or operator not in LAUNCHES else 1 + bool(given["need_grad"])
+    return LAUNCHES.get(operator, 1) + around
+
+
+def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    names = [argument.name for argument in func._schema.arguments]
+    return [*zip(names, args, strict=False), *kwargs.items()]
 
 
 def _moved(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Tensor]) -> int:

@@ -30,6 +30,7 @@ from erc.inputs import (
 from erc.ops import stats_dtype
 from erc.parallel import Facts
 from erc.rows import RowScaling, params_tensor
+from erc.support import SamplingSupport
 from erc.surrogate.objective import Objective
 from erc.surrogate.reductions import reduction_id
 from erc.surrogate.sequences import Sequences
@@ -68,8 +69,6 @@ def choose_route(
         return Route("reference", "plain PyTorch: several tensors as large as the logits")
     if sharded:
         return Route("two-phase", "a sharded row needs the other ranks' columns before any gradient")
-    if support:
-        return Route("two-phase", "the log-prob over a support is not what the sweep over the full vocabulary leaves")
     if not objective.fused:
         return Route("two-phase", str(objective.two_phase_reason))
     if split and not linear:
@@ -78,7 +77,10 @@ def choose_route(
         return Route("two-phase", 'the gradients of a head have one upstream gradient, reduction "none" one per token')
     if (grad_dtype or logits_dtype) == torch.float16 and needs_grad and grad_scale is None:
         return Route("two-phase", "a fused float16 gradient would be rounded before the loss scale: pass grad_scale")
-    return Route("fused", "one read of the logits and one write of the gradient, for forward and backward together")
+    around = ", between two sparse kernels over the kept tokens" if support else ""
+    return Route(
+        "fused", f"one read of the logits and one write of the gradient, for forward and backward together{around}"
+    )
 
 
 # ---- the arguments ---------------------------------------------------------------------------------------------------
@@ -155,10 +157,16 @@ class LossCall:
         facts.add(scaling=scaling.values, temperature=scaling.temperature, objective=self.objective)
         facts.add(labels=tokens.labels, mask=tokens.mask, ignore_index=tokens.ignore_index)
 
-    def explain(self, error: RuntimeError) -> None:
+    def explain(self, error: RuntimeError, support: SamplingSupport | None = None) -> None:
         """Raise what an operator that reads the tokens has found as what it is, if that is what `error` is about."""
-        if INVALID_VALUE in str(error):
-            self.check_values()
+        if INVALID_VALUE not in str(error):
+            return
+        self.check_values()
+        if support is not None:
+            tokens, labels = self.tokens, self.tokens.labels.reshape(-1)
+            if tokens.mask is not None:
+                labels = torch.where(tokens.mask.reshape(-1) == 0, tokens.ignore_index, labels)
+            support.cut_rows(labels, self.vocab_size, tokens.ignore_index)
 
     def check_values(self) -> None:
         """Raises where an active token has a value that no loss is defined for."""
@@ -233,10 +241,12 @@ def loss_call(
     vocab_size: int,
     *,
     fused: bool,
+    over_support: bool = False,
 ) -> LossCall:
     """Check the arguments of a loss on rows like `like`: logits, or whatever has their shape, dtype and device.
 
-    A `fused` loss makes its gradient in the forward, so `grad_scale` is in the weights of its tokens.
+    A `fused` loss makes its gradient in the forward, so `grad_scale` is in the weights of its tokens. `over_support`:
+    log-probs are over what a sampler kept, and some terms may take others.
 
     Raises:
         ValueError, TypeError: naming the argument and what was expected.
@@ -292,6 +302,10 @@ def loss_call(
             present |= bit
     if objective.rollout_correction is not None:
         present |= Present.POLICY_WEIGHT
+    if over_support and objective.kl_over_full:
+        present |= Present.KL_OVER_FULL
+    if over_support and objective.nll_over_full:
+        present |= Present.NLL_OVER_FULL
     numbers = (
         *scaling.values,
         *objective.numbers,

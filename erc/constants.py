@@ -71,12 +71,15 @@ class Column(IntEnum):
 
 
 class Present(IntEnum):
-    """Which optional columns the caller gave: an absent one is neither NaN nor a default."""
+    """Which optional columns the caller gave: an absent one is neither NaN nor a default; and of log-probs over a
+    sampling support, which terms take those over the full vocabulary instead."""
 
     OLD_LOGPROB = 1
     OLD_ENTROPY = 2
     REF_LOGPROB = 4
     POLICY_WEIGHT = 8
+    KL_OVER_FULL = 16
+    NLL_OVER_FULL = 32
 
 
 class RuleId(IntEnum):
@@ -161,6 +164,7 @@ class Metric(IntEnum):
     ENTROPY_RATIO_MAX = 14
     RATIO_MAX = 15
     NAN_INPUTS = 16
+    KEPT_MASS = 17  # 1 without a sampling support
 
 
 PAIRED_OUTPUTS = ("ratio", "entropy", "old_entropy", "kl_new_old", "kl_old_new", "total_variation")

@@ -1,10 +1,10 @@
 """Log-probs over the tokens that a sampler kept, around the sweeps of a backend, which run as without them.
 
 Forward: one kernel, after that of the full vocabulary, reads the kept logits, leaves the log-prob over them, and says
-which rows were cut. Backward: the sweep writes the gradient of what is of the full vocabulary (zero where that is
-nothing, without reading a logit), and one more kernel overwrites every kept entry by the sum of both parts, computed in
-float64 from the logits that the forward left. So 16 bits are rounded once, also where the gradient lies over the
-logits. A row that was not cut is the sweep's alone.
+which rows were cut; of a fused loss it comes before. Backward: the sweep writes the gradient of what is of the full
+vocabulary (zero where that is nothing, without reading a logit), and one more kernel overwrites every kept entry by the
+sum of both parts, computed in float64 from the logits that the forward left. So 16 bits are rounded once, also where
+the gradient lies over the logits. A row that was not cut is the sweep's alone.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class KeptRows(NamedTuple):
         return 0 if self.shard is None else self.shard.start
 
     def statistics_(
-        self, rows: Tensor, row_index: Tensor | None, first_token: int, full: tuple[Tensor, ...], logprob: Tensor,
-        gathered: bool = False,
+        self, rows: Tensor, row_index: Tensor | None, first_token: int, full: tuple[Tensor | None, ...],
+        logprob: Tensor, gathered: bool = False,
     ) -> None:  # fmt: skip
         """Log-probs `[N]` over the support of some rows, whose log-prob, entropy, logsumexp and state over the full
         vocabulary are in `full`.
@@ -83,6 +83,11 @@ class KeptRows(NamedTuple):
             if INVALID_VALUE in str(error):
                 self.support.cut_rows(self.labels, self.vocab_size, self.ignore_index)
             raise
+
+    def logprobs_(self, rows: Tensor, row_index: Tensor | None, first_token: int, logprob: Tensor) -> None:
+        """The same before anything is known of the full vocabulary, as `loss_rows_` takes it: inf for a token that was
+        not cut."""
+        self.statistics_(rows, row_index, first_token, (None, None, None, None), logprob)
 
     def gather_(self, full: tuple[Tensor, ...], logprob: Tensor) -> None:
         """The same of a shard's rows, all of which went through `statistics_` for their kept logits."""

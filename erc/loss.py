@@ -91,8 +91,8 @@ def policy_loss(
         generator: what a rule's random choices draw from (`ClipCov`), None for PyTorch's global generator.
         grad_scale: GradScaler's current scale, a number or a 0-d tensor, which is not read on the host. float16 logits
             take the two-phase path without it, because a fused gradient is rounded before it is scaled.
-        support: the tokens that the sampler kept of each row (top-k, top-p, min-p, a grammar), as `token_stats`; the
-            loss runs two-phase. Ratio rules, rollout corrections and `approx_kl` take the log-prob over them, and old
+        support: the tokens that the sampler kept of each row (top-k, top-p, min-p, a grammar), as `token_stats`; two
+            small launches more. Ratio rules, rollout corrections and `approx_kl` take the log-prob over them, and old
             and rollout log-probs must be over the same; gate, entropy bonus and exact KL are of the full vocabulary; KL
             estimates and the NLL say which they take (`KLPenalty(over=)`, `Objective.nll_over`). The metric
             `kept_mass` is the mean probability that the full distribution gives the kept tokens; with
@@ -147,13 +147,16 @@ def policy_loss(
             split=sequence_group is not None, support=support is not None,
         )  # fmt: skip
         fused = route.name == "fused"
-        call = loss_call(objective, arguments, labels, ignore_index, logits, scaling, vocab_size, fused=fused)
+        call = loss_call(
+            objective, arguments, labels, ignore_index, logits, scaling, vocab_size,
+            fused=fused, over_support=support is not None,
+        )  # fmt: skip
         backend_operators = operators(name)
         if not fused:
             table = call.token_table(backend_operators)
         call.add_facts(facts)
     if fused:
-        return fused_loss(call, backend_operators, logits, needs_grad, inplace_backward)
+        return fused_loss(call, backend_operators, logits, support, needs_grad, inplace_backward)
     logprob, entropy, _, logprob_full = row_statistics(
         backend_operators, logits, table[1], scaling, ignore_index, support, vocab_shard
     )
@@ -161,11 +164,19 @@ def policy_loss(
     return two_phase_result(TokenCall(call, backend_operators, table, logprob, entropy, logprob_full))
 
 
-def fused_loss(call: LossCall, backend_operators: Any, logits: Tensor, needs_grad: bool, inplace: bool) -> PolicyLoss:
+def fused_loss(
+    call: LossCall,
+    backend_operators: Any,
+    logits: Tensor,
+    support: SamplingSupport | None,
+    needs_grad: bool,
+    inplace: bool,
+) -> PolicyLoss:
     """Table, rows and summary by one operator, and the gradient with them."""
     refuse_forward_mode(logits)
     per_row = call.objective.reduction == "none"
-    arguments = (call.scaling.temperature, *call.tokens, per_row, needs_grad)
+    kept = (None, None) if support is None else (support.token_ids, support.offsets)
+    arguments = (call.scaling.temperature, *call.tokens, *kept, per_row, needs_grad)
     try:
         if needs_grad and not torch.compiler.is_compiling():
             others: list[Tensor] = []
@@ -175,9 +186,11 @@ def fused_loss(call: LossCall, backend_operators: Any, logits: Tensor, needs_gra
             with no_graph() if not needs_grad else nullcontext():
                 loss, per_token, _, metrics, count, _ = backend_operators.policy_loss(as_rows(logits), *arguments)
     except RuntimeError as error:
-        call.explain(error)
+        call.explain(error, support)
         raise
-    return add_exact_kl(call, loss_result(call, loss, per_token, metrics, count), backend_operators)
+    logprob_full = None if support is None else per_token[3]
+    out = loss_result(call, loss, per_token[:3], metrics, count, logprob_full)
+    return add_exact_kl(call, out, backend_operators)
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -43,7 +43,7 @@ _TOKENS = (
     "Tensor? nll_normalizer, Tensor? grad_scale, Tensor params, int ignore_index"
 )
 _PAIR = "Tensor logits, Tensor old_logits, Tensor? temperature, Tensor params"
-_LOSS = f"Tensor? temperature, {_TOKENS}, bool per_row, bool need_grad"
+_LOSS = f"Tensor? temperature, {_TOKENS}, Tensor? token_ids, Tensor? offsets, bool per_row, bool need_grad"
 _LOSS_OUTPUTS = "Tensor loss, Tensor per_token, Tensor flags, Tensor metrics, Tensor tokens, Tensor grad_logits"
 
 SCHEMAS = {
@@ -59,9 +59,12 @@ SCHEMAS = {
     # strictly after padding of -1. The rows' statistics become NaN where they break that or lack the label (an error on
     # the CPU). `values` [K] are the kept logits, which `gathered` says are there already; state [3, N]; `dense_labels`
     # are the labels for the backward of the full vocabulary, `CUT_LABEL` where `support_backward_` does the rest.
+    # Without the statistics of the full vocabulary the log-prob of a token that was not cut is inf, as `loss_rows_`
+    # takes it.
     "support_forward_": f"({_ROWS.replace('Tensor? labels', 'Tensor labels')}, {_SOME}, int start, int vocab_size, "
-    "Tensor token_ids, Tensor offsets, bool gathered, Tensor(a!) values, Tensor(b!) logprob_full, Tensor(c!) entropy, "
-    "Tensor(d!) logsumexp, Tensor(e!) saved, Tensor(f!) logprob, Tensor(g!) state, Tensor(h!) dense_labels) -> ()",
+    "Tensor token_ids, Tensor offsets, bool gathered, Tensor(a!) values, Tensor(b!)? logprob_full, "
+    "Tensor(c!)? entropy, Tensor(d!)? logsumexp, Tensor(e!)? saved, Tensor(f!) logprob, Tensor(g!) state, "
+    "Tensor(h!) dense_labels) -> ()",
     # Overwrites the kept columns of cut rows in what `stats_backward` left.
     "support_backward_": f"(Tensor labels, Tensor? temperature, Tensor params, {_SOME}, int start, Tensor token_ids, "
     "Tensor offsets, Tensor values, Tensor saved, Tensor logprob_full, Tensor state, Tensor dense_labels, "
@@ -70,9 +73,11 @@ SCHEMAS = {
     # All that is known of a token before its logits are read: [N, 8] (`erc.constants.Column`), the labels that remain,
     # and what the summary of the same tokens counts with.
     "token_table": f"({_TOKENS}, int vocab_size, bool wide) -> (Tensor table, Tensor labels, Tensor counter)",
-    # The fused loss of some rows. per_token = [4, N]: share of the loss, token loss, log-prob, entropy.
+    # The fused loss of some rows. per_token = [4, N]: share of the loss, token loss, log-prob, entropy. `over_support`
+    # is [7, N]: the log-prob that `support_forward_` left, and what `support_backward_` takes: saved, and derivatives
+    # by log-prob, log-prob over the full vocabulary and entropy; per_token has then a fifth row, that log-prob.
     "loss_rows_": f"({_ROWS.replace('Tensor? labels', 'Tensor labels')}, {_SOME}, Tensor table, Tensor(a!) per_token, "
-    "Tensor(b!) flags, Tensor(c!)? grad_logits) -> ()",
+    "Tensor(b!) flags, Tensor(c!)? over_support, Tensor(d!)? grad_logits) -> ()",
     # The loss of tokens whose statistics exist, by the params' rule, or with a policy term that was computed elsewhere
     # (its value, derivative by the log-prob, and what it clipped); filtered tokens lose theirs. per_token as above;
     # [2, N]: derivatives of the share by log-prob and entropy.
@@ -80,11 +85,12 @@ SCHEMAS = {
     "Tensor? policy, Tensor? d_policy, Tensor? clip_low, Tensor? clip_high, Tensor? filtered) -> "
     "(Tensor per_token, Tensor derivatives, Tensor flags)",
     # The scalar loss, the metrics (`erc.constants.Metric`, float64) and the number of active tokens (int64).
-    "token_summary": "(Tensor per_token, Tensor flags, Tensor table, Tensor labels, Tensor(a!) counter, "
-    "Tensor params, int ignore_index) -> (Tensor loss, Tensor metrics, Tensor tokens)",
+    # `logprob_full` is given where the log-probs are over a support.
+    "token_summary": "(Tensor per_token, Tensor? logprob_full, Tensor flags, Tensor table, Tensor labels, "
+    "Tensor(a!) counter, Tensor params, int ignore_index) -> (Tensor loss, Tensor metrics, Tensor tokens)",
     # Table, rows and summary in one: what the fused token-level loss calls. loss is a scalar, or [N] with per_row;
-    # per_token = [3, N]: token loss, log-prob, entropy; grad_logits is [0, 0, 0] unless need_grad, and where it is
-    # written over the logits.
+    # per_token = [3, N]: token loss, log-prob, entropy, and with a support the log-prob over the full vocabulary;
+    # grad_logits is [0, 0, 0] unless need_grad, and where it is written over the logits.
     "policy_loss": f"(Tensor logits, {_LOSS}) -> ({_LOSS_OUTPUTS})",
     "policy_loss_": f"(Tensor(a!) logits, {_LOSS}) -> ({_LOSS_OUTPUTS})",
     # Multiply row i by scale[i], or every row by a 0-d scale; in place, a row whose scale is 1 is not touched.
@@ -164,9 +170,9 @@ def _fake_token_summary(per_token: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_policy_loss(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *_, per_row, need_grad = args
+    *_, token_ids, _, per_row, need_grad = args
     loss = _tokens(logits) if per_row else logits.new_empty((), dtype=stats_dtype(logits.dtype))
-    per_token = _tokens(logits, 3)
+    per_token = _tokens(logits, 3 if token_ids is None else 4)
     _, metrics, tokens = _fake_token_summary(per_token)
     grad_logits = logits.new_empty(logits.shape if need_grad else (0, 0, 0))
     return loss, per_token, _tokens(logits, dtype=torch.int32), metrics, tokens, grad_logits

@@ -291,7 +291,7 @@ def policy_loss(
     scaling = row_scaling(temperature, softcap, logit_scale, logits.shape[:-1], logits)
     call = loss_call(
         resolve_objective(objective), TokenArguments(**arguments), labels, ignore_index, logits, scaling,
-        logits.shape[-1], fused=False,
+        logits.shape[-1], fused=False, over_support=support is not None,
     )  # fmt: skip
     table = call.token_table(OPERATORS)
     logprob, entropy, _, logprob_full = _row_statistics(

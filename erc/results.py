@@ -115,16 +115,14 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
         filtered = filtered_tokens(objective, inputs)
         terms = objective.ratio.terms(inputs) if objective.ratio.kernel_id is None else None
     by_autograd = terms is not None and terms.derivative is None
-    reads_full = tokens.logprob_full is not None and objective.reads_full_logprob
-    if by_autograd or tokens.operators.token_losses is None or reads_full:
+    reads_full = tokens.logprob_full is not None and (objective.kl_over_full or objective.nll_over_full)
+    by_torch = by_autograd or tokens.operators.token_losses is None or reads_full
+    if by_torch:
         batch, losses = tokens.judged()
         loss, flags = losses.loss, losses.flags
         per_token = torch.stack((loss.detach(), losses.token_loss, tokens.logprob.detach(), tokens.entropy.detach()))
         if objective.reduction != "none":
             loss = loss.sum()
-        summed = tokens.operators.token_summary(
-            per_token, flags, table, labels, counter, given.params, given.ignore_index
-        )
     else:
         policy: tuple[Tensor | None, ...] = (None, None, None, None)
         if terms is not None:
@@ -133,50 +131,52 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
             tokens.logprob.detach(), tokens.entropy.detach(), table, labels, given.params, given.ignore_index,
             *policy, filtered,
         )  # fmt: skip
-        summed = tokens.operators.token_summary(
-            per_token, flags, table, labels, counter, given.params, given.ignore_index
-        )
+    logprob_full = None if tokens.logprob_full is None else tokens.logprob_full.detach()
+    summed = tokens.operators.token_summary(
+        per_token, logprob_full, flags, table, labels, counter, given.params, given.ignore_index
+    )
+    if not by_torch:
         loss = per_token[0] if objective.reduction == "none" else summed[0]
         d_entropy = derivatives[1] if objective.entropy_coef else None
         loss = with_derivatives(loss, derivatives[0], d_entropy, tokens.logprob, tokens.entropy)
-    out = loss_result(call, loss, per_token[1:], *summed[1:])
-    if tokens.logprob_full is not None:
-        out = _with_support(tokens, batch or call.batch(table, labels), out)
+    out = loss_result(call, loss, per_token[1:], *summed[1:], logprob_full)
     return add_exact_kl(call, out, tokens.operators, batch)
 
 
-@torch.no_grad()
-def _with_support(tokens: TokenCall, batch: TokenBatch, out: PolicyLoss) -> PolicyLoss:
-    """What a support adds: the log-prob over the full vocabulary, the mean kept mass, how far the engine's log-probs
-    are from those of the old policy (k3 of their KL), and the KL estimate over what the objective compares. The summary
-    of the tokens knows the log-probs over the support alone."""
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(batch.mask != 0, values, 0.0).double().sum() / out.metrics["tokens"].clamp(min=1)
-
-    logprob_full = tokens.logprob_full
-    assert logprob_full is not None
-    metrics = out.metrics | {"kept_mass": mean((logprob_full - tokens.logprob).exp())}
-    kl, rollout = tokens.call.objective.kl, tokens.call.arguments.rollout_logprob
-    old_logprob = tokens.logprob if batch.old_logprob is None else batch.old_logprob
-    if rollout is not None:
-        log_ratio = log_difference(old_logprob, rollout.reshape(-1).to(old_logprob.dtype))
-        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        metrics["mismatch_kl"] = mean(log_ratio.expm1() - log_ratio)
-    if kl is not None and kl.kind != "full":
-        assert batch.ref_logprob is not None
-        metrics["kl"] = mean(kl.estimate(tokens.logprob, old_logprob, batch.ref_logprob, logprob_full))
-    return out._replace(metrics=metrics, logprob_full=logprob_full.detach().view(tokens.call.leading))
-
-
-def loss_result(call: LossCall, loss: Tensor, per_token: Tensor, metrics: Tensor, count: Tensor) -> PolicyLoss:
-    """What the stations left, `per_token` being [3, N] token loss, log-prob and entropy, as the caller's rows."""
+def loss_result(
+    call: LossCall,
+    loss: Tensor,
+    per_token: Tensor,
+    metrics: Tensor,
+    count: Tensor,
+    logprob_full: Tensor | None = None,
+) -> PolicyLoss:
+    """What the stations left, `per_token` being [3, N] token loss, log-prob and entropy, and over a support
+    `logprob_full` `[N]`, as the caller's rows."""
     token_loss, logprob, entropy = per_token.view(3, *call.leading).unbind()
     if loss.dim():
         loss = loss.view(call.leading)
     if call.scale is not None:
         loss = loss / call.scale  # the weights of the tokens hold it, and so do their gradients
-    return PolicyLoss(loss, token_loss, logprob, entropy, metrics_by_name(metrics, count), logprob)
+    named = metrics_by_name(metrics, count, over_support=logprob_full is not None)
+    if logprob_full is None:
+        return PolicyLoss(loss, token_loss, logprob, entropy, named, logprob)
+    if call.arguments.rollout_logprob is not None:
+        named["mismatch_kl"] = _mismatch(call, logprob, count)
+    return PolicyLoss(loss, token_loss, logprob, entropy, named, logprob_full.view(call.leading))
+
+
+@torch.no_grad()
+def _mismatch(call: LossCall, logprob: Tensor, count: Tensor) -> Tensor:
+    """How far the engine's log-probs are from those of the old policy, both over a support: k3 of their KL."""
+    given, tokens = call.arguments, call.tokens
+    assert given.rollout_logprob is not None
+    old_logprob = logprob if given.old_logprob is None else given.old_logprob.to(call.dtype)
+    log_ratio = log_difference(old_logprob, given.rollout_logprob.to(call.dtype)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    active = tokens.labels != tokens.ignore_index
+    if tokens.mask is not None:
+        active = active & (tokens.mask != 0)
+    return torch.where(active, log_ratio.expm1() - log_ratio, 0.0).double().sum() / count.clamp(min=1)
 
 
 def add_exact_kl(call: LossCall, out: PolicyLoss, operators: Any, batch: TokenBatch | None = None) -> PolicyLoss:
@@ -216,7 +216,10 @@ def tokens_of(
         row_tensor(name, tensor, leading, logprob.device)
     labels = torch.zeros(leading, dtype=torch.int64, device=logprob.device)  # of a vocabulary of one token
     like = logprob.detach()[..., None]
-    call = loss_call(resolve_objective(objective), arguments, labels, -100, like, UNSCALED, 1, fused=False)
+    call = loss_call(
+        resolve_objective(objective), arguments, labels, -100, like, UNSCALED, 1,
+        fused=False, over_support=logprob_full is not None,
+    )  # fmt: skip
     table = call.token_table(operators)
     ignored = table[1] != 0
     logprob, entropy = (values.reshape(-1).masked_fill(ignored, 0.0) for values in (logprob, entropy.to(logprob.dtype)))

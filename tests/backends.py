@@ -135,7 +135,7 @@ def loss_call(
     numbers = {"reduction": Reduction.TOKEN_SUM, "entropy_coef": 0.2, "entropy_shares": 1, **numbers}
     inf = float("inf")
     arguments = (None, labels, values + 0.5, weights, values - 6, *[None] * 9)
-    arguments += (params((0.2, 0.28, inf, inf), present=Present.OLD_LOGPROB, **numbers), -100, False, True)
+    arguments += (params((0.2, 0.28, inf, inf), present=Present.OLD_LOGPROB, **numbers), -100, None, None, False, True)
     operator = ops.policy_loss_ if in_place else ops.policy_loss
     loss, per_token, flags, metrics, tokens, gradient = operator(logits, *arguments)
     return loss, *per_token, flags, metrics, tokens, *([] if in_place else [gradient])

@@ -239,12 +239,13 @@ struct Operators {
 
   // ---- sampling supports ---------------------------------------------------------------------------------------------
 
-  // After the statistics of the full vocabulary, which become NaN where a row breaks a rule; see SupportForward.
+  // After the statistics of the full vocabulary, which become NaN where a row breaks a rule, or before; see SupportForward.
   static void support_forward_(const Tensor& logits, const Tensor& labels, const MaybeTensor& temperature, const Tensor& params,
                                int64_t ignore_index, const MaybeTensor& row_index, int64_t first_token, int64_t start,
                                int64_t vocab_size, const Tensor& token_ids, const Tensor& offsets, bool gathered,
-                               const Tensor& values, const Tensor& logprob_full, const Tensor& entropy, const Tensor& logsumexp,
-                               const Tensor& saved, const Tensor& logprob, const Tensor& state, const Tensor& dense_labels) {
+                               const Tensor& values, const MaybeTensor& logprob_full, const MaybeTensor& entropy,
+                               const MaybeTensor& logsumexp, const MaybeTensor& saved, const Tensor& logprob,
+                               const Tensor& state, const Tensor& dense_labels) {
     Backend backend(logits);
     const Like like(logits);
     const int64_t n = labels.numel();
@@ -254,10 +255,13 @@ struct Operators {
     call.vocab_size = vocab_size;
     call.gathered = gathered;
     call.values = like.target(values, "values", call.support.num_ids, like.real);
-    call.logprob_full = like.target(logprob_full, "logprob_full", n, like.real);
-    call.entropy = like.target(entropy, "entropy", n, like.real);
-    call.logsumexp = like.target(logsumexp, "logsumexp", n, like.real);
-    call.saved = like.target(saved, "saved", 3 * n, like.real);
+    if (logprob_full || entropy || logsumexp || saved) {
+      STD_TORCH_CHECK(logprob_full && entropy && logsumexp && saved, "the statistics of the full vocabulary go together");
+      call.logprob_full = like.target(*logprob_full, "logprob_full", n, like.real);
+      call.entropy = like.target(*entropy, "entropy", n, like.real);
+      call.logsumexp = like.target(*logsumexp, "logsumexp", n, like.real);
+      call.saved = like.target(*saved, "saved", 3 * n, like.real);
+    }
     call.logprob = like.target(logprob, "logprob", n, like.real);
     call.state = like.target(state, "state", 3 * n, like.real);
     call.dense_labels = static_cast<int64_t*>(like.target(dense_labels, "dense_labels", n, ScalarType::Long));
@@ -354,10 +358,11 @@ struct Operators {
     return {per_token, derivatives, flags};
   }
 
-  // per_token: [4, num_tokens] share of the loss, token loss, log-prob, entropy; flags [num_tokens].
-  static std::tuple<Tensor, Tensor, Tensor> token_summary(const Tensor& per_token, const Tensor& flags, const Tensor& table,
-                                                          const Tensor& labels, const Tensor& counter,
-                                                          const Tensor& params, int64_t ignore_index) {
+  // per_token: [4, num_tokens] share of the loss, token loss, log-prob, entropy; logprob_full and flags [num_tokens].
+  static std::tuple<Tensor, Tensor, Tensor> token_summary(const Tensor& per_token, const MaybeTensor& logprob_full,
+                                                          const Tensor& flags, const Tensor& table, const Tensor& labels,
+                                                          const Tensor& counter, const Tensor& params,
+                                                          int64_t ignore_index) {
     Backend backend(table);
     const Like like(table);
     const int64_t n = labels.numel(), bytes = n * (like.wide ? 8 : 4);
@@ -371,6 +376,7 @@ struct Operators {
     call.loss = values;
     call.logprob = values + 2 * bytes;
     call.entropy = values + 3 * bytes;
+    call.logprob_full = like.values(logprob_full, "logprob_full", n);
     call.flags = static_cast<const int32_t*>(like.values(flags, "flags", n, ScalarType::Int));
     call.table = like.values(table, "table", n * kNumColumns);
     call.labels = static_cast<const int64_t*>(like.values(labels, "labels", n, ScalarType::Long));
@@ -385,7 +391,8 @@ struct Operators {
 
   static void loss_rows_(const Tensor& logits, const Tensor& labels, const MaybeTensor& temperature, const Tensor& params,
                          int64_t ignore_index, const MaybeTensor& row_index, int64_t first_token, const Tensor& table,
-                         const Tensor& per_token, const Tensor& flags, const MaybeTensor& grad_logits) {
+                         const Tensor& per_token, const Tensor& flags, const MaybeTensor& over_support,
+                         const MaybeTensor& grad_logits) {
     Backend backend(logits);
     const Like like(logits);
     const int64_t n = labels.numel(), bytes = n * (like.wide ? 8 : 4);
@@ -393,25 +400,30 @@ struct Operators {
     call.rows = row_inputs(like, logits, labels, temperature, params, ignore_index, {row_index, first_token, n});
     call.table = like.values(table, "table", n * kNumColumns);
     call.params = LossParams<double>::read(numbers(params));
-    char* values = static_cast<char*>(like.target(per_token, "per_token", 4 * n, like.real));
+    char* values = static_cast<char*>(like.target(per_token, "per_token", (over_support ? 5 : 4) * n, like.real));
     call.loss = values;
     call.token_loss = values + bytes;
     call.logprob = values + 2 * bytes;
     call.entropy = values + 3 * bytes;
     call.flags = static_cast<int32_t*>(like.target(flags, "flags", n, ScalarType::Int));
+    if (over_support) {
+      char* kept = static_cast<char*>(like.target(*over_support, "over_support", 7 * n, like.real));
+      set_over_support(call, kept, values + 4 * bytes, bytes);
+    }
     if (grad_logits) call.grad_logits = gradient_rows(call.rows.logits, *grad_logits);
     run_with_workspace(backend, like, call);
   }
 
-  // Table, rows and summary in one call. loss is [num_tokens] where per_row, else the scalar; grad_logits is [0, 0, 0] unless
-  // need_grad, or where it is written over the logits.
+  // Table, rows and summary in one call, and with a support what is around the rows. loss is [num_tokens] where per_row, else the
+  // scalar; grad_logits is [0, 0, 0] unless need_grad, or where it is written over the logits.
   template <bool kInPlace>
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
       const Tensor& logits, const MaybeTensor& temperature, const Tensor& labels, const Tensor& advantages,
       const MaybeTensor& mask, const MaybeTensor& old_logprob, const MaybeTensor& old_entropy, const MaybeTensor& ref_logprob,
       const MaybeTensor& policy_weight, const MaybeTensor& nll_mask, const MaybeTensor& cu_seqlens,
       const MaybeTensor& normalizer, const MaybeTensor& entropy_normalizer, const MaybeTensor& nll_normalizer,
-      const MaybeTensor& grad_scale, const Tensor& params, int64_t ignore_index, bool per_row, bool need_grad) {
+      const MaybeTensor& grad_scale, const Tensor& params, int64_t ignore_index, const MaybeTensor& token_ids,
+      const MaybeTensor& offsets, bool per_row, bool need_grad) {
     Backend backend(logits);
     const Like like(logits);
     const int64_t n = logits.size(0) * logits.size(1), bytes = n * (like.wide ? 8 : 4);
@@ -420,7 +432,10 @@ struct Operators {
         table_call(like, labels, advantages, mask, old_logprob, old_entropy, ref_logprob, policy_weight, nll_mask, cu_seqlens,
                    normalizer, entropy_normalizer, nll_normalizer, grad_scale, params, ignore_index, logits.size(2));
     Tensor loss = per_row ? like.output({n}) : like.output({});
-    Tensor per_token = like.output({3, n}), flags = like.output({n}, ScalarType::Int);
+    const bool cuts = token_ids && offsets;
+    STD_TORCH_CHECK(cuts || (!token_ids && !offsets), "token_ids and offsets go together");
+    const int64_t num_ids = cuts ? token_ids->numel() : 0;
+    Tensor per_token = like.output({cuts ? 4 : 3, n}), flags = like.output({n}, ScalarType::Int);
     Tensor metrics = like.output({Metric::kCount}, ScalarType::Double), tokens = like.output({}, ScalarType::Long);
     const bool own_grad = need_grad && !kInPlace;
     Tensor grad_logits = own_grad ? backend.gradient_like(logits) : like.output({0, 0, 0}, logits.scalar_type());
@@ -430,6 +445,9 @@ struct Operators {
     const int64_t at_counter = scratch.reserve(4), at_sums = scratch.reserve(table.num_groups * 2 * sizeof(double));
     const int64_t at_shares = scratch.reserve(bytes), at_partials = scratch.reserve(backend.summary_bytes(n));
     const int64_t at_workspace = scratch.reserve(backend.workspace_bytes(rows_of(logits))), at_total = scratch.reserve(8);
+    // The kept logits, seven values a token, the state of the support and the dense labels.
+    const int64_t at_values = scratch.reserve(num_ids * (like.wide ? 8 : 4)), at_kept = scratch.reserve(cuts ? 7 * bytes : 0);
+    const int64_t at_state = scratch.reserve(cuts ? 3 * bytes : 0), at_dense = scratch.reserve(cuts ? n * 8 : 0);
     scratch.allocate(like);
 
     table.table = scratch.at(at_table);
@@ -441,6 +459,17 @@ struct Operators {
     PolicyLoss rows{};
     rows.rows = row_inputs(like, logits, std::nullopt, temperature, params, ignore_index, {std::nullopt});
     rows.rows.labels = table.final_labels;
+    SupportForward kept{};
+    if (cuts) {
+      kept.rows = rows.rows;
+      kept.support = support_of(like, *token_ids, *offsets, n);
+      kept.vocab_size = logits.size(2);
+      kept.values = scratch.at(at_values);
+      kept.logprob = scratch.at(at_kept);
+      kept.state = scratch.at(at_state);
+      kept.dense_labels = scratch.at<int64_t>(at_dense);
+      STD_TORCH_CHECK(backend.run(kept), kInvalidValue);
+    }
     rows.table = table.table;
     rows.params = LossParams<double>::read(numbers(params));
     char* values = static_cast<char*>(per_token.mutable_data_ptr());
@@ -452,12 +481,29 @@ struct Operators {
     if (own_grad) rows.grad_logits = rows_of(grad_logits);
     if (kInPlace) rows.grad_logits = rows.rows.logits;
     rows.workspace = scratch.at(at_workspace);
+    if (cuts) set_over_support(rows, scratch.at<char>(at_kept), values + 3 * bytes, bytes);
     backend.run(rows);
+    if (cuts && need_grad) {
+      SupportBackward gradient{};
+      gradient.rows = rows.rows;
+      gradient.support = kept.support;
+      gradient.values = kept.values;
+      gradient.saved = rows.saved;
+      gradient.logprob_full = rows.logprob_full;
+      gradient.state = kept.state;
+      gradient.dense_labels = kept.dense_labels;
+      gradient.grad_logprob = rows.d_logprob;
+      gradient.grad_logprob_full = rows.d_logprob_full;
+      gradient.grad_entropy = rows.d_entropy;
+      gradient.grad_logits = rows.grad_logits;
+      backend.run(gradient);
+    }
 
     TokenSummary summary{};
     summary.loss = rows.loss;
     summary.logprob = rows.logprob;
     summary.entropy = rows.entropy;
+    summary.logprob_full = rows.logprob_full;
     summary.flags = rows.flags;
     summary.table = table.table;
     summary.labels = table.final_labels;
@@ -547,6 +593,17 @@ struct Operators {
     Tensor workspace = like.bytes(bytes);
     call.workspace = workspace.mutable_data_ptr();
     backend.run(call);
+  }
+
+  // `kept`: [7, num_tokens] log-prob over the support, saved, and the derivatives by log-prob, log-prob over the full vocabulary
+  // and entropy.
+  static void set_over_support(PolicyLoss& call, char* kept, void* logprob_full, int64_t bytes) {
+    call.support_logprob = kept;
+    call.saved = kept + bytes;
+    call.d_logprob = kept + 4 * bytes;
+    call.d_logprob_full = kept + 5 * bytes;
+    call.d_entropy = kept + 6 * bytes;
+    call.logprob_full = logprob_full;
   }
 
   static Support support_of(const Like& like, const Tensor& token_ids, const Tensor& offsets, int64_t num_tokens) {

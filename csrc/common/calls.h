@@ -89,14 +89,16 @@ struct SupportForward {
   int64_t vocab_size;
   bool gathered;  // the values are there already
   void* values;   // [num_ids]: the kept logits
-  void *logprob_full, *entropy, *logsumexp, *saved;  // of the full vocabulary, as StatsForward leaves them; NaN where a rule is broken
+  // Of the full vocabulary, as StatsForward leaves them; NaN where a rule is broken. Null where they are not there yet: then the
+  // log-prob of a token that was not cut is inf, which says that it is that of the full vocabulary.
+  void *logprob_full, *entropy, *logsumexp, *saved;
   void* logprob;  // over the support
   void* state;    // [3, num_tokens] of cut rows: the largest kept logit, R and S (common/support.h)
   int64_t* dense_labels;  // the labels, kCutLabel for a cut row
   int32_t* broken;        // on the CPU: set to 1 where a rule is broken
 };
 
-// After StatsBackward with the dense labels.
+// After StatsBackward with the dense labels, or PolicyLoss.
 struct SupportBackward {
   RowInputs rows;  // the logits are gone
   Support support;
@@ -112,6 +114,10 @@ struct PolicyLoss {
   LossParams<double> params;
   void *loss, *token_loss, *logprob, *entropy;  // loss: the token's share of the scalar one
   int32_t* flags;
+  // Over a sampling support: log-probs as SupportForward leaves them before the full vocabulary is read, and what SupportBackward
+  // takes. The gradient of a token that was cut is then that of the terms over the full vocabulary. Null without a support.
+  const void* support_logprob;
+  void *logprob_full, *saved, *d_logprob, *d_logprob_full, *d_entropy;
   Rows grad_logits;  // data is null where no gradient is wanted; may be the logits themselves
   void* workspace;
 };
@@ -175,6 +181,7 @@ struct TokenLosses {
 struct TokenSummary {
   int64_t num_tokens, ignore_index;
   const void *loss, *logprob, *entropy, *table;
+  const void* logprob_full;  // null where the log-probs are over no support
   const int32_t* flags;
   const int64_t* labels;
   LossParams<double> params;

@@ -91,6 +91,8 @@ struct Present {
     kOldEntropy = 2,
     kRefLogprob = 4,
     kPolicyWeight = 8,
+    kKLOverFull = 16,
+    kNllOverFull = 32,
   };
 };
 
@@ -124,8 +126,9 @@ struct Metric {
     kEntropyRatioMax = 14,
     kRatioMax = 15,
     kNanInputs = 16,
+    kKeptMass = 17,
   };
-  static constexpr int kCount = 17;
+  static constexpr int kCount = 18;
 };
 
 }  // namespace erc

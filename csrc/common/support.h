@@ -60,8 +60,8 @@ struct SupportEntries {
   }
 };
 
-// Statistics of one row, after those of the full vocabulary. load(column) reads a logit. False where the row breaks a rule: a label
-// that the support lacks, ids that do not rise strictly or lie outside the vocabulary; then all of it is NaN.
+// Statistics of one row, before or after those of the full vocabulary. load(column) reads a logit. False where the row breaks a
+// rule: a label that the support lacks, ids that do not rise strictly or lie outside the vocabulary; then all of it is NaN.
 template <class Real, class Lanes, class Load>
 ERC_HOST_DEVICE bool support_statistics(const SupportForward& call, int64_t row, const Lanes& lanes, const Load& load) {
   const RowInputs& in = call.rows;
@@ -70,7 +70,7 @@ ERC_HOST_DEVICE bool support_statistics(const SupportForward& call, int64_t row,
   const auto put = [](void* values, int64_t i, double x) { static_cast<Real*>(values)[i] = Real(x); };
   const auto get = [](const void* values, int64_t i) { return double(static_cast<const Real*>(values)[i]); };
   const int64_t label = in.labels[token];
-  const bool writes = lanes.index() == 0;
+  const bool writes = lanes.index() == 0, has_full = call.logsumexp != nullptr;
   if (writes) call.dense_labels[token] = label;
   if (label == in.ignore_index) {
     if (writes) put(call.logprob, token, 0);
@@ -105,16 +105,17 @@ ERC_HOST_DEVICE bool support_statistics(const SupportForward& call, int64_t row,
   if (broken != 0 || (kept != 0 && found == 0)) {
     if (!writes) return false;
     put(call.logprob, token, NAN);
+    if (!has_full) return false;
     put(call.logprob_full, token, NAN);
     put(call.entropy, token, NAN);
     put(call.logsumexp, token, NAN);
     for (int k = 0; k < 3; ++k) put(call.saved, k * n + token, NAN);
     return false;
   }
-  const double logsumexp = get(call.logsumexp, token);
+  const double logsumexp = has_full ? get(call.logsumexp, token) : 0;
   // Not cut; or without a distribution over the full vocabulary, and so over no part of it.
   if (kept == 0 || kept == double(call.vocab_size) || logsumexp != logsumexp) {
-    if (writes) put(call.logprob, token, get(call.logprob_full, token));
+    if (writes) put(call.logprob, token, has_full ? get(call.logprob_full, token) : double(INFINITY));
     return true;
   }
   const LogitScale<Real> scaled(in.scaling, in.temperature, token);

@@ -212,10 +212,16 @@ ERC_HOST_DEVICE Term<Real> kl_term(KLKind kind, Real clamp_at, Real logprob, Rea
   return term;
 }
 
+// The objective's KL estimate of a log-prob, without its coefficient and what weighs it.
+template <class Real>
+ERC_HOST_DEVICE Term<Real> kl_estimate(const LossParams<Real>& params, Real logprob, Real ref_logprob) {
+  return kl_term(KLKind(params.kl & (kImportanceWeightedKL - 1)), params.kl_clamp, logprob, ref_logprob);
+}
+
 // The objective's KL penalty, without its coefficient.
 template <class Real>
 ERC_HOST_DEVICE Term<Real> kl_penalty(const LossParams<Real>& params, Real logprob, Real old_logprob, Real ref_logprob) {
-  Term<Real> penalty = kl_term(KLKind(params.kl & (kImportanceWeightedKL - 1)), params.kl_clamp, logprob, ref_logprob);
+  Term<Real> penalty = kl_estimate(params, logprob, ref_logprob);
   if (params.kl & kImportanceWeightedKL) {
     const Ratio<Real> ratio(logprob, old_logprob);
     penalty.d_logprob = penalty.d_logprob * ratio.value + penalty.value * ratio.derivative;
@@ -271,6 +277,47 @@ ERC_HOST_DEVICE Real weighted_loss(const TokenInputs<Real>& in, Real token_value
   return in.weight * token_value + (in.entropy_weight == 0 ? Real(0) : in.entropy_weight * entropy) +
          scaled_logprob(in.logprob_weight, logprob);
 }
+
+// The KL and NLL terms of a token that a sampler cut, where they are over the full vocabulary: their derivatives are by another
+// log-prob than that of the ratio.
+template <class Real>
+struct FullTerms {
+  Real kl_coef = 0, logprob_weight = 0;
+  Real d_logprob = 0;  // of the weighted loss by the log-prob over the full vocabulary
+
+  // Takes the terms out of what `token_loss` composes.
+  ERC_HOST_DEVICE static FullTerms taken_from(LossParams<Real>& params, TokenInputs<Real>& in) {
+    FullTerms terms;
+    if (params.present & Present::kKLOverFull) {
+      terms.kl_coef = params.kl_coef;
+      params.kl_coef = 0;
+    }
+    if (params.present & Present::kNllOverFull) {
+      terms.logprob_weight = in.logprob_weight;
+      in.logprob_weight = 0;
+    }
+    return terms;
+  }
+
+  // Adds them to what it has composed; returns what is left to be added to the token's share of the loss.
+  ERC_HOST_DEVICE Real add_to(TokenLoss<Real>& loss, const LossParams<Real>& params, const TokenInputs<Real>& in, Real logprob,
+                              Real logprob_full) {
+    if (kl_coef != 0) {
+      const Term<Real> estimate = kl_estimate(params, logprob_full, in.ref_logprob);
+      Real factor = 1, d_factor = 0;
+      if (params.kl & kImportanceWeightedKL) {
+        const Ratio<Real> ratio(logprob, in.old_logprob);
+        factor = ratio.value;
+        d_factor = ratio.derivative;
+      }
+      loss.value += kl_coef * estimate.value * factor;
+      loss.d_logprob += in.weight * kl_coef * estimate.value * d_factor;
+      d_logprob = in.weight * kl_coef * estimate.d_logprob * factor;
+    }
+    d_logprob += logprob_weight;
+    return scaled_logprob(logprob_weight, logprob_full);
+  }
+};
 
 // Loss, derivatives and flags of a token of `call`, in float64 and rounded once. An inactive one gives exactly 0.
 template <class Real>

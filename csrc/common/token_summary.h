@@ -47,7 +47,13 @@ struct SummaryState {
     const double difference = clamp(log_difference(logprob, old_logprob), -kMaxLogRatio, kMaxLogRatio);
     values[Metric::kApproxKL] += std::expm1(difference) - difference;
     include(Metric::kRatioMax, difference);
-    values[Metric::kKL] += kl_penalty(p, logprob, old_logprob, double(row.ref_logprob)).value;
+    if (call.logprob_full == nullptr || !(p.present & Present::kKLOverFull)) {
+      values[Metric::kKL] += kl_penalty(p, logprob, old_logprob, double(row.ref_logprob)).value;
+    } else {
+      const double weight = p.kl & kImportanceWeightedKL ? Ratio<double>(logprob, old_logprob).value : 1;
+      values[Metric::kKL] += weight * kl_estimate(p, at(call.logprob_full), double(row.ref_logprob)).value;
+    }
+    if (call.logprob_full != nullptr) values[Metric::kKeptMass] += std::exp(at(call.logprob_full) - logprob);
     values[Metric::kNanInputs] += row.weight != row.weight || old_entropy != old_entropy;
   }
 
@@ -73,6 +79,7 @@ struct SummaryState {
     call.metrics[Metric::kEntropyRatioMin] = compares && tokens != 0 ? values[Metric::kEntropyRatioMin] : nan;
     call.metrics[Metric::kEntropyRatioMax] = compares && tokens != 0 ? values[Metric::kEntropyRatioMax] : nan;
     call.metrics[Metric::kRatioMax] = tokens != 0 ? std::exp(values[Metric::kRatioMax]) : nan;
+    call.metrics[Metric::kKeptMass] = call.logprob_full != nullptr ? values[Metric::kKeptMass] / count : 1;
     call.metrics[Metric::kNanInputs] = values[Metric::kNanInputs];
     call.metrics[Metric::kLoss] = values[Metric::kLoss];
     *static_cast<Real*>(call.total) = Real(values[Metric::kLoss]);

@@ -31,6 +31,10 @@ struct FinishedToken {
   GradientPlan<Real> plan;
   Real loss, token_loss, logprob, entropy;
   int32_t flags;
+  Real logprob_full;
+  // Of a row that was read, for the gradient over its support.
+  Real d_logprob = 0, d_logprob_full = 0, d_entropy = 0;
+  RowState<Real> state{};
 
   ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token) const {
     put(call.loss, token, loss);
@@ -38,6 +42,14 @@ struct FinishedToken {
     put(call.logprob, token, logprob);
     put(call.entropy, token, entropy);
     call.flags[token] = flags;
+    if (call.support_logprob == nullptr) return;
+    put(call.logprob_full, token, logprob_full);
+    put(call.d_logprob, token, d_logprob);
+    put(call.d_logprob_full, token, d_logprob_full);
+    put(call.d_entropy, token, d_entropy);
+    put(call.saved, token, state.row_max);
+    put(call.saved, call.rows.num_tokens + token, state.sum_rest);
+    put(call.saved, 2 * call.rows.num_tokens + token, state.weighted_sum);
   }
 };
 
@@ -53,24 +65,45 @@ ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, c
 // What one thread does between the two sweeps.
 template <class Real>
 ERC_DEVICE FinishedToken<Real> finish_token(const PolicyLoss& call, const RowScale<Real>& scale, const RowResult<Real>& result,
-                                            const TokenInputs<Real>& known, Real label_value) {
-  Real logprob = Real(NAN), entropy = Real(NAN);
-  if (result.state.is_valid()) {
-    logprob = result.state.logprob(label_value, scale.scale);
-    entropy = result.state.entropy();
+                                            const TokenInputs<Real>& known, Real label_value, int64_t token) {
+  RowState<Real> state = result.state;
+  const Real over_support = optional<Real>(call.support_logprob, token, Real(INFINITY));
+  // A support without a distribution over it: then the row has none.
+  if (over_support != over_support) state.row_max = Real(NAN);
+  const bool cut = over_support < Real(INFINITY);
+  Real logprob = Real(NAN), entropy = Real(NAN), logprob_full = Real(NAN);
+  if (state.is_valid()) {
+    logprob_full = state.logprob(label_value, scale.scale);
+    logprob = cut ? over_support : logprob_full;
+    entropy = state.entropy();
   }
-  const auto in = TokenInputs<Real>::read(&known, 0, call.params.present, logprob);
-  const TokenLoss<Real> loss = token_loss(LossParams<Real>::from(call.params), in, logprob, entropy);
-  const StatGrads<Real> grads{loss.d_logprob, loss.d_entropy, Real(0)};
-  return {GradientPlan<Real>(result.state, scale, grads, label_value, result.guarded),
-          weighted_loss(in, loss.value, logprob, entropy), loss.value, logprob, entropy, loss.flags};
+  auto in = TokenInputs<Real>::read(&known, 0, call.params.present, logprob);
+  auto params = LossParams<Real>::from(call.params);
+  FullTerms<Real> full;
+  if (cut) full = FullTerms<Real>::taken_from(params, in);
+  TokenLoss<Real> loss = token_loss(params, in, logprob, entropy);
+  const Real more = cut ? full.add_to(loss, params, in, logprob, logprob_full) : Real(0);
+  Real share = weighted_loss(in, loss.value, logprob, entropy);
+  if (cut) share += more;
+  const StatGrads<Real> grads{cut ? full.d_logprob : loss.d_logprob, loss.d_entropy, Real(0)};
+  return {GradientPlan<Real>(state, scale, grads, label_value, result.guarded),
+          share,
+          loss.value,
+          logprob,
+          entropy,
+          loss.flags,
+          logprob_full,
+          loss.d_logprob,
+          full.d_logprob,
+          loss.d_entropy,
+          state};
 }
 
 // A row that is not read, because it is ignored or has no label in range: its gradient and outputs are constant.
 template <class Real>
 ERC_DEVICE FinishedToken<Real> finish_unread(const Label& label) {
   const Real value = label.kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  return {GradientPlan<Real>(value), value, value, value, value, 0};
+  return {GradientPlan<Real>(value), value, value, value, value, 0, value};
 }
 
 // ---- cluster -------------------------------------------------------------------------------------------------------
@@ -205,7 +238,7 @@ __global__ void __launch_bounds__(kLanes, kBlocks<V, 5>)
     }
     const RowResult<Real> result = merge_segments(shared.gathered, partition.segments, scale.scale);
     const Real label_value = shared.gathered[partition.segments].row_max;
-    if (thread == 0) shared.finished = finish_token(call, scale, result, shared.known, label_value);
+    if (thread == 0) shared.finished = finish_token(call, scale, result, shared.known, label_value, token);
   }
   const GradientPlan<Real>& plan = meet(shared.finished, call, token, rank == 0);
   gradient_segment(plan, scale, segment, label.column - first, out);
@@ -246,7 +279,8 @@ __global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
       segment_states<V, kBlockGroups<V>>(scale, partition.segments, segments, shared.group, shared.states);
       if (threadIdx.x < kWarp) {
         const RowResult<Real> result = merge_segments(shared.states, partition.segments, scale.scale);
-        if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
+        const KnownToken<Real>& known = shared.known;
+        if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, known.inputs, known.label_value, token);
       }
     } else if (threadIdx.x == 0) {
       shared.finished = finish_unread<Real>(label);
@@ -285,7 +319,8 @@ __global__ void __launch_bounds__(kLanes, 2)
       if (threadIdx.x == 0) shared.known = {token_row<Real>(call, token), workspace.label_values[row]};
       const auto* states = workspace.states + int64_t(row) * partition.segments;
       const RowResult<Real> result = merge_segments(states, partition.segments, scale.scale);
-      if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, shared.known.inputs, shared.known.label_value);
+      const KnownToken<Real>& known = shared.known;
+      if (threadIdx.x == 0) shared.finished = finish_token(call, scale, result, known.inputs, known.label_value, token);
     }
   } else if (threadIdx.x == 0) {
     shared.finished = finish_unread<Real>(label);

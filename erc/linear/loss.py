@@ -17,6 +17,7 @@ from torch import Tensor
 from erc.backend import operators, select
 from erc.call import LossCall, TokenArguments, choose_route, loss_call
 from erc.inputs import resolve_objective
+from erc.kept import KeptRows
 from erc.linear.head import (
     ActiveRows,
     Buffers,
@@ -97,7 +98,7 @@ def linear_policy_loss(
             always, on a GPU, where counting them would synchronise, only with this number. Too large a one costs flops;
             too small a one raises, on a GPU by an assertion on the device.
         validate: with `vocab_shard`, check that the ranks agree, at the price of one more collective.
-        support: as `policy_loss`; runs two-phase.
+        support: as `policy_loss`.
         The others: as `policy_loss`.
 
     Returns:
@@ -140,7 +141,10 @@ def linear_policy_loss(
             support=support is not None,
         )  # fmt: skip
         fused = route.name == "fused"
-        call = loss_call(objective, arguments, labels, ignore_index, like, scaling, like.shape[-1], fused=fused)
+        call = loss_call(
+            objective, arguments, labels, ignore_index, like, scaling, like.shape[-1],
+            fused=fused, over_support=support is not None,
+        )  # fmt: skip
         table = call.token_table(operators(name))
         active = active_rows(table[1], call.count, ignore_index, num_active)
         call.add_facts(facts)
@@ -164,9 +168,19 @@ def linear_policy_loss(
         assert logprob is not None
         return two_phase_result(TokenCall(call, operators(name), table, logprob, entropy, logprob_full))
     refuse_forward_mode(hidden, weight, bias)
-    rows = _Rows(operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad)
+    kept = None
+    if support is not None:
+        tokens = call.tokens
+        kept = KeptRows.of(
+            operators(name), table[1], scaling, tokens.params, tokens.ignore_index, support, None, like
+        )  # fmt: skip
+    rows = _Rows(
+        operators(name), call, table, active, budget, product_dtype(weight), like.dtype, needs, main_grad, kept
+    )
     loss, per_token, metrics, count = _FusedLinearLoss.apply(hidden, weight, bias, rows)
-    return add_exact_kl(call, loss_result(call, loss, per_token, metrics, count), operators(name))
+    logprob_full = None if kept is None else per_token[3]
+    out = loss_result(call, loss, per_token[:3], metrics, count, logprob_full)
+    return add_exact_kl(call, out, operators(name))
 
 
 class _Rows(NamedTuple):
@@ -179,6 +193,7 @@ class _Rows(NamedTuple):
     logits_dtype: torch.dtype
     needs: tuple[bool, bool, bool]
     main_grad: Tensor | None
+    kept: KeptRows | None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -189,10 +204,12 @@ class _FusedLinearLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         backend_operators, call, (table, labels, counter) = rows.operators, rows.call, rows.table
-        tokens, temperature = call.tokens, call.scaling.temperature
+        tokens, temperature, kept = call.tokens, call.scaling.temperature, rows.kept
         with no_autocast(hidden.device):
             head = cast_head(hidden, weight, bias, rows.dtype)
-            per_token = torch.zeros(4, call.count, dtype=stats_dtype(rows.logits_dtype), device=hidden.device)
+            dtype = stats_dtype(rows.logits_dtype)
+            per_token = torch.zeros(4 if kept is None else 5, call.count, dtype=dtype, device=hidden.device)
+            over_support = None if kept is None else per_token.new_empty(7, call.count)
             flags = torch.zeros(call.count, dtype=torch.int32, device=hidden.device)
             shape, learns = shape_of(head, rows.active, rows.logits_dtype), any(rows.needs)
             if learns:
@@ -205,15 +222,29 @@ class _FusedLinearLoss(torch.autograd.Function):
             for chunk in rows.active.chunks(plan.rows):
                 chunk_hidden = rows.active.of(head, chunk)
                 for logits, some, grad_logits in buffers.windows(head, chunk_hidden, chunk):
+                    place = (some.row_index, some.first_token)
+                    if kept is not None:
+                        kept.logprobs_(logits, *place, over_support[0])
                     backend_operators.loss_rows_(
-                        logits, labels, temperature, tokens.params, tokens.ignore_index, some.row_index,
-                        some.first_token, table, per_token, flags, grad_logits if learns else None,
+                        logits, labels, temperature, tokens.params, tokens.ignore_index, *place, table, per_token,
+                        flags, over_support, grad_logits if learns else None,
                     )  # fmt: skip
+                    if kept is not None and learns:
+                        saved, (d_logprob, d_full, d_entropy) = over_support[1:4], over_support[4:]
+                        grads = (d_logprob, d_entropy if call.objective.entropy_coef else None, None, d_full)
+                        kept.gradient_(*place, per_token[4], saved, grads, grad_logits)
                 if learns:
                     gradients.add(head, chunk.index, chunk_hidden, buffers.gradient[: len(chunk_hidden)])
             gradients.finish()
         loss, metrics, count = backend_operators.token_summary(
-            per_token, flags, table, labels, counter, tokens.params, tokens.ignore_index
+            per_token[:4],
+            None if kept is None else per_token[4],
+            flags,
+            table,
+            labels,
+            counter,
+            tokens.params,
+            tokens.ignore_index,
         )
         if call.objective.reduction == "none":
             loss = per_token[0].clone()

@@ -17,9 +17,6 @@ from erc.surrogate.entropy_ratio import entropy_ratio_of
 from erc.surrogate.kl import KLPenalty, k3
 from erc.surrogate.ratio_rules import log_difference
 
-METRICS = tuple(metric.name.lower() for metric in Metric if metric != Metric.LOSS)
-"""The public names of what `token_summary` returns after the loss."""
-
 _FLAGGED = {
     Metric.CLIP_FRACTION: TokenFlag.CLIP_LOW | TokenFlag.CLIP_HIGH,
     Metric.CLIP_FRACTION_LOW: TokenFlag.CLIP_LOW,
@@ -31,15 +28,18 @@ _FLAGGED = {
 }
 
 
-def metrics_by_name(metrics: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def metrics_by_name(metrics: Tensor, tokens: Tensor, over_support: bool = False) -> dict[str, Tensor]:
     """The metrics of a summary as 0-d tensors, float64 but for the int64 `tokens`; views, nothing is computed.
 
     Fractions and means are over the active tokens (`mask != 0`) of this rank, 0 where there are none; means and
     extremes are NaN where an input is missing, extremes also without active tokens. `approx_kl` is the k3 estimate of
     KL(old || new), `kl` the objective's own estimate to the reference, `nan_inputs` the number of tokens with a NaN
-    among their rollout statistics, which on a GPU nothing else reports.
+    among their rollout statistics, which on a GPU nothing else reports. `kept_mass`, of log-probs over a sampling
+    support, is the mean probability of the kept tokens under the full distribution, 1 without rows.
     """
-    named = dict(zip(METRICS, metrics.unbind()[1:], strict=True))
+    named = {metric.name.lower(): value for metric, value in zip(Metric, metrics.unbind(), strict=True)}
+    for metric in (Metric.LOSS, *(() if over_support else (Metric.KEPT_MASS,))):
+        del named[metric.name.lower()]
     named["tokens"] = tokens
     return named
 
@@ -47,6 +47,7 @@ def metrics_by_name(metrics: Tensor, tokens: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def token_summary(
     per_token: Tensor,
+    logprob_full: Tensor | None,
     flags: Tensor,
     table: Tensor,
     labels: Tensor,
@@ -58,6 +59,7 @@ def token_summary(
     numbers = params.tolist()
     active = labels != ignore_index
     loss, _, logprob, entropy = per_token.double().unbind()
+    full = logprob if logprob_full is None else logprob_full.double()
     table = table.double()
     tokens = active.sum()
     present = int(numbers[Param.PRESENT])
@@ -79,6 +81,9 @@ def token_summary(
         Metric.KL,
     ):
         metrics[metric] = missing
+    metrics[Metric.KEPT_MASS] = torch.ones_like(missing)
+    if logprob_full is not None and len(active):
+        metrics[Metric.KEPT_MASS] = mean((full - logprob).exp())
     if present & Present.OLD_ENTROPY:
         ratio = entropy_ratio_of(entropy, old_entropy, numbers[Param.GATE_EPS])
         metrics[Metric.OLD_ENTROPY], metrics[Metric.ENTROPY_RATIO] = mean(old_entropy), mean(ratio)
@@ -89,7 +94,8 @@ def token_summary(
     metrics[Metric.RATIO_MAX] = _extreme(torch.where(active, difference, -inf), torch.max).exp() + nothing
     penalty = KLPenalty.of_kernel(int(numbers[Param.KL_ID]), numbers[Param.KL_CLAMP])
     if penalty is not None:
-        metrics[Metric.KL] = mean(penalty.estimate(logprob, old_logprob, table[:, Column.REF_LOGPROB]))
+        compared = full if present & Present.KL_OVER_FULL else logprob
+        metrics[Metric.KL] = mean(penalty.estimate(logprob, old_logprob, table[:, Column.REF_LOGPROB], compared))
     broken = table[:, Column.WEIGHT].isnan() | old_entropy.isnan()
     metrics[Metric.NAN_INPUTS] = (active & broken).sum().double()
     metrics[Metric.LOSS] = torch.where(active, loss, 0.0).sum()

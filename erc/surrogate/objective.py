@@ -134,10 +134,14 @@ class Objective:
         )
 
     @property
-    def reads_full_logprob(self) -> bool:
-        """Whether a term compares log-probs over the full vocabulary where those of the ratio are over a support."""
-        estimated = self.kl is not None and self.kl.kind != "full" and self.kl.over == "full"
-        return estimated or (self.nll_coef != 0 and self.nll_over == "full")
+    def kl_over_full(self) -> bool:
+        """Whether the KL estimate takes log-probs over the full vocabulary where the ratio's are over a support."""
+        return self.kl is not None and self.kl.kind != "full" and self.kl.over == "full"
+
+    @property
+    def nll_over_full(self) -> bool:
+        """Whether the NLL term does."""
+        return self.nll_coef != 0 and self.nll_over == "full"
 
     @property
     def own_normalizers(self) -> tuple[str, ...]:

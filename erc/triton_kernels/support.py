@@ -97,18 +97,23 @@ def support_forward_kernel(
                 top = tl.maximum(top, tl.where(real & (z == z), z, float("-inf")))
             num_kept = tl.sum(kept, 0)
             is_broken = (tl.sum(broken, 0) != 0) | ((num_kept != 0) & (tl.sum(found, 0) == 0))
-            logsumexp = tl.load(logsumexp_ptr + token)
+            logsumexp = tl.full((), 0.0, REAL)
+            uncut = tl.full((), float("inf"), REAL)  # as the loss of the rows takes it
+            if logsumexp_ptr is not None:
+                logsumexp = tl.load(logsumexp_ptr + token)
+                uncut = tl.load(logprob_full_ptr + token)
             if is_broken:
                 nan = tl.full((), float("nan"), REAL)
                 tl.store(logprob_ptr + token, nan)
-                tl.store(logprob_full_ptr + token, nan)
-                tl.store(entropy_ptr + token, nan)
-                tl.store(logsumexp_ptr + token, nan)
-                for k in tl.static_range(3):
-                    tl.store(saved_ptr + k * N + token, nan)
+                if logsumexp_ptr is not None:
+                    tl.store(logprob_full_ptr + token, nan)
+                    tl.store(entropy_ptr + token, nan)
+                    tl.store(logsumexp_ptr + token, nan)
+                    for k in tl.static_range(3):
+                        tl.store(saved_ptr + k * N + token, nan)
             elif (num_kept == 0) | (num_kept == vocab_size) | (logsumexp != logsumexp):
                 # Not cut; or without a distribution over the full vocabulary, and so over no part of it.
-                tl.store(logprob_ptr + token, tl.load(logprob_full_ptr + token))
+                tl.store(logprob_ptr + token, uncut)
             else:
                 tl.debug_barrier()  # another thread may have stored the value that this one loads
                 highest = tl.where(tl.sum(nans, 0) != 0, float("nan"), tl.max(top, 0))
@@ -201,7 +206,7 @@ def _numbers(params: Tensor) -> tuple[float, float, float]:
 def support_forward_(
     logits: Tensor, labels: Tensor, temperature: Tensor | None, params: Tensor, ignore_index: int,
     row_index: Tensor | None, first_token: int, start: int, vocab_size: int, token_ids: Tensor, offsets: Tensor,
-    gathered: bool, values: Tensor, *outputs: Tensor,
+    gathered: bool, values: Tensor, *outputs: Tensor | None,
 ) -> None:  # fmt: skip
     """Statistics over a support; see `erc.ops`."""
     rows = rows_of(logits)

@@ -239,9 +239,15 @@ def kl_term(KIND: tl.constexpr, clamp_at, logprob, ref_logprob):
 
 
 @triton.jit
+def kl_estimate(KL: tl.constexpr, clamp_at, logprob, ref_logprob):
+    """(value, derivative) of the objective's KL estimate of a log-prob, without its coefficient and what weighs it."""
+    return kl_term((IMPORTANCE_WEIGHTED - 1) & KL, clamp_at, logprob, ref_logprob)
+
+
+@triton.jit
 def kl_penalty(KL: tl.constexpr, clamp_at, logprob, old_logprob, ref_logprob):
     """(value, derivative) of the objective's KL penalty, without its coefficient."""
-    penalty, d_penalty = kl_term((IMPORTANCE_WEIGHTED - 1) & KL, clamp_at, logprob, ref_logprob)
+    penalty, d_penalty = kl_estimate(KL, clamp_at, logprob, ref_logprob)
     if KL >= IMPORTANCE_WEIGHTED:
         r, d_r = importance_ratio(logprob, old_logprob)
         d_penalty = d_penalty * r + penalty * d_r

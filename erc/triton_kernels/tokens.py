@@ -26,11 +26,14 @@ from .token_loss import (
     ERC_DROPPED,
     ERC_HIGH,
     ERC_LOW,
+    IMPORTANCE_WEIGHTED,
     KL_NONE,
     MAX_LOG_RATIO,
     LossParams,
     TokenInputs,
     clamp,
+    importance_ratio,
+    kl_estimate,
     kl_penalty,
     log_difference,
     ratio_term,
@@ -63,6 +66,7 @@ ENTROPY_RATIO_MIN = tl.constexpr(int(Metric.ENTROPY_RATIO_MIN))
 ENTROPY_RATIO_MAX = tl.constexpr(int(Metric.ENTROPY_RATIO_MAX))
 RATIO_MAX = tl.constexpr(int(Metric.RATIO_MAX))
 NAN_INPUTS = tl.constexpr(int(Metric.NAN_INPUTS))
+KEPT_MASS = tl.constexpr(int(Metric.KEPT_MASS))
 TOKENS = tl.constexpr(len(Metric))
 PARTIALS = tl.constexpr(len(Metric) + 1)
 
@@ -401,12 +405,13 @@ def _smaller(a, b):
 
 @kernel
 def summary_kernel(
-    loss_ptr, logprob_ptr, entropy_ptr, flags_ptr, table_ptr, labels_ptr, counter_ptr, partials_ptr,
+    loss_ptr, logprob_ptr, entropy_ptr, logprob_full_ptr, flags_ptr, table_ptr, labels_ptr, counter_ptr, partials_ptr,
     total_ptr, metrics_ptr, tokens_ptr, N: tl.int64, programs: tl.int32, ignore_index: tl.int64, gate_eps: tl.float64,
-    kl_clamp: tl.float64, KL: tl.constexpr, OFF_POLICY: tl.constexpr, COMPARES: tl.constexpr,
-    RUN: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    kl_clamp: tl.float64, KL: tl.constexpr, KL_OVER_FULL: tl.constexpr, OFF_POLICY: tl.constexpr,
+    COMPARES: tl.constexpr, RUN: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program RUN tokens; the last one to finish adds up the runs in their order."""
+    """One program RUN tokens; the last one to finish adds up the runs in their order. `logprob_full_ptr` None: no
+    support."""
     token = tl.program_id(0).to(tl.int64) * RUN + tl.arange(0, RUN)
     inside = token < N
     active = inside & (tl.load(labels_ptr + token, mask=inside, other=0) != ignore_index)
@@ -435,12 +440,21 @@ def summary_kernel(
     difference = clamp(log_difference(logprob, old_logprob), -MAX_LOG_RATIO, MAX_LOG_RATIO)
     _put(part, APPROX_KL, expm1(difference) - difference, active)
     if KL != KL_NONE:
-        penalty, _ = kl_penalty(
-            KL, kl_clamp, logprob, old_logprob, tl.load(known + 4, mask=active, other=0.0).to(tl.float64)
-        )
+        ref_logprob = tl.load(known + 4, mask=active, other=0.0).to(tl.float64)
+        if KL_OVER_FULL:
+            full = tl.load(logprob_full_ptr + token, mask=active, other=0.0).to(tl.float64)
+            penalty, _ = kl_estimate(KL, kl_clamp, full, ref_logprob)
+            if KL >= IMPORTANCE_WEIGHTED:
+                ratio_to_old, _slope = importance_ratio(logprob, old_logprob)
+                penalty = penalty * ratio_to_old
+        else:
+            penalty, _ = kl_penalty(KL, kl_clamp, logprob, old_logprob, ref_logprob)
         _put(part, KL_TO_REFERENCE, penalty, active)
     else:
         _put(part, KL_TO_REFERENCE, ratio * 0.0, active)
+    if logprob_full_ptr is not None:
+        kept = tl.load(logprob_full_ptr + token, mask=active, other=0.0).to(tl.float64) - logprob
+        _put(part, KEPT_MASS, tl.exp(kept), active)
     infinity = float("inf")
     tl.store(part + ENTROPY_RATIO_MIN, tl.reduce(tl.where(active, ratio, infinity), 0, _smaller))
     tl.store(part + ENTROPY_RATIO_MAX, tl.reduce(tl.where(active, ratio, -infinity), 0, _larger))
@@ -473,6 +487,10 @@ def summary_kernel(
         tl.store(metrics_ptr + ENTROPY_RATIO_MIN, low)
         tl.store(metrics_ptr + ENTROPY_RATIO_MAX, high)
         tl.store(metrics_ptr + RATIO_MAX, most)
+        mass = tl.full((), 1.0, tl.float64)
+        if logprob_full_ptr is not None:
+            mass = _sum_of(partials_ptr, KEPT_MASS, programs, BLOCK) / count
+        tl.store(metrics_ptr + KEPT_MASS, mass)
         tl.store(metrics_ptr + NAN_INPUTS, _sum_of(partials_ptr, NAN_INPUTS, programs, BLOCK))
         tl.store(tokens_ptr, tokens.to(tl.int64))
 
@@ -498,11 +516,13 @@ def _least_of(partials_ptr, position: tl.constexpr, programs, factor: tl.constex
 
 
 def summary(
-    statistics: tuple[Tensor, Tensor, Tensor], flags: Tensor, table: Tensor, labels: Tensor, counter: Tensor,
+    statistics: tuple[Tensor | None, ...], flags: Tensor, table: Tensor, labels: Tensor, counter: Tensor,
     params: Tensor, ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`token_summary` of `[N]` each: the tokens' shares of the loss, log-probs and entropies."""
+    """`token_summary` of `[N]` each: the tokens' shares of the loss, log-probs and entropies, and log-probs over the
+    full vocabulary where the others are over a support, else None."""
     count, numbers = len(labels), params.tolist()
+    statistics = statistics if count else (*statistics[:3], None)
     programs = max(1, triton.cdiv(count, RUN))
     partials = table.new_empty((programs, len(Metric) + 1), dtype=torch.float64)
     total, metrics = table.new_empty(()), table.new_empty(len(Metric), dtype=torch.float64)
@@ -511,14 +531,15 @@ def summary(
     launch_tokens(
         summary_kernel, programs, table, *statistics, flags, table, labels, counter, partials, total,
         metrics, tokens, count, programs, ignore_index, numbers[Param.GATE_EPS], numbers[Param.KL_CLAMP],
-        KL=int(numbers[Param.KL_ID]), OFF_POLICY=bool(present & Present.OLD_LOGPROB),
+        KL=int(numbers[Param.KL_ID]), KL_OVER_FULL=statistics[3] is not None and bool(present & Present.KL_OVER_FULL),
+        OFF_POLICY=bool(present & Present.OLD_LOGPROB),
         COMPARES=bool(present & Present.OLD_ENTROPY), RUN=RUN,
         REAL=tl.float64 if table.dtype == torch.float64 else tl.float32, BLOCK=BLOCK,
     )  # fmt: skip
     return total, metrics, tokens
 
 
-def token_summary(per_token: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+def token_summary(per_token: Tensor, logprob_full: Tensor | None, *others) -> tuple[Tensor, Tensor, Tensor]:
     """The scalar loss, the metrics and the number of active tokens; see `erc.ops`."""
     loss, _, logprob, entropy = per_token.unbind()
-    return summary((loss, logprob, entropy), *others)
+    return summary((loss, logprob, entropy, logprob_full), *others)

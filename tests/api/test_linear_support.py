@@ -71,6 +71,7 @@ def test_linear_forms_meet_the_oracle(budget):
     hidden, weight, given = problem()
     tested = outcome("linear", hidden, weight, given, memory_budget=budget)
     exact = outcome("reference", hidden.double(), weight.double(), given)
+    assert erc.explain(hidden, LOSS["objective"], weight=weight, support=True).path == "fused"
     assert all(close(*pair) for pair in zip(tested, exact, strict=True))
     for i in (4, 5, 9, 10):
         assert not any(close(wrong, exact[i]) for wrong in gradients_that_must_fail(tested[i]))

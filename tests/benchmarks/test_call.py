@@ -8,11 +8,11 @@ pytest.importorskip("matplotlib")
 
 import erc
 import erc.loss
-from benchmarks.call import LAUNCHES, call_rows, calls, count
+from benchmarks.call import call_rows, calls, count, kernels_of
 from benchmarks.host import STATIONS, host_rows
 from erc.backend import operators as backend_operators
 from erc.ops import SCHEMAS
-from tests.contract.test_opcheck import operator_arguments
+from tests.contract.test_opcheck import operator_arguments, with_support
 from tests.cuda_host import build
 
 ROWS, LENGTH, VOCAB = 4, 64, 4096
@@ -39,15 +39,19 @@ def test_token_level_losses_take_six_launches_and_sequence_rules_at_most_forty(c
             assert 6 < cost.kernels <= 40, name
 
 
-def test_a_support_adds_two_launches_to_the_statistics_and_two_kernels_to_any_loss(costs):
+def test_a_support_adds_two_launches(costs):
     plain, kept = costs["token_stats and backward"], costs["token_stats over a support and backward"]
     assert kept.kernels == kept.ours == plain.kernels + 2
-    two_phase = costs["policy_loss and backward: gspo"].ours + 2
-    for name in ("gspo", "erc-dapo"):
-        cost = costs[f"policy_loss over a support and backward: {name}"]
-        assert cost.ours == two_phase
-        assert cost.peak <= LOGITS + 10 * PER_TOKEN < 2 * LOGITS, "no mask of the vocabulary's size"
-        assert cost.bytes <= costs["policy_loss and backward: gspo"].bytes + 20 * PER_TOKEN
+    plain, kept = (
+        costs["policy_loss and backward: erc-dapo"],
+        costs["policy_loss over a support and backward: erc-dapo"],
+    )
+    assert kept.kernels == plain.kernels + 2 == 8 and kept.ours == plain.ours + 2
+    assert 2 * LOGITS <= kept.bytes <= 2 * LOGITS + 12 * PER_TOKEN, "one read, one write, and what is of a token"
+    assert kept.peak <= LOGITS + 4 * PER_TOKEN < 2 * LOGITS, "no mask of the vocabulary's size"
+    plain, kept = costs["policy_loss and backward: gspo"], costs["policy_loss over a support and backward: gspo"]
+    assert kept.kernels == plain.kernels + 2 and kept.ours == plain.ours + 2
+    assert kept.bytes <= plain.bytes + 20 * PER_TOKEN and kept.peak <= LOGITS + 10 * PER_TOKEN
 
 
 def test_logits_are_read_once_and_their_gradient_written_once(costs):
@@ -74,13 +78,17 @@ def test_objectives_of_one_cost_share_a_line():
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="needs g++")
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", (*SCHEMAS, "policy_loss over a support", "policy_loss_ over a support"))
 def test_launches_are_those_of_the_cuda_sources(name):
     host = build.load()
+    name, over, _ = name.partition(" over")
     arguments = operator_arguments(name, host.ops)
+    arguments = with_support(arguments) if over else arguments
     host.configure(clusters=False, multiprocessors=1)
-    getattr(host.ops, name)(*arguments)
-    assert len(host.launches()) == LAUNCHES.get(name, 1)
+    operator = getattr(host.ops, name)
+    operator(*arguments)
+    names = [argument.name for argument in operator.default._schema.arguments]
+    assert len(host.launches()) == kernels_of(name, dict(zip(names, arguments, strict=False)))
 
 
 def test_the_host_time_of_a_loss_is_that_of_its_stations():

@@ -78,7 +78,7 @@ def test_neither_the_order_of_threads_nor_old_shared_memory_shows(order, poison,
             table, active, counter = host.ops.token_table(*tokens)
             per_token = torch.rand(4, 1300, generator=torch.Generator().manual_seed(3))
             flags = torch.zeros(1300, dtype=torch.int32)
-            summary = host.ops.token_summary(per_token, flags, table, active, counter, params(), IGNORE)
+            summary = host.ops.token_summary(per_token, None, flags, table, active, counter, params(), IGNORE)
             results.append((*statistics, *pair, *loss_call(host.ops, logits, labels), table, *summary))
         for a, b in zip(*results, strict=True):
             assert same_bits(a, b)
@@ -100,7 +100,7 @@ def test_launches_have_the_shape_that_the_machine_code_report_assumes(host):
         loss_call(host.ops, logits, labels)
         seen[clusters, multiprocessors] = [shape[1:] for shape in host.launches()]
     stats, gradient = assumed["stats"], assumed["stats gradient"]
-    table, summary = (256, 1, 3 * 8 * 8), (256, 1, 8 * 18 * 8 + 16)
+    table, summary = (256, 1, 3 * 8 * 8), (256, 1, 8 * 19 * 8 + 16)
     assert seen[True, 1] == [stats, gradient, table, assumed["loss, cluster"], summary]
     assert seen[False, 1] == [stats, gradient, table, assumed["loss, block"], summary]
     segment, merge = assumed["stats of a segment"], (32, 1, 0)
@@ -153,7 +153,7 @@ def test_a_summary_of_the_same_tokens_again(host):
     labels, ones = random_labels(1500, V=70), torch.ones(1500)
     table, labels, counter = host.ops.token_table(labels, ones, *[None] * 11, params(), IGNORE, 70, False)
     per_token, flags = torch.rand(4, 1500), torch.zeros(1500, dtype=torch.int32)
-    arguments = (per_token, flags, table, labels, counter, params(), IGNORE)
+    arguments = (per_token, None, flags, table, labels, counter, params(), IGNORE)
     for a, b in zip(host.ops.token_summary(*arguments), host.ops.token_summary(*arguments), strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert counter == 0 and len(host.launches()) == 4

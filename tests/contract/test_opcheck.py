@@ -54,7 +54,7 @@ def operator_arguments(name: str, ops) -> tuple:
     saved = ops.stats_forward(*rows)[3]
     paired = ops.paired_forward(logits, logits * 0.9, None, params)[1]
     grads = [torch.randn(ROWS) for _ in range(3)]
-    loss = (call.scaling.temperature, *call.tokens, False, True)
+    loss = (call.scaling.temperature, *call.tokens, None, None, False, True)
     table, labels_left, counter = call.token_table(ops)
     kept, over = support_arguments(labels)
     full = ops.stats_forward(*rows)
@@ -73,13 +73,13 @@ def operator_arguments(name: str, ops) -> tuple:
         "token_table": (*call.tokens, VOCAB, False),
         "loss_rows_": (
             *(logits, labels_left, call.scaling.temperature, call.tokens.params, -100),
-            *(*some, table, per_token, flags, torch.zeros_like(logits)),
+            *(*some, table, per_token, flags, None, torch.zeros_like(logits)),
         ),
         "token_losses": (
             *(-torch.rand(ROWS), torch.rand(ROWS), table, labels_left, call.tokens.params, -100),
             *(torch.randn(ROWS), torch.randn(ROWS), torch.rand(ROWS) < 0.5, None, torch.rand(ROWS) < 0.5),
         ),
-        "token_summary": (per_token, flags, table, labels_left, counter, call.tokens.params, -100),
+        "token_summary": (per_token, -torch.rand(ROWS), flags, table, labels_left, counter, call.tokens.params, -100),
         "policy_loss": (logits, *loss),
         "policy_loss_": (logits, *loss),
         "scale_rows": (logits, torch.randn(ROWS)),
@@ -87,6 +87,22 @@ def operator_arguments(name: str, ops) -> tuple:
         "paired_forward": (logits, logits * 0.9, None, params),
         "paired_backward": (logits, logits * 0.9, None, params, paired, torch.randn(len(PAIRED_OUTPUTS), ROWS)),
     }[name]
+
+
+def with_support(arguments: tuple) -> tuple:
+    """Those of a fused loss, over a support."""
+    (token_ids, offsets), _ = support_arguments(arguments[2].reshape(-1))
+    return (*arguments[:-4], token_ids, offsets, *arguments[-2:])
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "policy_loss_"])
+def test_opcheck_over_a_support(name, operators):  # noqa: F811
+    arguments = with_support(operator_arguments(name, operators.ops))
+    if isinstance(operators.ops, OnDevice):
+        pytest.skip("copies to a device are no operator")
+    if name == "policy_loss":
+        arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    opcheck(getattr(operators.ops, name), arguments)
 
 
 @pytest.mark.parametrize("requires_grad", [True] if INTERPRETED else [False, True])

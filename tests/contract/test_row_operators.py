@@ -93,7 +93,7 @@ def test_rows_of_some_tokens(dtype, V, selection, every_form):  # noqa: F811
         saved = results[0][0][3:].contiguous() if results else stats[3:].contiguous()
         ops.stats_backward_(logits, *p.rows, *tokens, saved, *p.grads, gradient)
         per_token, flags = p.filled(4), p.filled(1, torch.int32)
-        ops.loss_rows_(logits, *p.rows, *tokens, p.table, per_token, flags[0], loss_gradient)
+        ops.loss_rows_(logits, *p.rows, *tokens, p.table, per_token, flags[0], None, loss_gradient)
         results.append((stats, state, per_token, flags, gradient, loss_gradient))
     (*whole, gradient, loss_gradient), (*some, some_gradient, some_loss_gradient) = results
     for a, b in zip(some, whole, strict=True):
@@ -123,7 +123,7 @@ def test_a_narrower_gradient_is_the_float32_gradient_rounded_once(V, narrow, eve
             gradient, loss_gradient = own_rows(p.logits, dtype=dtype), own_rows(p.logits, dtype=dtype)
             ops.stats_backward_(p.logits, *p.rows, None, 0, saved, *p.grads, gradient)
             per_token, flags = p.filled(4), p.filled(1, torch.int32)
-            ops.loss_rows_(p.logits, *p.rows, None, 0, p.table, per_token, flags[0], loss_gradient)
+            ops.loss_rows_(p.logits, *p.rows, None, 0, p.table, per_token, flags[0], None, loss_gradient)
             gradients.append((gradient, loss_gradient, per_token))
         (exact, exact_loss, values), (rounded, rounded_loss, same_values) = gradients
         assert same(rounded, stored(exact, narrow)) and same(rounded_loss, stored(exact_loss, narrow))
@@ -151,7 +151,7 @@ def test_a_loss_without_a_gradient(every_form):  # noqa: F811
     results = []
     for gradient in (None, torch.empty_like(p.logits)):
         per_token, flags = p.filled(4), p.filled(1, torch.int32)
-        every_form.ops.loss_rows_(p.logits, *p.rows, None, 0, p.table, per_token, flags[0], gradient)
+        every_form.ops.loss_rows_(p.logits, *p.rows, None, 0, p.table, per_token, flags[0], None, gradient)
         results.append((per_token, flags))
     assert all(same(a, b) for a, b in zip(*results, strict=True))
 

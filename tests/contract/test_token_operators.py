@@ -288,6 +288,7 @@ def batch(tokens: int, wide: bool = False, seed: int = 5):
     per_token = torch.cat([losses, logprob[None], entropy[None]]).to(real)
     return {
         "per_token": per_token,
+        "logprob_full": (logprob - 2 * torch.rand(tokens, generator=draw)).to(real),
         "flags": flags,
         "table": table.to(real),
         "labels": labels,
@@ -326,8 +327,12 @@ def test_the_summary_of_few_and_many_tokens(tokens, operators):  # noqa: F811
 @pytest.mark.parametrize("kl", few(PENALTIES))
 def test_the_summary_of_every_penalty_and_presence(kl, operators):  # noqa: F811
     for number in range(0, ALL + 1, 3 if INTERPRETED else 1):
-        numbers = {"present": number, "kl_id": kl, "kl_clamp": 0.02 if number % 2 else INF, "gate_eps": 1e-3}
-        metrics = compare_summaries(operators.ops, batch(1500, seed=number), **numbers)
+        full = Present.KL_OVER_FULL * (number % 3 == 0)
+        numbers = {"present": number | full, "kl_id": kl, "kl_clamp": 0.02 if number % 2 else INF, "gate_eps": 1e-3}
+        values = batch(1500, seed=number)
+        values |= {} if number % 3 < 2 else {"logprob_full": None}
+        metrics = compare_summaries(operators.ops, values, **numbers)
+        assert (metrics[Metric.KEPT_MASS] == 1) == (values["logprob_full"] is None)
         assert metrics[Metric.KL].isnan() == (kl == KLKind.NONE)
         assert metrics[Metric.ENTROPY_RATIO_MIN].isnan() == (number & Present.OLD_ENTROPY == 0)
 
@@ -379,13 +384,13 @@ def test_the_fused_operator_is_its_parts(per_row, operators):  # noqa: F811
     values = params((0.2, 0.28, INF, INF), reduction=Reduction.SEQ_MEAN_TOKEN_MEAN, entropy_coef=0.01,
                     kl_coef=0.1, kl_id=KLKind.K3, **numbers)  # fmt: skip
     tensors = (arguments[name] for name in NAMES)
-    fused = operators.ops.policy_loss(logits, None, *tensors, values, IGNORE, per_row, True)
+    fused = operators.ops.policy_loss(logits, None, *tensors, values, IGNORE, None, None, per_row, True)
     tensors = (arguments[name] for name in NAMES)
     table, labels, counter = operators.ops.token_table(*tensors, values, IGNORE, columns, False)
     per_token, flags = torch.empty(4, count), torch.empty(count, dtype=torch.int32)
     grad = torch.empty_like(logits)
-    operators.ops.loss_rows_(logits, labels, None, values, IGNORE, None, 0, table, per_token, flags, grad)
-    loss, metrics, tokens = operators.ops.token_summary(per_token, flags, table, labels, counter, values, IGNORE)
+    operators.ops.loss_rows_(logits, labels, None, values, IGNORE, None, 0, table, per_token, flags, None, grad)
+    loss, metrics, tokens = operators.ops.token_summary(per_token, None, flags, table, labels, counter, values, IGNORE)
     parts = (per_token[0] if per_row else loss, per_token[1:], flags, metrics, tokens, grad)
     for a, b in zip(fused, parts, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))

@@ -98,8 +98,9 @@ void exercise(DType dtype, int64_t vocab_size, int64_t offset_bytes, double soft
   loss.workspace = workspace.data();
   expect(policy_loss(loss, nullptr) == cudaSuccess, "policy_loss", vocab_size);
   std::vector<char> partials(summary_bytes(n));
-  const TokenSummary summary{n, -100, out[0].data(), out[2].data(), out[3].data(), table.data(), flags.data(), active.data(),
-                             loss.params, &total, metrics, &tokens, &counter, reinterpret_cast<double*>(partials.data())};
+  const TokenSummary summary{n, -100, out[0].data(), out[2].data(), out[3].data(), table.data(), nullptr, flags.data(),
+                             active.data(), loss.params, &total, metrics, &tokens, &counter,
+                             reinterpret_cast<double*>(partials.data())};
   expect(token_summary(summary, wide, nullptr) == cudaSuccess && tokens == 2, "token_summary", vocab_size);
   expect(scale_rows({grad_rows, grad_rows, out[0].data(), false}, nullptr) == cudaSuccess, "scale_rows", vocab_size);
   RowInputs pair = rows;

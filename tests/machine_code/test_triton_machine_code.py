@@ -126,8 +126,8 @@ def run_every_operator(
     saved = OPERATORS["stats_forward"](logits, *inputs)[3]
     OPERATORS["stats_backward"](logits, *inputs, saved, values, values, values)
     tokens = (labels, values, None, values, values, values, *[None] * 7, numbers, ignore_index)
-    OPERATORS["policy_loss"](logits, temperatures, *tokens, False, True)
-    OPERATORS["policy_loss_"](logits, temperatures, *tokens, False, True)
+    OPERATORS["policy_loss"](logits, temperatures, *tokens, None, None, False, True)
+    OPERATORS["policy_loss_"](logits, temperatures, *tokens, None, None, False, True)
     OPERATORS["partial_stats_"](logits, *inputs, None, 0, start, torch.empty(4, rows))
     OPERATORS["scale_rows"](logits, values)
     _, paired = OPERATORS["paired_forward"](logits, logits, temperatures, numbers)
