@@ -342,5 +342,19 @@ def machine_code(
         raise typer.Exit(1)
 
 
+@app.command("cpu-loops")
+def cpu_loops(
+    rounds: Annotated[int, typer.Option(help="calls of erc and of the plain read or copy, in turns")] = 40,
+    write: Annotated[bool, typer.Option(help="rewrite the table of docs/benchmarks.md")] = False,
+) -> None:
+    """What the CPU's main loops are made of, and how near that lets a loss come to a plain read or copy."""
+    from benchmarks.cpu_loops import cpu_loops_block  # needs a C++ compiler and objdump: nothing else here does
+
+    text = cpu_loops_block(rounds)
+    print(text)
+    if write:
+        rewrite(_ROOT / "docs" / "benchmarks.md", text)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

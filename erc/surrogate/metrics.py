@@ -27,6 +27,8 @@ _FLAGGED = {
     Metric.FILTERED_FRACTION: TokenFlag.FILTERED,
 }
 
+_NAMES = tuple(metric.name.lower() for metric in Metric)  # Dynamo of PyTorch 2.10 and 2.11 cannot iterate over an enum
+
 
 def metrics_by_name(metrics: Tensor, tokens: Tensor, over_support: bool = False) -> dict[str, Tensor]:
     """The metrics of a summary as 0-d tensors, float64 but for the int64 `tokens`; views, nothing is computed.
@@ -37,9 +39,10 @@ def metrics_by_name(metrics: Tensor, tokens: Tensor, over_support: bool = False)
     among their rollout statistics, which on a GPU nothing else reports. `kept_mass`, of log-probs over a sampling
     support, is the mean probability of the kept tokens under the full distribution, 1 without rows.
     """
-    named = {metric.name.lower(): value for metric, value in zip(Metric, metrics.unbind(), strict=True)}
-    for metric in (Metric.LOSS, *(() if over_support else (Metric.KEPT_MASS,))):
-        del named[metric.name.lower()]
+    named = dict(zip(_NAMES, metrics.unbind(), strict=True))
+    del named["loss"]
+    if not over_support:
+        del named["kept_mass"]
     named["tokens"] = tokens
     return named
 

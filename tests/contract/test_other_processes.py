@@ -15,6 +15,7 @@ from erc.backend import cpu_isa
 
 HERE = Path(__file__).parent
 EVERY_BACKEND = (
+    "test_cpu_sweeps.py",
     "test_derivatives.py",
     "test_edges.py",
     "test_entropy_ratio.py",

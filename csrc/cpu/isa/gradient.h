@@ -21,33 +21,71 @@ struct Factor {
     slope = Real((g.slope + g.constant * lacking) * chain);
     curve = Real(g.slope * lacking * chain);
   }
+  Factor operator*(double x) const {
+    Factor product = *this;
+    for (Real* part : {&product.constant, &product.slope, &product.curve}) *part = Real(*part * x);
+    return product;
+  }
 };
 
-// grad[j] = exp((v_j - row_max) * scale) * factor(v_j - row_max) * dx/dz, the labelled column too. grad may be the row itself:
-// every block is read before it is written. kNear: every whole block is near (RowSweep). kVaries: the factor does.
-template <bool kSoftcap, bool kNear, bool kVaries, bool kStream, class T, class G>
-inline void gradient_blocks(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp, stats_t<T> row_max,
-                            const Factor<stats_t<T>>& factor, const T* row, int64_t vocab_size, G* grad) {
+// A column's gradient but for a softcap's slope: exp((v - row_max) * scale) * factor(v - row_max). kVaries: the factor does.
+// kNear: without a clamp, because every whole block is near (RowSweep) or lifted exponentials take any logit.
+template <class Real, bool kNear, bool kVaries>
+struct Term {
+  ScaledExp<Real> exp;
+  Real row_max;
+  Factor<Real> factor;
+
+  Term(const ScaledExp<Real>& exp, Real row_max, const Factor<Real>& factor)
+      : exp(exp), row_max(row_max), factor(factor * (1 / lift_of<Real>())) {}
+
+  template <class V, class Whole>
+  ERC_INLINE V operator()(V v, Whole) const {
+    V d = v - row_max, e;
+    if constexpr (kNear && Whole::value) {
+      e = exp.near(d);
+    } else {
+      d = swept_clamp(exp, d);
+      e = swept_exp(exp, d);
+    }
+    if constexpr (kVaries) return e * ((factor.curve * d + factor.slope) * d + factor.constant);
+    return e * factor.constant;
+  }
+};
+
+#if ERC_HAS_SCALEF
+// The constant and the center become numbers of the row's polynomial, which takes any logit.
+template <>
+struct Term<float, true, false> {
+  ScaledExp<float>::Polynomial polynomial;
+  float rate, offset;
+
+  Term(const ScaledExp<float>& exp, float row_max, const Factor<float>& factor) : rate(exp.rate) {
+    constexpr double kLift = ScaledExp<float>::kLift;
+    const double exact = kLift - double(row_max) * exp.rate;
+    offset = float(exact);  // what it lacks becomes the constant's
+    polynomial = exp.kPolynomial * (std::exp2(exact - offset - kLift) * factor.constant);
+  }
+  template <class Whole>
+  ERC_INLINE f32v operator()(f32v v, Whole) const {
+    return ScaledExp<float>::lifted_by(polynomial, v * rate + offset);
+  }
+};
+#endif
+
+// grad[j] = term(v_j) * dx/dz, the labelled column too. grad may be the row itself: every block is read before it is written.
+// `next`: see row_gradient.
+template <bool kSoftcap, bool kStream, class T, class Term, class G>
+inline void gradient_blocks(const RowScale<stats_t<T>>& scale, const Term& term, const T* row, int64_t vocab_size, G* grad,
+                            const T* next) {
   using V = vector_of<T>;
   constexpr int kVectors = kLanes / width_of<T>;
+  const FlushSubnormals flush;
   // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
   const auto gradient = [=](const T* block, V (&g)[kVectors], auto whole) {
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
-    for (int j = 0; j < kVectors; ++j) {
-      V d = v[j] - row_max, e;
-      if constexpr (kNear && decltype(whole)::value) {
-        e = exp.near(d);
-      } else {
-        d = exp.clamp(d);
-        e = exp(d);
-      }
-      if constexpr (kVaries) {
-        g[j] = e * ((factor.curve * d + factor.slope) * d + factor.constant);
-      } else {
-        g[j] = e * factor.constant;
-      }
-    }
+    for (int j = 0; j < kVectors; ++j) g[j] = term(v[j], whole);
     if constexpr (kSoftcap) {
       V z[kVectors];
       load_block(block, z);
@@ -58,6 +96,7 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, const ScaledExp<s
     V g[kVectors];
     gradient(block, g, whole);
     if constexpr (decltype(whole)::value) {
+      prefetch_block<false>(next + i, 0);
       store_block<kStream, T>(grad + i, g);
     } else {
       G padded[kLanes];
@@ -81,10 +120,11 @@ inline void with_constants(Visit&& visit, bool first, Conditions... others) {
   first ? fixed(std::true_type{}) : fixed(std::false_type{});
 }
 
-// Of type G: that of the logits, or a narrower one in memory of its own.
+// Of type G: that of the logits, or a narrower one in memory of its own. `next`: the row that will be read after this one, which
+// comes to the cache meanwhile.
 template <bool kSoftcap, class T, class G>
 inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& sweep, const StatGrads<double>& grads,
-                         const T* row, int64_t vocab_size, int64_t label, G* grad) {
+                         const T* row, int64_t vocab_size, int64_t label, G* grad, const T* next) {
   using Real = stats_t<T>;
   if (!sweep.state.is_valid()) return fill(grad, vocab_size, Real(NAN));
   if (grads.logprob == 0 && grads.entropy == 0 && grads.logsumexp == 0) {
@@ -104,11 +144,19 @@ inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& swee
   constexpr bool kMayStream = std::is_same_v<T, G>;
   const bool stream = kMayStream && static_cast<const void*>(grad) != row && reinterpret_cast<uintptr_t>(grad) % 64 == 0;
   const auto blocks = [&](auto near, auto varies, auto streams) {
-    gradient_blocks<kSoftcap, decltype(near)::value, decltype(varies)::value, kMayStream && decltype(streams)::value>(
-        scale, exp, Real(sweep.state.row_max), factor, row, vocab_size, grad);
+    using Chosen = Term<Real, decltype(near)::value, decltype(varies)::value>;
+    gradient_blocks<kSoftcap, kMayStream && decltype(streams)::value>(
+        scale, Chosen(exp, Real(sweep.state.row_max), factor), row, vocab_size, grad, next);
   };
   if constexpr (kSoftcap || !std::is_same_v<Real, float>) {  // one form of what is rare
     with_constants([&](auto streams) { blocks(std::false_type{}, std::true_type{}, streams); }, stream);
+  } else if constexpr (kIsLifted<Real>) {
+    // A larger center's rounding would be too much to make up for.
+    const bool folds = !factor.varies && std::fabs(sweep.state.row_max * exp.rate) < 1024;
+    const auto form = [&](auto folded, auto streams) {
+      blocks(folded, std::bool_constant<!decltype(folded)::value>{}, streams);
+    };
+    with_constants(form, folds, stream);
   } else {
     with_constants(blocks, sweep.near, factor.varies, stream);
   }

@@ -55,7 +55,8 @@ void policy_loss(const PolicyLoss& call, int64_t begin, int64_t end) {
           if (cut) loss += more;
           if (wants_grad) {
             const StatGrads<double> grads{cut ? full.d_logprob : result.d_logprob, result.d_entropy, 0};
-            row_gradient<kSoftcap>(scale, sweep, grads, row, vocab_size, label.column, call.grad_logits.row<G>(i));
+            row_gradient<kSoftcap>(scale, sweep, grads, row, vocab_size, label.column, call.grad_logits.row<G>(i),
+                                   in.logits.row<T>(i + 1 < end ? i + 1 : i));
           }
           put<Real>(call.saved, token, state.row_max);
           put<Real>(call.saved, in.num_tokens + token, state.sum_rest);

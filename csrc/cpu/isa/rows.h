@@ -90,6 +90,21 @@ ERC_INLINE void for_each_block(const T* p, int64_t n, Visit&& visit) {
   visit(padded, whole, std::false_type{});
 }
 
+// The same, and tells each call as a constant which of kSets sets of accumulators takes the block, in turns.
+template <int kSets, class T, class Visit>
+ERC_INLINE void for_each_block_in_turns(const T* p, int64_t n, Visit&& visit) {
+  static_assert(kSets == 1 || kSets == 2, "");
+  using First = std::integral_constant<int, 0>;
+  int64_t i = 0;
+  if constexpr (kSets == 2) {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      visit(p + i, std::true_type{}, First{});
+      visit(p + i + kLanes, std::true_type{}, std::integral_constant<int, 1>{});
+    }
+  }
+  for_each_block(p + i, n - i, [&](const T* block, int64_t, auto whole) { visit(block, whole, First{}); });
+}
+
 template <class T>
 inline void fill(T* row, int64_t vocab_size, stats_t<T> value) {
   T encoded;

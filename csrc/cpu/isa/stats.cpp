@@ -73,7 +73,7 @@ void stats_backward(const StatsBackward& call, int64_t begin, int64_t end) {
                                       optional_value<T>(call.grad_entropy, token, 0),
                                       optional_value<T>(call.grad_logsumexp, token, 0)};
         row_gradient<decltype(softcap)::value>(RowScale<Real>(in, token), sweep, grads, in.logits.row<T>(i), vocab_size,
-                                               label.column, grad);
+                                               label.column, grad, in.logits.row<T>(i + 1 < end ? i + 1 : i));
       }
     });
   });

@@ -10,14 +10,55 @@ namespace ERC_ISA {
 
 constexpr int64_t kSegment = 2048;
 
-// What a sweep over a segment leaves, lane by lane: its maximum, and the sums of exp((v - center) * scale) and of
-// exp(..) * (v - center). The sums mean nothing where the maximum exceeds the center.
+// What a sweep over a segment leaves, lane by lane: the sums of exp((v - center) * scale) and of exp(..) * (v - center), both
+// times 2^kLift, and whether a logit may exceed the center: where none does, it may still say so of NaN.
 template <class Real>
 struct SegmentSums {
   static constexpr int kVectors = kLanes / VectorOf<Real>::width;
   using V = typename VectorOf<Real>::type;
-  V max[kVectors], sum_exp[kVectors], weighted_sum[kVectors];
+  V sum_exp[kVectors], weighted_sum[kVectors];
+  bool may_exceed = false;
+
+  // Whether neither -inf nor NaN took part without a clamp.
+  bool finite() const {
+    V zero = 0 * weighted_sum[0];
+    for (int j = 1; j < kVectors; ++j) zero = 0 * weighted_sum[j] + zero;
+    return !any(zero != 0);
+  }
 };
+
+// The exponential of the sweeps, of type Real: 2^kLift<Real> times exp(d * scale).
+#if ERC_HAS_SCALEF
+template <class Real>
+constexpr bool kIsLifted = std::is_same_v<Real, float>;
+#else
+template <class Real>
+constexpr bool kIsLifted = false;
+#endif
+
+template <class Real, class V>
+ERC_INLINE V swept_exp(const ScaledExp<Real>& exp, V d) {
+  if constexpr (kIsLifted<Real>) {
+    return exp.lifted(d);
+  } else {
+    return exp(d);
+  }
+}
+
+template <class Real, class V>
+ERC_INLINE V swept_clamp(const ScaledExp<Real>& exp, V d) {
+  if constexpr (kIsLifted<Real>) {
+    return exp.clamp_lifted(d);
+  } else {
+    return exp.clamp(d);
+  }
+}
+
+template <class Real>
+constexpr double lift_of() {
+  if constexpr (kIsLifted<Real>) return double(1 << ScaledExp<Real>::kLift);
+  return 1;
+}
 
 // How far below the center a sweep has met logits, lane by lane, as the bits of a float: these order like the distance, and
 // those of a negative one or NaN are larger than any that is near.
@@ -100,29 +141,70 @@ inline Range<stats_t<T>> segment_range(const RowScale<stats_t<T>>& scale, const 
   return {-max_lanes(negated_min), max_lanes(max)};
 }
 
-template <bool kSoftcap, class T>
+// The largest logit met, lane by lane. Of pairs of bfloat16 it is kept in 16 bits, where those above 0 order like integers:
+// what exceeds a center above 0 is told by one instruction for two vectors.
+template <class T, bool kPairs>
+struct Largest {
+  vector_of<T> max[kLanes / width_of<T>];
+
+  Largest() {
+    for (auto& lane : max) lane = vector_of<T>{} - stats_t<T>(INFINITY);
+  }
+  ERC_INLINE void meet(const T*, int j, vector_of<T> v) { max[j] = vmax(v, max[j]); }
+  bool exceeds(stats_t<T> center) const {
+    auto best = max[0];
+    for (auto lane : max) best = vmax(lane, best);
+    return any(best > center);
+  }
+};
+
+#if ERC_HAS_SCALEF
+template <>
+struct Largest<bfloat16, true> {
+  __m512i max = _mm512_set1_epi16(int16_t(0x8000));
+
+  ERC_INLINE void meet(const bfloat16* block, int j, f32v) {
+    static_assert(2 * kWidth == kLanes, "");
+    if (j == 0) max = _mm512_max_epi16(max, _mm512_loadu_si512(block));
+  }
+  bool exceeds(float center) const {  // also where there is a positive NaN
+    const int16_t bits = int16_t(bit_cast<uint32_t>(center) >> 16 & 0x7fff);
+    return _mm512_cmpgt_epi16_mask(max, _mm512_set1_epi16(bits)) != 0;
+  }
+};
+#endif
+
+// kClamped: for any logits; else -inf makes the weighted sum NaN.
+template <bool kSoftcap, bool kClamped, bool kPairs = false, class T>
 inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp,
                                             stats_t<T> center, const T* p, int64_t n) {
   using V = vector_of<T>;
   constexpr int kVectors = kLanes / width_of<T>;
+  // A set more where there are registers: every sum is of half as many terms, whose rounding may all go one way.
+  constexpr int kSets = kIsLifted<stats_t<T>> ? 2 : 1;
   // Plain arrays, copied at the end: the sweep keeps them in registers.
-  V sum[kVectors] = {}, weighted[kVectors] = {}, max[kVectors];
-  for (V& lane : max) lane = V{} - stats_t<T>(INFINITY);
-  for_each_block(p, n, [&, scale, exp](const T* block, int64_t, auto) {
+  V sum[kSets][kVectors] = {}, weighted[kSets][kVectors] = {};
+  Largest<T, kPairs> largest;
+  for_each_block_in_turns<kSets>(p, n, [&, scale, exp](const T* block, auto whole, auto set) {
+    constexpr int kSet = decltype(set)::value;
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
+    if constexpr (decltype(whole)::value) prefetch_block<true>(block, kPrefetchBytes);
     for (int j = 0; j < kVectors; ++j) {
-      max[j] = vmax(v[j], max[j]);
-      const V d = exp.clamp(v[j] - center);
-      const V e = exp(d);
-      sum[j] = sum[j] + e;
-      weighted[j] = e * d + weighted[j];
+      largest.meet(block, j, v[j]);
+      V d = v[j] - center;
+      if constexpr (kClamped || !decltype(whole)::value) d = swept_clamp(exp, d);
+      const V e = swept_exp(exp, d);
+      sum[kSet][j] = sum[kSet][j] + e;
+      weighted[kSet][j] = e * d + weighted[kSet][j];
     }
   });
   SegmentSums<stats_t<T>> sums;
-  std::memcpy(sums.max, max, sizeof max);
-  std::memcpy(sums.sum_exp, sum, sizeof sum);
-  std::memcpy(sums.weighted_sum, weighted, sizeof weighted);
+  for (int j = 0; j < kVectors; ++j) {
+    sums.sum_exp[j] = kSets == 1 ? sum[0][j] : sum[0][j] + sum[kSets - 1][j];
+    sums.weighted_sum[j] = kSets == 1 ? weighted[0][j] : weighted[0][j] + weighted[kSets - 1][j];
+  }
+  sums.may_exceed = largest.exceeds(center);
   return sums;
 }
 
@@ -137,6 +219,7 @@ inline SegmentSums<float> near_segment_sums(const RowScale<float>& scale, const 
   for_each_block(p, n, [&, scale, exp](const T* block, int64_t, auto whole) {
     f32v v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
+    if constexpr (decltype(whole)::value) prefetch_block<true>(block, kPrefetchBytes);
     for (int j = 0; j < kVectors; ++j) {
       const f32v below = center - v[j];
       f32v d = -below, e;
@@ -160,14 +243,6 @@ inline SegmentSums<float> near_segment_sums(const RowScale<float>& scale, const 
   return sums;
 }
 
-// Whether any lane exceeds the center. NaN does not: it is in the sums.
-template <class Real>
-ERC_INLINE bool exceeds(const SegmentSums<Real>& sums, Real center) {
-  auto best = sums.max[0];
-  for (int j = 1; j < SegmentSums<Real>::kVectors; ++j) best = vmax(sums.max[j], best);
-  return any(best > center);
-}
-
 // The segment's sums without one of its maxima, which is the center: 1 + R has lost what a peaked row's entropy is made of.
 template <bool kSoftcap, class T>
 inline SegmentSums<stats_t<T>> sums_without_maximum(const RowScale<stats_t<T>>& scale, const ScaledExp<stats_t<T>>& exp,
@@ -181,7 +256,7 @@ inline SegmentSums<stats_t<T>> sums_without_maximum(const RowScale<stats_t<T>>& 
   }
   while (argmax < n - 1 && !(load_v_one<kSoftcap>(scale, p + argmax) == center)) ++argmax;
   copy[argmax] = minus_infinity<T>();
-  return segment_sums<kSoftcap>(scale, exp, center, copy, n);
+  return segment_sums<kSoftcap, true>(scale, exp, center, copy, n);
 }
 
 template <class T>
@@ -199,8 +274,9 @@ struct RowTotals {
 
   template <class Real>
   void add(const SegmentSums<Real>& sums, double scale) {
-    sum_exp.add(sums.sum_exp, 1);
-    weighted_sum.add(sums.weighted_sum, scale);
+    constexpr double kUnit = 1 / lift_of<Real>();
+    sum_exp.add(sums.sum_exp, kUnit);
+    weighted_sum.add(sums.weighted_sum, kUnit * scale);
   }
 
   // Makes up for the factor of 1 + rate_error * x that every term lacks (ScaledExp). The sum of e^x x^2 is not known, but where x
@@ -232,7 +308,7 @@ struct Segment {
   Real max;
 };
 
-// Sweeps the segments of a row: by the near exponential as long as nothing else is met.
+// Sweeps the segments of a row: by an exponential that wants no clamp as long as it meets nothing that needs one.
 template <bool kSoftcap, class T>
 class SegmentSweep {
  public:
@@ -245,14 +321,18 @@ class SegmentSweep {
     segment.center = center;
     if constexpr (kHasNear) {
       if (near_ && sweep_near(segment, p, n)) return segment;
+      near_ = false;
     }
-    segment.sums = segment_sums<kSoftcap>(scale_, exp_, segment.center, p, n);
-    if (exceeds(segment.sums, segment.center)) {
-      segment.exceeds = true;
-      segment.center = segment.max = max_lanes(segment.sums.max);
-      segment.sums = segment_sums<kSoftcap>(scale_, exp_, segment.center, p, n);
+    segment.sums = sums(center, p, n);
+    if (!segment.sums.may_exceed) return segment;
+    const Real max = segment_range<kSoftcap>(scale_, p, n).max;
+    if (!(max > center)) return segment;
+    segment.exceeds = true;
+    segment.max = max;
+    if (!kIsLifted<Real> || !within_slack(segment)) {
+      segment.center = max;
+      segment.sums = sums(max, p, n);
     }
-    near_ = false;
     return segment;
   }
   void met_forbidden_tokens() { near_ = false; }
@@ -267,9 +347,26 @@ class SegmentSweep {
   }
 
  private:
-  static constexpr bool kHasNear = std::is_same_v<Real, float>;
+  static constexpr bool kHasNear = std::is_same_v<Real, float> && !kIsLifted<Real>;
   // A segment that exceeds its center by no more, in units of x, is not swept again: its terms stay numbers of a size.
   static constexpr Real kSlack = 8;
+
+  bool within_slack(const Segment<Real>& segment) const {
+    return (segment.max - segment.center) * Real(scale_.scale) <= kSlack;
+  }
+
+  SegmentSums<Real> sums(Real center, const T* p, int64_t n) {
+    if constexpr (kIsLifted<Real>) {
+      constexpr bool kPairs = std::is_same_v<T, bfloat16> && !kSoftcap;
+      if (!clamped_) {
+        const SegmentSums<Real> found = center >= 0 ? segment_sums<kSoftcap, false, kPairs>(scale_, exp_, center, p, n)
+                                                    : segment_sums<kSoftcap, false>(scale_, exp_, center, p, n);
+        if (found.finite()) return found;
+        clamped_ = true;
+      }
+    }
+    return segment_sums<kSoftcap, true>(scale_, exp_, center, p, n);
+  }
 
   bool sweep_near(Segment<Real>& segment, const T* p, int64_t n) {
     if (near_sums(segment, p, n)) return true;
@@ -277,7 +374,7 @@ class SegmentSweep {
     if (!(range.max > segment.center)) return false;
     segment.exceeds = true;
     segment.max = range.max;
-    if ((range.max - segment.center) * Real(scale_.scale) <= kSlack && segment.center - range.min <= exp_.near_limit) {
+    if (within_slack(segment) && segment.center - range.min <= exp_.near_limit) {
       lowest_ = std::fmin(lowest_, range.min);
       return true;
     }
@@ -302,7 +399,7 @@ class SegmentSweep {
 
   const RowScale<Real>& scale_;
   const ScaledExp<Real>& exp_;
-  bool near_ = true;
+  bool near_ = true, clamped_ = false;
   Real center_ = INFINITY, lowest_ = INFINITY;
   Distance distance_;  // from center_
 };
@@ -321,6 +418,7 @@ template <bool kSoftcap, class T>
 ERC_ONE_COPY RowSweep row_sweep(const RowScale<stats_t<T>>& scale, const T* row, int64_t vocab_size) {
   using Real = stats_t<T>;
   const ScaledExp<Real> exp(scale.scale);
+  const FlushSubnormals flush;
   SegmentSweep<kSoftcap, T> segments(scale, exp);
   RowState<double> state;
   RowTotals totals;   // of the segments since the last record, from the center row_max
