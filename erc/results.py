@@ -132,14 +132,14 @@ def two_phase_result(tokens: TokenCall) -> PolicyLoss:
             *policy, filtered,
         )  # fmt: skip
     logprob_full = None if tokens.logprob_full is None else tokens.logprob_full.detach()
-    summed = tokens.operators.token_summary(
+    total, metrics, count = tokens.operators.token_summary(
         per_token, logprob_full, flags, table, labels, counter, given.params, given.ignore_index
     )
     if not by_torch:
-        loss = per_token[0] if objective.reduction == "none" else summed[0]
+        loss = per_token[0] if objective.reduction == "none" else total
         d_entropy = derivatives[1] if objective.entropy_coef else None
         loss = with_derivatives(loss, derivatives[0], d_entropy, tokens.logprob, tokens.entropy)
-    out = loss_result(call, loss, per_token[1:], *summed[1:], logprob_full)
+    out = loss_result(call, loss, per_token[1:], metrics, count, logprob_full)
     return add_exact_kl(call, out, tokens.operators, batch)
 
 

@@ -49,6 +49,7 @@ StatsBackward = _struct(
 PolicyLoss = _struct(
     "PolicyLoss", rows=RowInputs, table=c_void_p, **dict.fromkeys(("rule_id", "kl", "gate", "present"), c_int),
     **dict.fromkeys(NUMBERS, c_double), **_pointers("loss", "token_loss", "logprob", "entropy", "flags"),
+    **_pointers("support_logprob", "logprob_full", "saved", "d_logprob", "d_logprob_full", "d_entropy"),
     grad_logits=Rows, workspace=c_void_p,
 )  # fmt: skip
 Partition = _struct("Partition", **dict.fromkeys(("vocab_size", "segment_size", "segments", "log_segments"), c_int))
@@ -126,7 +127,7 @@ def _stats_gradient(row: OrdinaryRow) -> tuple[bytes, int, tuple[str, ...]]:
 
 
 def _loss(row: OrdinaryRow) -> tuple[bytes, int, tuple[str, ...]]:
-    arguments = (_call(PolicyLoss, row, "workspace"), _prepared(row), _gradient(row))
+    arguments = (_call(PolicyLoss, row, "workspace", "saved"), _prepared(row), _gradient(row))
     return _pack(*arguments), VOCABULARY, ("logprob", "entropy", "gradient")
 
 

@@ -113,7 +113,8 @@ _FORMATS = {"i32": "i", "i64": "q", "fp64": "d"}
 
 
 _LOSS_ONLY_SHARED = frozenset({"saved", "grad_logprob", "grad_entropy"})
-_OFF_POLICY = {"OFF_POLICY": True, "CORRECTED": False, "NLL": False}
+_OVER_SUPPORT = frozenset({"over_support", "logprob_full", "grad_over_support"})
+_OFF_POLICY = {"OFF_POLICY": True, "CORRECTED": False, "NLL": False, "KL_OVER_FULL": False, "NLL_OVER_FULL": False}
 _SCALE = {"ONE": False}
 
 
@@ -121,7 +122,7 @@ def policy_variant(
     name: str, dtype: torch.dtype, *, rule: int, kl: int, gate: int, entropy: bool, grad: bool = True, **kw
 ) -> Variant:
     """The fused loss with what an objective of these features needs."""
-    absent = {"lanes"} | _LOSS_ONLY_SHARED | (set() if grad else {"out"})
+    absent = {"lanes"} | _LOSS_ONLY_SHARED | _OVER_SUPPORT | (set() if grad else {"out"})
     constants = {"RULE": rule, "KL": kl, "GATE": gate, "ENTROPY": entropy, **_OFF_POLICY}
     return Variant(name, policy_loss_kernel, dtype, frozenset(absent), constants, **kw)
 
@@ -153,6 +154,7 @@ def all_variants() -> list[Variant]:
         ]
     bf16 = torch.bfloat16
     no_lanes = frozenset({"lanes"})
+    everything = {"RULE": 0, "KL": 3, "GATE": 1, "ENTROPY": True, **_OFF_POLICY, "CORRECTED": True, "NLL": True}
     for softcap, aligned, per_row in ((True, True, False), (False, False, False), (False, True, True)):
         flags = {"softcap": softcap, "aligned": aligned, "per_row": per_row}
         label = "softcap" if softcap else "unaligned" if not aligned else "temperature per row"
@@ -174,9 +176,10 @@ def all_variants() -> list[Variant]:
         Variant("scale_rows in place", scale_rows_kernel, bf16, constants={"IN_PLACE": True, **_SCALE}),
         Variant("stats_forward without labels", stats_forward_kernel, bf16, frozenset({"lanes", "labels"})),
         Variant("stats_forward of shared rows", stats_forward_kernel, bf16),
+        Variant("policy_loss of shared rows", policy_loss_kernel, bf16, _OVER_SUPPORT | {"out"}, everything),
         Variant(
-            "policy_loss of shared rows", policy_loss_kernel, bf16, frozenset({"out"}),
-            {"RULE": 0, "KL": 3, "GATE": 1, "ENTROPY": True, "OFF_POLICY": True, "CORRECTED": True, "NLL": True},
+            "policy_loss over a support", policy_loss_kernel, bf16, no_lanes,
+            everything | {"KL": 19, "KL_OVER_FULL": True, "NLL_OVER_FULL": True},
         ),
     ]  # fmt: skip
     return variants

@@ -48,10 +48,11 @@ class Cpu {
 void wide_product_(const Tensor& rows, const Tensor& weight, const MaybeTensor& bias, bool accumulate, const Tensor& out) {
   const auto matrix = [](const Tensor& t, ScalarType type) { return t.dim() == 2 && t.scalar_type() == type; };
   const auto strides = [](const Tensor& t) { return WideProduct::Strides{t.stride(0), t.stride(1)}; };
-  STD_TORCH_CHECK(matrix(rows, ScalarType::BFloat16) && matrix(weight, ScalarType::BFloat16) && matrix(out, ScalarType::Float) &&
-                      rows.size(1) == weight.size(1) && out.size(0) == rows.size(0) && out.size(1) == weight.size(0) &&
-                      (out.stride(1) == 1 || (out.stride(0) == 1 && !bias)),
-                  "wide_product_ needs bfloat16 [n, D] and [V, D] and float32 [n, V] with a stride of 1, without bias the first");
+  STD_TORCH_CHECK(
+      matrix(rows, ScalarType::BFloat16) && matrix(weight, ScalarType::BFloat16) && matrix(out, ScalarType::Float) &&
+          rows.size(1) == weight.size(1) && out.size(0) == rows.size(0) && out.size(1) == weight.size(0) &&
+          (out.stride(1) == 1 || (out.stride(0) == 1 && !bias)),
+      "wide_product_ needs bfloat16 [n, D] and [V, D] and float32 [n, V] with a stride of 1, without bias the first");
   WideProduct call{};
   call.rows = static_cast<const uint16_t*>(rows.const_data_ptr());
   call.weight = static_cast<const uint16_t*>(weight.const_data_ptr());

@@ -12,9 +12,9 @@
 #include <cstring>
 
 // Of PyTorch 2.11: absent in 2.10, whose tensors cannot say when they are freed.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t,
-                                                                int32_t, int32_t, AtenTensorHandle*, int32_t, const uint8_t*,
-                                                                int64_t, void (*)(void*, void*), void*);
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void*, int64_t, const int64_t*, const int64_t*, int64_t,
+                                                                int32_t, int32_t, int32_t, AtenTensorHandle*, int32_t,
+                                                                const uint8_t*, int64_t, void (*)(void*, void*), void*);
 #endif
 
 namespace erc {

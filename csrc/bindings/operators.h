@@ -44,11 +44,17 @@ inline DType dtype_of(const Tensor& t) {
 }
 
 inline Rows rows_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1), "rows must be [outer, inner, V] with a last stride of 1");
+  STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
+                  "rows must be [outer, inner, V] with a last stride of 1");
   const DType dtype = dtype_of(t);
   STD_TORCH_CHECK(dtype <= DType::kFloat64, "logits must be float32, bfloat16, float16 or float64");
-  return {const_cast<void*>(t.const_data_ptr()), dtype, t.size(0) * t.size(1), t.size(2), std::max<int64_t>(t.size(1), 1),
-          t.stride(0), t.stride(1)};
+  return {const_cast<void*>(t.const_data_ptr()),
+          dtype,
+          t.size(0) * t.size(1),
+          t.size(2),
+          std::max<int64_t>(t.size(1), 1),
+          t.stride(0),
+          t.stride(1)};
 }
 
 inline const double* numbers(const Tensor& params) {
@@ -61,8 +67,7 @@ inline const double* numbers(const Tensor& params) {
 // What is allocated and checked against one tensor: per-token values are in the statistics dtype, on its device.
 class Like {
  public:
-  Like(const Tensor& tensor, bool wide)
-      : tensor_(tensor), wide(wide), real(wide ? ScalarType::Double : ScalarType::Float) {}
+  Like(const Tensor& tensor, bool wide) : tensor_(tensor), wide(wide), real(wide ? ScalarType::Double : ScalarType::Float) {}
   explicit Like(const Tensor& logits) : Like(logits, logits.scalar_type() == ScalarType::Double) {}
 
   const void* values(const MaybeTensor& t, const char* name, int64_t count, ScalarType type) const {
@@ -94,7 +99,8 @@ class Like {
   void check(const Tensor& t, const char* name, int64_t count, bool has_type) const {
     STD_TORCH_CHECK(has_type && t.numel() == count && t.is_contiguous() && t.is_cpu() == tensor_.is_cpu() &&
                         t.get_device_index() == tensor_.get_device_index(),
-                    name, " must be contiguous, with one value per token, on the device of the logits, in the dtype of its kind");
+                    name,
+                    " must be contiguous, with one value per token, on the device of the logits, in the dtype of its kind");
   }
   const Tensor& tensor_;
 
@@ -150,7 +156,8 @@ inline RowInputs row_inputs(const Like& like, const Tensor& logits, const MaybeT
 // A gradient is the logits' own memory, or other memory of their dtype, or, of float32 logits, of a narrower one.
 inline Rows gradient_rows(const Rows& logits, const Tensor& grad_logits) {
   const Rows grad = rows_of(grad_logits);
-  STD_TORCH_CHECK(grad.num_rows == logits.num_rows && grad.vocab_size == logits.vocab_size, "grad_logits must be like the logits");
+  STD_TORCH_CHECK(grad.num_rows == logits.num_rows && grad.vocab_size == logits.vocab_size,
+                  "grad_logits must be like the logits");
   const bool narrower = logits.dtype == DType::kFloat32 && (grad.dtype == DType::kBFloat16 || grad.dtype == DType::kFloat16);
   STD_TORCH_CHECK(grad.dtype == logits.dtype || (narrower && grad.data != logits.data),
                   "grad_logits must have the dtype of the logits, or of float32 logits a 16-bit one in memory of its own");
@@ -188,8 +195,7 @@ struct Operators {
     Backend backend(logits);
     const Like like(logits);
     const int64_t n = stats.size(1);
-    const RowInputs rows =
-        row_inputs(like, logits, labels, temperature, params, ignore_index, {row_index, first_token, n});
+    const RowInputs rows = row_inputs(like, logits, labels, temperature, params, ignore_index, {row_index, first_token, n});
     check_labels(rows);
     StatsForward call{};
     call.rows = rows;
@@ -218,9 +224,8 @@ struct Operators {
   }
 
   static Tensor stats_backward(const Tensor& logits, const MaybeTensor& labels, const MaybeTensor& temperature,
-                               const Tensor& params, int64_t ignore_index, const Tensor& saved,
-                               const MaybeTensor& grad_logprob, const MaybeTensor& grad_entropy,
-                               const MaybeTensor& grad_logsumexp) {
+                               const Tensor& params, int64_t ignore_index, const Tensor& saved, const MaybeTensor& grad_logprob,
+                               const MaybeTensor& grad_entropy, const MaybeTensor& grad_logsumexp) {
     Backend backend(logits);
     Tensor grad_logits = backend.gradient_like(logits);
     run_stats_backward(backend, logits, labels, temperature, params, ignore_index, {std::nullopt}, saved, grad_logprob,
@@ -295,12 +300,14 @@ struct Operators {
 
   // ---- tokens --------------------------------------------------------------------------------------------------------
 
-  static std::tuple<Tensor, Tensor, Tensor> token_table(
-      const Tensor& labels, const Tensor& advantages, const MaybeTensor& mask, const MaybeTensor& old_logprob,
-      const MaybeTensor& old_entropy, const MaybeTensor& ref_logprob, const MaybeTensor& policy_weight,
-      const MaybeTensor& nll_mask, const MaybeTensor& cu_seqlens, const MaybeTensor& normalizer,
-      const MaybeTensor& entropy_normalizer, const MaybeTensor& nll_normalizer, const MaybeTensor& grad_scale,
-      const Tensor& params, int64_t ignore_index, int64_t vocab_size, bool wide) {
+  static std::tuple<Tensor, Tensor, Tensor> token_table(const Tensor& labels, const Tensor& advantages, const MaybeTensor& mask,
+                                                        const MaybeTensor& old_logprob, const MaybeTensor& old_entropy,
+                                                        const MaybeTensor& ref_logprob, const MaybeTensor& policy_weight,
+                                                        const MaybeTensor& nll_mask, const MaybeTensor& cu_seqlens,
+                                                        const MaybeTensor& normalizer, const MaybeTensor& entropy_normalizer,
+                                                        const MaybeTensor& nll_normalizer, const MaybeTensor& grad_scale,
+                                                        const Tensor& params, int64_t ignore_index, int64_t vocab_size,
+                                                        bool wide) {
     Backend backend(labels);
     const Like like(labels, wide);
     const int64_t n = labels.numel();
@@ -321,10 +328,11 @@ struct Operators {
   }
 
   // (per_token [4, num_tokens], its derivatives by log-prob and entropy [2, num_tokens], flags); see TokenLosses.
-  static std::tuple<Tensor, Tensor, Tensor> token_losses(
-      const Tensor& logprob, const Tensor& entropy, const Tensor& table, const Tensor& labels, const Tensor& params,
-      int64_t ignore_index, const MaybeTensor& policy, const MaybeTensor& d_policy, const MaybeTensor& clip_low,
-      const MaybeTensor& clip_high, const MaybeTensor& filtered) {
+  static std::tuple<Tensor, Tensor, Tensor> token_losses(const Tensor& logprob, const Tensor& entropy, const Tensor& table,
+                                                         const Tensor& labels, const Tensor& params, int64_t ignore_index,
+                                                         const MaybeTensor& policy, const MaybeTensor& d_policy,
+                                                         const MaybeTensor& clip_low, const MaybeTensor& clip_high,
+                                                         const MaybeTensor& filtered) {
     Backend backend(table);
     const Like like(table);
     const int64_t n = labels.numel(), bytes = n * (like.wide ? 8 : 4);
@@ -361,8 +369,7 @@ struct Operators {
   // per_token: [4, num_tokens] share of the loss, token loss, log-prob, entropy; logprob_full and flags [num_tokens].
   static std::tuple<Tensor, Tensor, Tensor> token_summary(const Tensor& per_token, const MaybeTensor& logprob_full,
                                                           const Tensor& flags, const Tensor& table, const Tensor& labels,
-                                                          const Tensor& counter, const Tensor& params,
-                                                          int64_t ignore_index) {
+                                                          const Tensor& counter, const Tensor& params, int64_t ignore_index) {
     Backend backend(table);
     const Like like(table);
     const int64_t n = labels.numel(), bytes = n * (like.wide ? 8 : 4);
@@ -539,7 +546,8 @@ struct Operators {
     PairedForward call{};
     call.rows = row_inputs(like, logits, std::nullopt, temperature, params, 0, {std::nullopt});
     call.old_logits = old_rows(call.rows.logits, old_logits);
-    Tensor stats = like.output({kPairedOutputs, call.rows.num_tokens}), saved = like.output({kPairedSaved, call.rows.num_tokens});
+    Tensor stats = like.output({kPairedOutputs, call.rows.num_tokens}),
+           saved = like.output({kPairedSaved, call.rows.num_tokens});
     call.states = like.values(states, "states", 6 * call.rows.num_tokens);
     call.stats = stats.mutable_data_ptr();
     call.saved = saved.mutable_data_ptr();
@@ -615,7 +623,8 @@ struct Operators {
   static void run_stats_backward(Backend& backend, const Tensor& logits, const MaybeTensor& labels,
                                  const MaybeTensor& temperature, const Tensor& params, int64_t ignore_index,
                                  const Selection& selection, const Tensor& saved, const MaybeTensor& grad_logprob,
-                                 const MaybeTensor& grad_entropy, const MaybeTensor& grad_logsumexp, const Tensor& grad_logits) {
+                                 const MaybeTensor& grad_entropy, const MaybeTensor& grad_logsumexp,
+                                 const Tensor& grad_logits) {
     const Like like(logits);
     StatsBackward call{};
     call.rows = row_inputs(like, logits, labels, temperature, params, ignore_index, selection);
@@ -679,7 +688,8 @@ struct Operators {
     const Like like(grad);
     const Rows source = rows_of(grad);
     const bool one_scale = scale.dim() == 0;
-    backend.run(ScaleRows{source, rows_of(destination), like.values(scale, "scale", one_scale ? 1 : source.num_rows), one_scale});
+    backend.run(
+        ScaleRows{source, rows_of(destination), like.values(scale, "scale", one_scale ? 1 : source.num_rows), one_scale});
   }
 
   static Rows old_rows(const Rows& rows, const Tensor& old_logits) {

@@ -93,9 +93,9 @@ struct SupportForward {
   // log-prob of a token that was not cut is inf, which says that it is that of the full vocabulary.
   void *logprob_full, *entropy, *logsumexp, *saved;
   void* logprob;  // over the support
-  void* state;    // [3, num_tokens] of cut rows: the largest kept logit, R and S (common/support.h)
+  void* state;  // [3, num_tokens] of cut rows: the largest kept logit, R and S (common/support.h)
   int64_t* dense_labels;  // the labels, kCutLabel for a cut row
-  int32_t* broken;        // on the CPU: set to 1 where a rule is broken
+  int32_t* broken;  // on the CPU: set to 1 where a rule is broken
 };
 
 // After StatsBackward with the dense labels, or PolicyLoss.
@@ -139,7 +139,7 @@ struct PairedBackward {
 
 struct ScaleRows {
   Rows source, destination;  // may be the same
-  const void* scale;         // [num_rows], or one number for all rows
+  const void* scale;  // [num_rows], or one number for all rows
   bool one_scale;
 };
 
@@ -154,14 +154,14 @@ struct Column {
 struct TokenTable {
   int64_t num_tokens, num_groups, num_sequences;  // sequences: packed ones
   Column labels, advantages, mask, old_logprob, old_entropy, ref_logprob, policy_weight, nll_mask;  // [num_tokens]
-  Column offsets;                                                                                    // [sequences + 1]
+  Column offsets;  // [sequences + 1]
   Column normalizer, entropy_normalizer, nll_normalizer, grad_scale;  // 0-d
   int64_t ignore_index, vocab_size;
   TableParams params;
-  void* table;            // [num_tokens, kNumColumns]
+  void* table;  // [num_tokens, kNumColumns]
   int64_t* final_labels;  // ignore_index where the mask is 0
-  int32_t* counter;       // set to 0 for the summary
-  double* group_sums;     // [num_groups, 2], scratch
+  int32_t* counter;  // set to 0 for the summary
+  double* group_sums;  // [num_groups, 2], scratch
 };
 
 // The loss of tokens whose log-probs and entropies exist already. The policy term is that of the params' rule, or was computed
@@ -171,10 +171,10 @@ struct TokenLosses {
   const void *logprob, *entropy, *table;
   const int64_t* labels;
   LossParams<double> params;
-  const void *policy, *d_policy;                      // null: the rule of the params
-  const uint8_t *clip_low, *clip_high, *filtered;     // null: none
+  const void *policy, *d_policy;  // null: the rule of the params
+  const uint8_t *clip_low, *clip_high, *filtered;  // null: none
   void *loss, *token_loss, *logprob_out, *entropy_out;  // as the loss of rows leaves them
-  void *d_logprob, *d_entropy;                        // of the token's share of the loss
+  void *d_logprob, *d_entropy;  // of the token's share of the loss
   int32_t* flags;
 };
 
@@ -185,8 +185,8 @@ struct TokenSummary {
   const int32_t* flags;
   const int64_t* labels;
   LossParams<double> params;
-  void* total;              // the loss, one number
-  double* metrics;          // [Metric::kCount]
+  void* total;  // the loss, one number
+  double* metrics;  // [Metric::kCount]
   int64_t* tokens;
   int32_t* counter;
   double* partials;  // scratch of the cuda backend

@@ -146,21 +146,18 @@ ERC_HOST_DEVICE Term<Real> ratio_term(RuleId rule, const Real (&p)[4], Real logp
         blocked = (up && logprob > old_logprob && kl > p[1]) || (down && logprob < old_logprob && kl > p[0]);
       }
       const Real coefficient = blocked ? Real(0) : -(r > p[2] ? p[2] : r) * advantage;
-      term = {scaled_logprob(coefficient, logprob), coefficient, blocked ? (up ? TokenFlag::kClipHigh : TokenFlag::kClipLow) : 0};
+      term = {scaled_logprob(coefficient, logprob), coefficient,
+              blocked ? (up ? TokenFlag::kClipHigh : TokenFlag::kClipLow) : 0};
       break;
     }
-    case RuleId::kReinforce:
-      term = {scaled_logprob(-advantage, logprob), -advantage, 0};
-      break;
+    case RuleId::kReinforce: term = {scaled_logprob(-advantage, logprob), -advantage, 0}; break;
     case RuleId::kDRO: {
       const Real difference = log_difference(logprob, old_logprob);
       term = {scaled_logprob(-advantage, logprob) + scaled_logprob(p[0] / 2, difference * difference),
               scaled_logprob(p[0], difference) - advantage, 0};
       break;
     }
-    case RuleId::kNoClip:
-      term = {-r * advantage, -ratio.derivative * advantage, 0};
-      break;
+    case RuleId::kNoClip: term = {-r * advantage, -ratio.derivative * advantage, 0}; break;
     case RuleId::kIPO: {
       const Real moved = std::exp(logprob) - std::exp(old_logprob);
       const bool high = advantage != 0 && moved > p[0], low = advantage != 0 && moved < -p[0];
@@ -188,17 +185,12 @@ template <class Real>
 ERC_HOST_DEVICE Term<Real> kl_term(KLKind kind, Real clamp_at, Real logprob, Real ref_logprob) {
   const Real k1 = log_difference(logprob, ref_logprob);
   switch (kind) {
-    case KLKind::kNone:
-      return {};
-    case KLKind::kK1:
-      return {k1, 1, 0};
-    case KLKind::kK2:
-      return {k1 * k1 / 2, k1, 0};
-    case KLKind::kAbs:
-      return {std::fabs(k1), Real(k1 > 0) - Real(k1 < 0), 0};
+    case KLKind::kNone: return {};
+    case KLKind::kK1: return {k1, 1, 0};
+    case KLKind::kK2: return {k1 * k1 / 2, k1, 0};
+    case KLKind::kAbs: return {std::fabs(k1), Real(k1 > 0) - Real(k1 < 0), 0};
     case KLKind::kK3:
-    case KLKind::kK3Plus:
-      break;
+    case KLKind::kK3Plus: break;
   }
   const Real limit = Real(kMaxLogRatio);
   const Real x = clamp(-k1, -limit, limit);
@@ -236,7 +228,8 @@ ERC_HOST_DEVICE int32_t entropy_ratio_flags(const LossParams<Real>& params, Real
   const Real rho = (entropy + params.gate_eps) / (old_entropy + params.gate_eps);
   if (rho > 1 - params.beta_low && rho < 1 + params.beta_high) return 0;
   if (entropy == 0 && old_entropy == 0) return 0;
-  return TokenFlag::kErcDropped | (rho <= 1 - params.beta_low ? TokenFlag::kErcLow : 0) | (rho >= 1 + params.beta_high ? TokenFlag::kErcHigh : 0);
+  return TokenFlag::kErcDropped | (rho <= 1 - params.beta_low ? TokenFlag::kErcLow : 0) |
+         (rho >= 1 + params.beta_high ? TokenFlag::kErcHigh : 0);
 }
 
 // `policy` is the ratio rule's term, of a kernel's rule or of one that looked at more than this token.

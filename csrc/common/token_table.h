@@ -55,7 +55,8 @@ ERC_HOST_DEVICE bool counts_sequences(Reduction reduction) {
 }
 
 ERC_HOST_DEVICE int64_t group_begin(const TokenTable& call, int64_t group) {
-  if (!counts_sequences(call.params.reduction)) return group * kCountRun < call.num_tokens ? group * kCountRun : call.num_tokens;
+  if (!counts_sequences(call.params.reduction))
+    return group * kCountRun < call.num_tokens ? group * kCountRun : call.num_tokens;
   return call.offsets.given() ? element<int64_t>(call.offsets, group) : group * call.params.sequence_length;
 }
 
@@ -151,7 +152,8 @@ ERC_HOST_DEVICE TokenInputs<Real> table_row(const TokenTable& call, const Totals
     row.entropy_weight = Real(-p.entropy_coef) * share;
   }
   if (p.nll_coef != 0) {
-    const Real share = over(mask * element<Real>(call.nll_mask, token, Real(0)), p.nll_normalizer, call.nll_normalizer, totals.nll);
+    const Real share =
+        over(mask * element<Real>(call.nll_mask, token, Real(0)), p.nll_normalizer, call.nll_normalizer, totals.nll);
     row.logprob_weight = Real(-p.nll_coef) * share;
   }
   const Real grad_scale = call.grad_scale.given() ? element<Real>(call.grad_scale, 0) : Real(p.grad_scale);

@@ -224,12 +224,13 @@ ERC_DEVICE void copy_barrier_expect(CopyBarrier* barrier, uint32_t bytes) {
 
 // Global to shared memory; both addresses and the size are multiples of 16 bytes. Of the source only the bytes in [begin, end)
 // mean anything. One thread calls it, once a barrier.
-ERC_DEVICE void copy_bulk(void* destination, const void* source, uint32_t bytes, CopyBarrier* barrier, const void*, const void*) {
+ERC_DEVICE void copy_bulk(void* destination, const void* source, uint32_t bytes, CopyBarrier* barrier, const void*,
+                          const void*) {
   copy_barrier_expect(barrier, bytes);
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)),
-      "l"(source), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(destination)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // Returns when the copy of `barrier` has landed; its bytes are then visible to the calling thread.

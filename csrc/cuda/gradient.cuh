@@ -58,14 +58,14 @@ struct GradientPlan {
 
 // The gradient of a vector. kHoles: it may hold -inf that the statistics did not report, as the filling at a row's ends.
 template <bool kGuardedForm, bool kHoles, class V, class G>
-ERC_DEVICE void gradient_vector(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale, const Raw& raw,
-                                Raw& out, int out_pair) {
+ERC_DEVICE void gradient_vector(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                                const Raw& raw, Raw& out, int out_pair) {
   using T = typename V::Element;
   using Real = typename V::Real;
   const Pair<Real> slope{plan.slope, plan.slope}, constant{plan.constant, plan.constant};
 #pragma unroll
   for (int i = 0; i < kVector<T> / 2; ++i) {
-    const Capped<Real> z = V::template pair<kGuardedForm || kHoles>(scale, raw, i);
+    const Capped<Real> z = V::template pair < kGuardedForm || kHoles > (scale, raw, i);
     const Pair<Real> v = z.value;
     Pair<Real> u;
     if constexpr (kGuardedForm) {
@@ -109,7 +109,8 @@ template <class T, class G>
 constexpr int kVectorsPerChunk = kVector<G> / kVector<T>;
 
 template <bool kGuardedForm, bool kHoles, class V, class G>
-ERC_DEVICE Raw gradient_chunk(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale, const Raw* raw) {
+ERC_DEVICE Raw gradient_chunk(const GradientPlan<typename V::Real>& plan, const RowScale<typename V::Real>& scale,
+                              const Raw* raw) {
   using T = typename V::Element;
   Raw out;
 #pragma unroll

@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kLanes, V::aligned ? 2 : 1)
   const Real entropy = fresh.is_valid() ? fresh.entropy() : nan, old_entropy = old.is_valid() ? old.entropy() : nan;
   const Real ratio = (entropy + Real(kRatioEps)) / (old_entropy + Real(kRatioEps));
   const Real stats[] = {ratio, entropy, old_entropy, total[0], total[1], total[2] / 2};
-  const Real saved[] = {fresh.row_max, fresh.sum_rest, fresh.weighted_sum, old.row_max,
-                        old.sum_rest,  old.weighted_sum, total[0],         total[3]};
+  const Real saved[] = {fresh.row_max, fresh.sum_rest,   fresh.weighted_sum, old.row_max,
+                        old.sum_rest,  old.weighted_sum, total[0],           total[3]};
   for (int k = 0; k < kPairedOutputs; ++k) put(call.stats, k * n + row, stats[k]);
   for (int k = 0; k < kPairedSaved; ++k) put(call.saved, k * n + row, saved[k]);
 }
@@ -182,19 +182,20 @@ __global__ void __launch_bounds__(kLanes, 2)
   };
   for_each_vector<V>(host.logits.template row<const T>(host.index(row)), old_rows.row<const T>(host.index(row)), columns,
                      [&](int i, const Raw& fresh_raw, const Raw& old_raw) {
-    Raw gradients;
+                       Raw gradients;
 #pragma unroll
-    for (int k = 0; k < kVector<T> / 2; ++k) {
-      const Capped<Real> z = V::template pair<true>(scale, fresh_raw, k);
-      const Pair<Real> v_new = z.value, v_old = V::template pair<true>(scale, old_raw, k).value;
-      set_pair(T{}, gradients, k, Pair<Real>{gradient(v_new.a, v_old.a, z.slope.a), gradient(v_new.b, v_old.b, z.slope.b)});
-    }
-    if (V::aligned && i + kVector<T> <= columns) {
-      store_streaming(out + i, gradients);
-    } else {
-      store_elements(out + i, gradients, columns - i);
-    }
-  });
+                       for (int k = 0; k < kVector<T> / 2; ++k) {
+                         const Capped<Real> z = V::template pair<true>(scale, fresh_raw, k);
+                         const Pair<Real> v_new = z.value, v_old = V::template pair<true>(scale, old_raw, k).value;
+                         set_pair(T{}, gradients, k,
+                                  Pair<Real>{gradient(v_new.a, v_old.a, z.slope.a), gradient(v_new.b, v_old.b, z.slope.b)});
+                       }
+                       if (V::aligned && i + kVector<T> <= columns) {
+                         store_streaming(out + i, gradients);
+                       } else {
+                         store_elements(out + i, gradients, columns - i);
+                       }
+                     });
 }
 
 cudaError_t paired_forward(const PairedForward& call, cudaStream_t stream) {

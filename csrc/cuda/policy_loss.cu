@@ -7,7 +7,6 @@
 //   block    one block a row, which reads it again from the L2 cache; the grid is kept so small that the rows in flight fit there.
 //   split    few rows: a block a segment, statistics first, then loss and gradient.
 #include "common/token_loss.h"
-
 #include "cuda/gradient.cuh"
 
 namespace erc {
@@ -56,7 +55,8 @@ struct FinishedToken {
 // Where the threads of a block meet, between the two sweeps: one has finished the token, another one writes its outputs, unless a
 // block of the same row does.
 template <class Real>
-ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, const PolicyLoss& call, int64_t token, bool writes) {
+ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, const PolicyLoss& call, int64_t token,
+                                          bool writes) {
   __syncthreads();
   if (writes && token >= 0 && threadIdx.x == kWarp) finished.write_outputs(call, token);
   return finished.plan;
@@ -301,9 +301,8 @@ __global__ void __launch_bounds__(kBlockGroups<V>* kLanes, 1)
 
 // Block row * blocks_per_row + g: every block of a row finishes the token for itself, from the states in the workspace.
 template <class V>
-__global__ void __launch_bounds__(kLanes, 2)
-    loss_gradient_kernel(PolicyLoss call, Workspace<typename V::Real> workspace, Prepared<V> host, RowAddress grads,
-                         int log_blocks) {
+__global__ void __launch_bounds__(kLanes, 2) loss_gradient_kernel(PolicyLoss call, Workspace<typename V::Real> workspace,
+                                                                  Prepared<V> host, RowAddress grads, int log_blocks) {
   using T = typename V::Element;
   using Real = typename V::Real;
   const Partition& partition = host.partition;

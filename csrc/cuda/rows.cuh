@@ -16,10 +16,10 @@ namespace erc {
 namespace cuda {
 
 constexpr int kWarp = 32;
-constexpr int kLanes = 128;         // of a segment; a thread is one lane
-constexpr int kMaxSegments = 8;     // the largest portable cluster
+constexpr int kLanes = 128;  // of a segment; a thread is one lane
+constexpr int kMaxSegments = 8;  // the largest portable cluster
 constexpr int kSegmentBytes = 40 * 1024;  // the shared memory of a multiprocessor of sm_90 holds five such blocks of a cluster
-constexpr int kUnroll = 4;          // vectors in flight a lane
+constexpr int kUnroll = 4;  // vectors in flight a lane
 
 template <class T>
 constexpr int kVector = int(16 / sizeof(T));  // elements in a Raw
@@ -29,7 +29,7 @@ constexpr int kVector = int(16 / sizeof(T));  // elements in a Raw
 struct Partition {
   int vocab_size;
   int segment_size;  // columns, a multiple of 64
-  int segments;      // 1 << log_segments
+  int segments;  // 1 << log_segments
   int log_segments;
 
   ERC_DEVICE int first(int segment) const { return segment * segment_size; }
@@ -196,7 +196,8 @@ struct AnyReader {
   ERC_DEVICE Raw load(const T* p) const {
     const char* chunk = reinterpret_cast<const char*>(p) - bytes;
     const Raw low = memory.chunk(chunk), high = memory.chunk(chunk + 16);
-    uint32_t words[8] = {low.word[0], low.word[1], low.word[2], low.word[3], high.word[0], high.word[1], high.word[2], high.word[3]};
+    uint32_t words[8] = {low.word[0],  low.word[1],  low.word[2],  low.word[3],
+                         high.word[0], high.word[1], high.word[2], high.word[3]};
 #pragma unroll
     for (int i = 0; i < 6; ++i) words[i] = bytes & 8 ? words[i + 2] : words[i];
 #pragma unroll
@@ -246,7 +247,7 @@ struct Segment {
   Memory memory;
 
   ERC_DEVICE int whole() const { return columns / kVector<T>; }  // vectors
-  ERC_DEVICE int rest() const { return columns % kVector<T>; }   // elements behind them
+  ERC_DEVICE int rest() const { return columns % kVector<T>; }  // elements behind them
 };
 
 template <class V>
@@ -281,20 +282,25 @@ ERC_DEVICE Pair<float> inverse_pair(Pair<float> x) {
 // The scaling of one row: v = z, or its softcapped value softcap * tanh(z * inner).
 template <class Real>
 struct RowScale {
-  Real scale;    // x = v * scale
-  Real rate;     // scale * log2(e): exp(x) = 2^(v * rate)
-  Real chain;    // dx/dz but for the softcap's own factor
+  Real scale;  // x = v * scale
+  Real rate;  // scale * log2(e): exp(x) = 2^(v * rate)
+  Real chain;  // dx/dz but for the softcap's own factor
   Real chain_by_rate;
   Real softcap;  // 0: none
   Real inner;
-  Real decay;    // exp(-2 |z| * inner) = 2^(|z| * decay)
+  Real decay;  // exp(-2 |z| * inner) = 2^(|z| * decay)
 
   static ERC_HOST_DEVICE RowScale of(const Scaling& s, double temperature) {
     const bool capped = s.softcap != 0;
     const double slope = s.logit_scale / temperature, scale = capped ? 1 / temperature : slope;
     const double inner = capped ? s.logit_scale / s.softcap : 1;
     const double rate = scale * 1.4426950408889634074;
-    return {Real(scale), Real(rate), Real(slope), Real(slope / rate), Real(s.softcap), Real(inner),
+    return {Real(scale),
+            Real(rate),
+            Real(slope),
+            Real(slope / rate),
+            Real(s.softcap),
+            Real(inner),
             Real(inner * -2.8853900817779268147)};
   }
 
@@ -386,8 +392,8 @@ struct Prepared {
 
   explicit Prepared(const RowInputs& in)
       : partition(partition_of(in.logits.vocab_size, sizeof(T))), scale(RowScale<Real>::of(in.scaling, in.scaling.temperature)),
-        logits(in.logits, sizeof(T)), inner(uint32_t(in.logits.inner < in.logits.num_rows ? in.logits.inner : in.logits.num_rows)),
-        by_inner(inner) {}
+        logits(in.logits, sizeof(T)),
+        inner(uint32_t(in.logits.inner < in.logits.num_rows ? in.logits.inner : in.logits.num_rows)), by_inner(inner) {}
 
   ERC_DEVICE RowIndex index(uint32_t row) const {
     const uint32_t outer = by_inner.quotient(row);
@@ -403,7 +409,9 @@ constexpr int kCappedBlocks = 2;
 constexpr int kCappedBlocks = 4;
 #endif
 template <class V, int kUncapped>
-constexpr int kBlocks = !std::is_same<typename V::Element, bfloat16>::value || V::rare ? 2 : V::softcap ? kCappedBlocks : kUncapped;
+constexpr int kBlocks = !std::is_same<typename V::Element, bfloat16>::value || V::rare ? 2
+                        : V::softcap                                                   ? kCappedBlocks
+                                                                                       : kUncapped;
 
 // Calls body(Variant) with what fits the rows and, where it is another dtype, their gradient. What is rare has one general form,
 // which serves every softcap: float64, and misaligned rows with a softcap or a narrower gradient.
@@ -434,16 +442,11 @@ inline cudaError_t dispatch(std::initializer_list<const Rows*> tensors, bool sof
     return dispatch_dtypes<T, T>(aligned, softcap, body);
   };
   switch (first.dtype) {
-    case DType::kFloat32:
-      return with_type(float{});
-    case DType::kBFloat16:
-      return with_type(bfloat16{});
-    case DType::kFloat16:
-      return with_type(float16{});
-    case DType::kFloat64:
-      return with_type(double{});
-    default:
-      return cudaErrorInvalidValue;
+    case DType::kFloat32: return with_type(float{});
+    case DType::kBFloat16: return with_type(bfloat16{});
+    case DType::kFloat16: return with_type(float16{});
+    case DType::kFloat64: return with_type(double{});
+    default: return cudaErrorInvalidValue;
   }
 }
 

@@ -12,8 +12,8 @@ namespace cuda {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 template <class Real>
-ERC_DEVICE void write_statistics(const StatsForward& call, int64_t token, const RowState<Real>& state, Real logprob, Real entropy,
-                                 Real logsumexp, Real label_value) {
+ERC_DEVICE void write_statistics(const StatsForward& call, int64_t token, const RowState<Real>& state, Real logprob,
+                                 Real entropy, Real logsumexp, Real label_value) {
   const int64_t n = call.rows.num_tokens;
   put(call.logprob, token, logprob);
   put(call.entropy, token, entropy);
@@ -58,7 +58,8 @@ struct StatsShared {
 };
 
 template <class V>
-constexpr int kStatsBlocks = kBlocks<V, V::aligned ? 8 : 2>;
+constexpr int kStatsBlocks = kBlocks < V,
+              V::aligned ? 8 : 2 > ;
 
 // One block a row.
 template <class V>
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(kLanes, 2) stats_gradient_kernel(StatsBackward
       const RowState<Real> state{saved[token], saved[n + token], saved[2 * n + token]};
       const bool cut = label.kind == LabelKind::kCut;
       const StatGrads<Real> upstream{cut ? Real(0) : optional(call.grad_logprob, token, Real(0)),
-                                     optional(call.grad_entropy, token, Real(0)), optional(call.grad_logsumexp, token, Real(0))};
+                                     optional(call.grad_entropy, token, Real(0)),
+                                     optional(call.grad_logsumexp, token, Real(0))};
       const bool here = column >= 0 && column < segment.columns;
       const Real label_value = here ? V::value(scale, segment.begin[column]) : Real(0);
       *plan = GradientPlan<Real>(state, scale, upstream, label_value, true);

@@ -1,6 +1,5 @@
 // Log-probs over the tokens that a sampler kept, and their gradient: a warp a row, around the dense sweeps, which stay as they are.
 #include "common/support.h"
-
 #include "cuda/sweep.cuh"
 
 namespace erc {

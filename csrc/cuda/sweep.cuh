@@ -66,9 +66,7 @@ struct LaneRange {
   }
 
   // The maximum of v, and something near it.
-  ERC_DEVICE Real max(const RowScale<Real>& scale) const {
-    return V::one(scale, largest_half()).value.a;
-  }
+  ERC_DEVICE Real max(const RowScale<Real>& scale) const { return V::one(scale, largest_half()).value.a; }
   ERC_DEVICE Real near_max(const RowScale<Real>& scale) const {
     const Real z = largest_half();
     return V::caps(scale) ? scale.roughly_capped(z) : z;
@@ -134,7 +132,7 @@ struct LaneState {
   ERC_DEVICE void accumulate(const RowScale<Real>& scale, const Raw& raw) {
 #pragma unroll
     for (int i = 0; i < kVector<T> / 2; ++i) {
-      const Pair<Real> v = V::template pair<kGuarded || kHoles>(scale, raw, i).value;
+      const Pair<Real> v = V::template pair < kGuarded || kHoles > (scale, raw, i).value;
       Pair<Real> u;
       if constexpr (kGuarded) {
         u = {mul_rn(v.a - center, scale.rate), mul_rn(v.b - center, scale.rate)};
@@ -266,7 +264,8 @@ struct alignas(16) GroupShared {
 // The lanes of a segment into its state, for every thread of the group. The lane that met the maximum has a 1 in its sum that
 // would drown R, so its few elements are taken once more, by all threads, without one maximum.
 template <class V, class Memory>
-ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V::Real>& scale, const Segment<V, Memory>& segment,
+ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V::Real>& scale,
+                                                      const Segment<V, Memory>& segment,
                                                       const LaneResult<typename V::Real>& lane,
                                                       GroupShared<typename V::Real>& shared, bool guarded) {
   using T = typename V::Element;
@@ -330,7 +329,8 @@ ERC_DEVICE SegmentState<typename V::Real> merge_lanes(const RowScale<typename V:
 // The state of a segment, for every thread of the group that sweeps it. Groups of a block meet at the same barriers: if one must
 // sweep again, all do. kGroups: of a block, at most.
 template <int kGroups, class V, class Memory>
-ERC_DEVICE SegmentState<typename V::Real> segment_state(const RowScale<typename V::Real>& scale, const Segment<V, Memory>& segment,
+ERC_DEVICE SegmentState<typename V::Real> segment_state(const RowScale<typename V::Real>& scale,
+                                                        const Segment<V, Memory>& segment,
                                                         GroupShared<typename V::Real>* shared) {
   const int lane = threadIdx.x % kLanes, group = kGroups == 1 ? 0 : threadIdx.x / kLanes;
   const int groups = kGroups == 1 ? 1 : blockDim.x / kLanes;

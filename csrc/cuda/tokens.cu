@@ -2,7 +2,6 @@
 // number of tokens and the sequences alone, so runs repeat bit by bit.
 #include "common/token_summary.h"
 #include "common/token_table.h"
-
 #include "cuda/sweep.cuh"
 
 namespace erc {
@@ -10,8 +9,8 @@ namespace cuda {
 
 constexpr int kTokenThreads = 256;
 constexpr int kTokenWarps = kTokenThreads / kWarp;
-constexpr int kTokenBlocks = 8;        // a multiprocessor has place for as many
-constexpr int64_t kSummaryRun = 512;   // tokens of a block of the summary
+constexpr int kTokenBlocks = 8;  // a multiprocessor has place for as many
+constexpr int64_t kSummaryRun = 512;  // tokens of a block of the summary
 
 // ---- the table -----------------------------------------------------------------------------------------------------
 

@@ -223,16 +223,16 @@ class _FusedLinearLoss(torch.autograd.Function):
                 chunk_hidden = rows.active.of(head, chunk)
                 for logits, some, grad_logits in buffers.windows(head, chunk_hidden, chunk):
                     place = (some.row_index, some.first_token)
-                    if kept is not None:
+                    if kept is not None and over_support is not None:
                         kept.logprobs_(logits, *place, over_support[0])
                     backend_operators.loss_rows_(
                         logits, labels, temperature, tokens.params, tokens.ignore_index, *place, table, per_token,
                         flags, over_support, grad_logits if learns else None,
                     )  # fmt: skip
-                    if kept is not None and learns:
+                    if kept is not None and over_support is not None and learns:
                         saved, (d_logprob, d_full, d_entropy) = over_support[1:4], over_support[4:]
-                        grads = (d_logprob, d_entropy if call.objective.entropy_coef else None, None, d_full)
-                        kept.gradient_(*place, per_token[4], saved, grads, grad_logits)
+                        wanted = (d_logprob, d_entropy if call.objective.entropy_coef else None, None, d_full)
+                        kept.gradient_(*place, per_token[4], saved, wanted, grad_logits)
                 if learns:
                     gradients.add(head, chunk.index, chunk_hidden, buffers.gradient[: len(chunk_hidden)])
             gradients.finish()

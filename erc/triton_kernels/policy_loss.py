@@ -182,20 +182,19 @@ def _launch_rows(
     present, has_entropy_term = int(numbers[Param.PRESENT]), numbers[Param.ENTROPY_COEF] != 0
     shared_gradient = lanes is not None and target is not None
     saved = grad_logprob = grad_entropy = logprob = logprob_full = grad_over_support = None
+    outputs = per_token[:4]
     if over_support is not None:
-        *per_token, logprob_full = per_token
-        logprob, saved = over_support[0], over_support[1:4]
-        grad_over_support, grad_logprob, grad_entropy = over_support[4:]
+        logprob, saved, logprob_full = over_support[0], over_support[1:4], per_token[4]
+        grad_over_support, grad_logprob, grad_entropy = over_support[4:].unbind()
     elif shared_gradient:
-        saved, grad_logprob, entropy_weight = per_token[0].new_empty((5, count)).split((3, 1, 1))
-        grad_entropy = entropy_weight[0] if has_entropy_term else None
-        grad_logprob = grad_logprob[0]
+        kept = per_token[0].new_empty((5, count))
+        saved, grad_logprob, grad_entropy = kept[:3], kept[3], kept[4]
     out = None if shared_gradient else target
     device = tuning.device_of(source.data)
     programs = tuning.programs_for_loss(device, source.row_bytes(), source.count)
     launch(
         policy_loss_kernel, programs, source.data, *call.pointers(), lanes, table, None if out is None else out.data,
-        *per_token, flags, saved, grad_logprob, grad_entropy, logprob, logprob_full, grad_over_support, *call.numbers(),
+        *outputs, flags, saved, grad_logprob, grad_entropy, logprob, logprob_full, grad_over_support, *call.numbers(),
         *((0, 0) if out is None else out.strides()), count, source.count, programs, *read_scaling(call.params),
         *numbers[Param.RULE : Param.RULE_ID], RULE=int(numbers[Param.RULE_ID]), KL=int(numbers[Param.KL_ID]),
         GATE=int(numbers[Param.GATE_ID]), OFF_POLICY=bool(present & Present.OLD_LOGPROB),
@@ -204,7 +203,8 @@ def _launch_rows(
         NLL_OVER_FULL=logprob is not None and bool(present & Present.NLL_OVER_FULL), L=layout,
     )  # fmt: skip
     if shared_gradient:
-        launch_backward(call, target, saved, grad_logprob, grad_entropy, None)
+        assert target is not None and saved is not None
+        launch_backward(call, target, saved, grad_logprob, grad_entropy if has_entropy_term else None, None)
 
 
 def loss_rows_(*inputs_and_outputs: Any) -> None:

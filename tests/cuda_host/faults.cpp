@@ -81,13 +81,19 @@ const struct {
   const char* name;
   void (*kernel)(float*);
 } kKernels[] = {
-    {"divergent_barrier", divergent_barrier},     {"missing_thread", missing_thread},
-    {"shuffle_without_a_lane", shuffle_without_a_lane}, {"partial_mask", partial_mask},
-    {"uninitialised_shared", uninitialised_shared}, {"missing_barrier", missing_barrier},
-    {"copy_without_wait", copy_without_wait},     {"misaligned_load", misaligned_load},
+    {"divergent_barrier", divergent_barrier},
+    {"missing_thread", missing_thread},
+    {"shuffle_without_a_lane", shuffle_without_a_lane},
+    {"partial_mask", partial_mask},
+    {"uninitialised_shared", uninitialised_shared},
+    {"missing_barrier", missing_barrier},
+    {"copy_without_wait", copy_without_wait},
+    {"misaligned_load", misaligned_load},
     {"wait_for_nobody", wait_for_nobody},
-    {"cluster_wait_alone", cluster_wait_alone},   {"sound", sound},
-    {"vote_without_a_lane", vote_without_a_lane}, {"votes_and_atomics", votes_and_atomics},
+    {"cluster_wait_alone", cluster_wait_alone},
+    {"sound", sound},
+    {"vote_without_a_lane", vote_without_a_lane},
+    {"votes_and_atomics", votes_and_atomics},
 };
 
 }  // namespace

@@ -91,15 +91,28 @@ void exercise(DType dtype, int64_t vocab_size, int64_t offset_bytes, double soft
   loss.rows = rows;
   loss.rows.labels = active.data();
   loss.table = table.data();
-  loss.params = {RuleId::kPPOClip, 0, Gate::kKeepValue, Present::kOldEntropy, {0.2, 0.28, INFINITY, INFINITY}, 0.05, 0.05, 1e-8, 0, 10};
+  loss.params = {
+      RuleId::kPPOClip, 0, Gate::kKeepValue, Present::kOldEntropy, {0.2, 0.28, INFINITY, INFINITY}, 0.05, 0.05, 1e-8, 0, 10};
   loss.loss = out[0].data(), loss.token_loss = out[1].data(), loss.logprob = out[2].data(), loss.entropy = out[3].data();
   loss.flags = flags.data();
   loss.grad_logits = grad_rows;
   loss.workspace = workspace.data();
   expect(policy_loss(loss, nullptr) == cudaSuccess, "policy_loss", vocab_size);
   std::vector<char> partials(summary_bytes(n));
-  const TokenSummary summary{n, -100, out[0].data(), out[2].data(), out[3].data(), table.data(), nullptr, flags.data(),
-                             active.data(), loss.params, &total, metrics, &tokens, &counter,
+  const TokenSummary summary{n,
+                             -100,
+                             out[0].data(),
+                             out[2].data(),
+                             out[3].data(),
+                             table.data(),
+                             nullptr,
+                             flags.data(),
+                             active.data(),
+                             loss.params,
+                             &total,
+                             metrics,
+                             &tokens,
+                             &counter,
                              reinterpret_cast<double*>(partials.data())};
   expect(token_summary(summary, wide, nullptr) == cudaSuccess && tokens == 2, "token_summary", vocab_size);
   expect(scale_rows({grad_rows, grad_rows, out[0].data(), false}, nullptr) == cudaSuccess, "scale_rows", vocab_size);

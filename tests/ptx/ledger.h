@@ -25,28 +25,26 @@ enum Readers { NOBODY, ONE_THREAD, ONE_WARP, ONE_BLOCK, SEVERAL_BLOCKS };
 typedef struct {
   Stamp write, read;
   int32_t readers, atomic;  // atomic: the last write was
-  int32_t copy;             // 0: none; else the number of the operation that wrote or reads it asynchronously + 1
+  int32_t copy;  // 0: none; else the number of the operation that wrote or reads it asynchronously + 1
 } Cell;
 
 // What synchronises. Threads are numbered over the grid; those that run now start at `first`.
 typedef struct {
   int64_t threads, cluster, phases, barriers, first;  // threads a block, blocks a cluster, columns of `released` and `seen`
-  const int32_t* block;      // [blocks that run] block barriers passed
-  const int32_t* warp;       // [warps that run] warp barriers passed
-  const int32_t* arrived;    // [threads that run] arrivals at the cluster barrier
-  const int32_t* waited;     // [threads that run] waits completed
-  const int32_t* released;   // [blocks that run, phases] the last releasing arrival up to a phase
-  const int32_t* seen;       // [threads that run, barriers, 2] phases of an mbarrier seen complete, at block and cluster scope
-  const int32_t* copies;     // [copies, 4] mbarrier, phase, scope that a reader needs, whether the memory is the source
+  const int32_t* block;  // [blocks that run] block barriers passed
+  const int32_t* warp;  // [warps that run] warp barriers passed
+  const int32_t* arrived;  // [threads that run] arrivals at the cluster barrier
+  const int32_t* waited;  // [threads that run] waits completed
+  const int32_t* released;  // [blocks that run, phases] the last releasing arrival up to a phase
+  const int32_t* seen;  // [threads that run, barriers, 2] phases of an mbarrier seen complete, at block and cluster scope
+  const int32_t* copies;  // [copies, 4] mbarrier, phase, scope that a reader needs, whether the memory is the source
   const int32_t* published;  // [blocks of the grid, 3] block barriers before the last atomic, when it was, which thread + 1
-  const int32_t* informed;   // [blocks of the grid] when the block's last atomic was
+  const int32_t* informed;  // [blocks of the grid] when the block's last atomic was
 } Clocks;
 
 static int64_t warps_of(const Clocks* c) { return (c->threads + 31) / 32; }
 static int64_t block_of(const Clocks* c, int64_t thread) { return thread / c->threads; }
-static int64_t warp_of(const Clocks* c, int64_t thread) {
-  return block_of(c, thread) * warps_of(c) + thread % c->threads / 32;
-}
+static int64_t warp_of(const Clocks* c, int64_t thread) { return block_of(c, thread) * warps_of(c) + thread % c->threads / 32; }
 
 static int published(const Clocks* c, int64_t thread, int32_t block_clock, int64_t now) {
   const int64_t b = block_of(c, thread), to = block_of(c, now);
@@ -87,8 +85,10 @@ static void add_reader(const Clocks* c, Cell* cell, const Stamp* stamp, int64_t 
     return;
   }
   const int64_t other = cell->read.thread - 1;
-  const int level = other == now ? ONE_THREAD : warp_of(c, other) == warp_of(c, now) ? ONE_WARP
-                    : block_of(c, other) == block_of(c, now) ? ONE_BLOCK : SEVERAL_BLOCKS;
+  const int level = other == now                             ? ONE_THREAD
+                    : warp_of(c, other) == warp_of(c, now)   ? ONE_WARP
+                    : block_of(c, other) == block_of(c, now) ? ONE_BLOCK
+                                                             : SEVERAL_BLOCKS;
   cell->readers = larger(cell->readers, level);
   cell->read.block = larger(cell->read.block, stamp->block);
   cell->read.warp = larger(cell->read.warp, stamp->warp);
@@ -135,7 +135,7 @@ static int is_shared_with_others(const Clocks* c, const Cell* cell, int64_t thre
       !ordered(c, &cell->write, ONE_THREAD, thread)) {
     return 1;
   }
-  const int foreign = cell->readers == SEVERAL_BLOCKS ||
-                      (cell->readers != NOBODY && block_of(c, cell->read.thread - 1) != here);
+  const int foreign =
+      cell->readers == SEVERAL_BLOCKS || (cell->readers != NOBODY && block_of(c, cell->read.thread - 1) != here);
   return foreign && !ordered(c, &cell->read, cell->readers, thread);
 }

@@ -82,7 +82,7 @@ inline void gradient_blocks(const RowScale<stats_t<T>>& scale, const Term& term,
   constexpr int kVectors = kLanes / width_of<T>;
   const FlushSubnormals flush;
   // Captured by value: through a reference, every store to grad could change the constants, and each block would reload them.
-  const auto gradient = [=](const T* block, V (&g)[kVectors], auto whole) {
+  const auto gradient = [=](const T* block, V(&g)[kVectors], auto whole) {
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
     for (int j = 0; j < kVectors; ++j) g[j] = term(v[j], whole);
@@ -114,17 +114,15 @@ inline void with_constants(Visit&& visit) {
 }
 template <class Visit, class... Conditions>
 inline void with_constants(Visit&& visit, bool first, Conditions... others) {
-  const auto fixed = [&](auto value) {
-    with_constants([&](auto... values) { visit(value, values...); }, others...);
-  };
+  const auto fixed = [&](auto value) { with_constants([&](auto... values) { visit(value, values...); }, others...); };
   first ? fixed(std::true_type{}) : fixed(std::false_type{});
 }
 
 // Of type G: that of the logits, or a narrower one in memory of its own. `next`: the row that will be read after this one, which
 // comes to the cache meanwhile.
 template <bool kSoftcap, class T, class G>
-inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& sweep, const StatGrads<double>& grads,
-                         const T* row, int64_t vocab_size, int64_t label, G* grad, const T* next) {
+inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& sweep, const StatGrads<double>& grads, const T* row,
+                         int64_t vocab_size, int64_t label, G* grad, const T* next) {
   using Real = stats_t<T>;
   if (!sweep.state.is_valid()) return fill(grad, vocab_size, Real(NAN));
   if (grads.logprob == 0 && grads.entropy == 0 && grads.logsumexp == 0) {
@@ -145,8 +143,8 @@ inline void row_gradient(const RowScale<stats_t<T>>& scale, const RowSweep& swee
   const bool stream = kMayStream && static_cast<const void*>(grad) != row && reinterpret_cast<uintptr_t>(grad) % 64 == 0;
   const auto blocks = [&](auto near, auto varies, auto streams) {
     using Chosen = Term<Real, decltype(near)::value, decltype(varies)::value>;
-    gradient_blocks<kSoftcap, kMayStream && decltype(streams)::value>(
-        scale, Chosen(exp, Real(sweep.state.row_max), factor), row, vocab_size, grad, next);
+    gradient_blocks<kSoftcap, kMayStream&& decltype(streams)::value>(scale, Chosen(exp, Real(sweep.state.row_max), factor), row,
+                                                                     vocab_size, grad, next);
   };
   if constexpr (kSoftcap || !std::is_same_v<Real, float>) {  // one form of what is rare
     with_constants([&](auto streams) { blocks(std::false_type{}, std::true_type{}, streams); }, stream);

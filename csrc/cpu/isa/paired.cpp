@@ -118,10 +118,14 @@ void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
       if (p.is_valid() && q.is_valid()) {
         sums = paired_sums<kSoftcap, T>(scale, Side<T>(new_row, p), Side<T>(old_row, q), vocab_size);
       }
-      const double stats[] = {(entropy + kRatioEps) / (old_entropy + kRatioEps), entropy, old_entropy, sums.kl_new_old,
-                              sums.kl_old_new, sums.variation / 2};
-      const double saved[] = {p.row_max, p.sum_rest, p.weighted_sum, q.row_max, q.sum_rest, q.weighted_sum,
-                              sums.kl_new_old, sums.sign};
+      const double stats[] = {(entropy + kRatioEps) / (old_entropy + kRatioEps),
+                              entropy,
+                              old_entropy,
+                              sums.kl_new_old,
+                              sums.kl_old_new,
+                              sums.variation / 2};
+      const double saved[] = {p.row_max,  p.sum_rest,     p.weighted_sum,  q.row_max,
+                              q.sum_rest, q.weighted_sum, sums.kl_new_old, sums.sign};
       for (int64_t k = 0; k < kPairedOutputs; ++k) put<Real>(call.stats, k * n + i, stats[k]);
       for (int64_t k = 0; k < kPairedSaved; ++k) put<Real>(call.saved, k * n + i, saved[k]);
     }
@@ -131,8 +135,8 @@ void paired_forward(const PairedForward& call, int64_t begin, int64_t end) {
 // d/dx_j = p_j * (A + B * (x_j - m) + C * (log p_j - log q_j - KL) + D * (sign(p_j - q_j) - E_p[sign]) + E) - E * q_j.
 template <bool kSoftcap, class T>
 static void paired_gradient(const RowScale<stats_t<T>>& scale, const Side<T>& p, const Side<T>& q,
-                            const RowState<double>& state, const double (&g)[kPairedOutputs], double ratio_slope, double kl, double sign,
-                            int64_t vocab_size, T* grad) {
+                            const RowState<double>& state, const double (&g)[kPairedOutputs], double ratio_slope, double kl,
+                            double sign, int64_t vocab_size, T* grad) {
   using Real = stats_t<T>;
   using V = vector_of<T>;
   constexpr int kVectors = kLanes / width_of<T>;

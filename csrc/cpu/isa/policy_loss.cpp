@@ -1,7 +1,6 @@
 // The fused loss: statistics, the token's loss, and its gradient while the row is still in cache.
 // One read of the logits from memory and one write of the gradient, for forward and backward together.
 #include "common/token_loss.h"
-
 #include "cpu/isa/gradient.h"
 #include "cpu/isa/operators.h"
 

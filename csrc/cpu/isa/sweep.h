@@ -211,8 +211,8 @@ inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, c
 // The same sums, bit for bit, but for the maximum, by fewer operations: for a segment whose whole blocks lie near below the
 // center, which `distance` tells afterwards. A last block that is not whole may hold anything that does not exceed it.
 template <bool kSoftcap, class T>
-inline SegmentSums<float> near_segment_sums(const RowScale<float>& scale, const ScaledExp<float>& exp, float center,
-                                            const T* p, int64_t n, Distance& distance) {
+inline SegmentSums<float> near_segment_sums(const RowScale<float>& scale, const ScaledExp<float>& exp, float center, const T* p,
+                                            int64_t n, Distance& distance) {
   constexpr int kVectors = kLanes / kWidth;
   f32v sum[kVectors] = {}, weighted[kVectors] = {};
   Distance met[kVectors] = {distance};

@@ -8,8 +8,8 @@ namespace erc {
 namespace ERC_ISA {
 
 extern const Kernels table;
-const Kernels table{ERC_STRING(ERC_ISA), stats_forward, stats_backward, support_forward, support_backward,
-                    policy_loss, paired_forward, paired_backward, scale_rows};
+const Kernels table{ERC_STRING(ERC_ISA), stats_forward,  stats_backward,  support_forward, support_backward,
+                    policy_loss,         paired_forward, paired_backward, scale_rows};
 
 }  // namespace ERC_ISA
 }  // namespace erc

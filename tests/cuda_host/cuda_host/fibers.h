@@ -31,8 +31,8 @@ struct Machine {
   int multiprocessors = 1;
   int l2_bytes = 1 << 20;
   int shared_bytes_per_block = 227 * 1024;
-  unsigned order = 0;             // of fibers and of clusters: 0 as numbered, 1 reversed, else the seed of a shuffle
-  unsigned char poison = 0xff;    // fills shared memory before a block starts
+  unsigned order = 0;  // of fibers and of clusters: 0 as numbered, 1 reversed, else the seed of a shuffle
+  unsigned char poison = 0xff;  // fills shared memory before a block starts
 };
 extern Machine machine;
 
