@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -246,12 +247,19 @@ class Library:
         recipe, recipe_file = shlex.join(command), self.path.with_suffix(".cmd")
         if stale:
             say(f"compiling {len(stale)} of {len(self.objects)} objects for {self.path.name}")
-            with ThreadPoolExecutor(jobs) as pool:
+            failed = Event()
+
+            def compile_unless_one_failed(item: Object) -> None:
+                if failed.is_set():  # what has not begun is of no use any more
+                    return
                 try:
-                    list(pool.map(Object.compile, stale))
+                    item.compile()
                 except CompileError:
-                    pool.shutdown(cancel_futures=True)  # nobody needs what has not begun
+                    failed.set()
                     raise
+
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(compile_unless_one_failed, stale))
         elif self.path.exists() and recipe_file.exists() and recipe_file.read_text() == recipe:
             return False
         run(command)

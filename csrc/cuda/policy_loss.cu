@@ -24,16 +24,24 @@ ERC_DEVICE const TokenInputs<Real>& token_row(const PolicyLoss& call, int64_t to
   return static_cast<const TokenInputs<Real>*>(call.table)[token];
 }
 
-// What a token leaves: its gradient's coefficients, which every thread waits for, and its outputs, which nobody does.
+// With a support: the log-prob over the full vocabulary, and of a row that was read what SupportBackward takes.
+template <class Real>
+struct FullOutputs {
+  Real logprob, d_support_logprob, d_logprob, d_entropy;
+  Real row_max, sum_rest, weighted_sum;
+};
+
+// What a token leaves: its gradient's coefficients, which every thread waits for, and its outputs, which no thread does.
 template <class Real>
 struct FinishedToken {
   GradientPlan<Real> plan;
   Real loss, token_loss, logprob, entropy;
   int32_t flags;
-  Real logprob_full;
-  // Of a row that was read, for the gradient over its support.
-  Real d_logprob = 0, d_logprob_full = 0, d_entropy = 0;
-  RowState<Real> state{};
+  FullOutputs<Real> full;  // left alone without a support
+
+  ERC_DEVICE FinishedToken(const GradientPlan<Real>& plan, Real loss, Real token_loss, Real logprob, Real entropy,
+                           int32_t flags)
+      : plan(plan), loss(loss), token_loss(token_loss), logprob(logprob), entropy(entropy), flags(flags) {}
 
   ERC_DEVICE void write_outputs(const PolicyLoss& call, int64_t token) const {
     put(call.loss, token, loss);
@@ -42,13 +50,13 @@ struct FinishedToken {
     put(call.entropy, token, entropy);
     call.flags[token] = flags;
     if (call.support_logprob == nullptr) return;
-    put(call.logprob_full, token, logprob_full);
-    put(call.d_logprob, token, d_logprob);
-    put(call.d_logprob_full, token, d_logprob_full);
-    put(call.d_entropy, token, d_entropy);
-    put(call.saved, token, state.row_max);
-    put(call.saved, call.rows.num_tokens + token, state.sum_rest);
-    put(call.saved, 2 * call.rows.num_tokens + token, state.weighted_sum);
+    put(call.logprob_full, token, full.logprob);
+    put(call.d_logprob, token, full.d_support_logprob);
+    put(call.d_logprob_full, token, full.d_logprob);
+    put(call.d_entropy, token, full.d_entropy);
+    put(call.saved, token, full.row_max);
+    put(call.saved, call.rows.num_tokens + token, full.sum_rest);
+    put(call.saved, 2 * call.rows.num_tokens + token, full.weighted_sum);
   }
 };
 
@@ -63,11 +71,12 @@ ERC_DEVICE const GradientPlan<Real>& meet(const FinishedToken<Real>& finished, c
 }
 
 // What one thread does between the two sweeps.
-template <class Real>
-ERC_DEVICE FinishedToken<Real> finish_token(const PolicyLoss& call, const RowScale<Real>& scale, const RowResult<Real>& result,
-                                            const TokenInputs<Real>& known, Real label_value, int64_t token) {
+template <bool kOverSupport, class Real>
+ERC_DEVICE FinishedToken<Real> finished_token(const PolicyLoss& call, const RowScale<Real>& scale,
+                                              const RowResult<Real>& result, const TokenInputs<Real>& known, Real label_value,
+                                              int64_t token) {
   RowState<Real> state = result.state;
-  const Real over_support = optional<Real>(call.support_logprob, token, Real(INFINITY));
+  const Real over_support = kOverSupport ? static_cast<const Real*>(call.support_logprob)[token] : Real(INFINITY);
   // A support without a distribution over it: then the row has none.
   if (over_support != over_support) state.row_max = Real(NAN);
   const bool cut = over_support < Real(INFINITY);
@@ -86,24 +95,28 @@ ERC_DEVICE FinishedToken<Real> finish_token(const PolicyLoss& call, const RowSca
   Real share = weighted_loss(in, loss.value, logprob, entropy);
   if (cut) share += more;
   const StatGrads<Real> grads{cut ? full.d_logprob : loss.d_logprob, loss.d_entropy, Real(0)};
-  return {GradientPlan<Real>(state, scale, grads, label_value, result.guarded),
-          share,
-          loss.value,
-          logprob,
-          entropy,
-          loss.flags,
-          logprob_full,
-          loss.d_logprob,
-          full.d_logprob,
-          loss.d_entropy,
-          state};
+  FinishedToken<Real> finished(GradientPlan<Real>(state, scale, grads, label_value, result.guarded), share, loss.value, logprob,
+                               entropy, loss.flags);
+  if (kOverSupport) {
+    finished.full = {logprob_full,  loss.d_logprob, full.d_logprob,    loss.d_entropy,
+                     state.row_max, state.sum_rest, state.weighted_sum};
+  }
+  return finished;
+}
+
+// Two copies of the code, so that a call without a support does not execute what is of one.
+template <class... Arguments>
+ERC_DEVICE auto finish_token(const PolicyLoss& call, const Arguments&... arguments) {
+  return call.support_logprob == nullptr ? finished_token<false>(call, arguments...) : finished_token<true>(call, arguments...);
 }
 
 // A row that is not read, because it is ignored or has no label in range: its gradient and outputs are constant.
 template <class Real>
 ERC_DEVICE FinishedToken<Real> finish_unread(const Label& label) {
   const Real value = label.kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  return {GradientPlan<Real>(value), value, value, value, value, 0, value};
+  FinishedToken<Real> finished(GradientPlan<Real>(value), value, value, value, value, 0);
+  finished.full = {value};
+  return finished;
 }
 
 // ---- cluster -------------------------------------------------------------------------------------------------------
