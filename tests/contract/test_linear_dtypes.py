@@ -168,6 +168,7 @@ def test_a_main_grad_that_cannot_take_the_gradient_is_named():
     for main_grad, error in (
         (torch.zeros(VOCAB, WIDTH, dtype=torch.bfloat16), TypeError),
         (torch.zeros(VOCAB, WIDTH + 1), ValueError),
+        (torch.zeros(VOCAB, 2 * WIDTH)[:, ::2], ValueError),
         ([0.0], TypeError),
     ):
         with pytest.raises(error, match="main_grad must be"):
