@@ -256,7 +256,7 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
     if main_grad.dtype != dtype or main_grad.requires_grad:
         raise TypeError(f"main_grad must be {dtype} and not require grad, got {main_grad.dtype}")
     if main_grad.numel() and 1 not in main_grad.stride():
-        raise ValueError(f"main_grad must have rows or columns without gaps, got strides {main_grad.stride()}")
+        raise ValueError(f"main_grad must be without gaps along its rows or columns, got strides {main_grad.stride()}")
     if main_grad.shape != weight.shape or main_grad.device != weight.device:
         raise ValueError(
             f"main_grad must be {list(weight.shape)} on {weight.device} like weight, got {list(main_grad.shape)} on "
