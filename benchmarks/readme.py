@@ -192,8 +192,26 @@ def _plot(results_path: Path, name: str, document: Path) -> str:
 def block(results: Results, results_path: Path, readme: Path) -> str:
     """What stands between the README's markers, markers included: one table and one plot."""
     plot = _plot(results_path, "flips_by_entropy", readme)
-    parts = [_overview(results), plot, _origin(results, results_path, readme), _on_gpus()]
-    return generated("benchmarks", *parts)
+    hidden = _head_costs(results_path.parent / "hidden.json")
+    parts = [_overview(results), plot, _origin(results, results_path, readme), hidden, _on_gpus()]
+    return generated("benchmarks", *filter(None, parts))
+
+
+def _head_costs(path: Path) -> str:
+    """What a 16-bit head has already cost before a kernel runs."""
+    if not path.exists():
+        return ""
+    results = Results.load(path)
+    flips = {row.implementation: row for row in results.accuracy if row.band == "all"}
+    named = {"TRL, chunked": "TRL", "eager PyTorch": "eager bfloat16", "eager PyTorch, float32 head": "a float32 head"}
+    others = ", ".join(f"{label} {flipped_share(flips[name])}" for name, label in named.items() if name in flips)
+    rounded = max(row.logprob_max_error for row in flips.values())
+    return (
+        "A 16-bit head decides by its rounding before any kernel runs. Flipped from bfloat16 hidden states on: "
+        f"{others}, and {flipped_share(flips['erc cpu'])} with `erc.linear_policy_loss`, which makes float32 logits; "
+        f"16-bit logits are off by up to {rounded:.2f} in log-prob "
+        "([details](docs/parallel.md#what-a-16-bit-head-has-already-cost))."
+    )
 
 
 def _on_gpus() -> str:
