@@ -117,12 +117,17 @@ def train(
     return logs, after, moved
 
 
+def assert_same_log(ours, theirs, rel: float, abs: float) -> None:
+    """Everything in `theirs`."""
+    for entry, expected in zip(ours, theirs, strict=True):
+        for name in expected.keys() - {"step_time"}:
+            assert entry[name] == pytest.approx(expected[name], rel=rel, abs=abs), name
+
+
 def assert_same_training(ours, theirs, rel: float = 2e-3, abs: float = 2e-5) -> None:
     """Everything in the log of `theirs`, and the parameters."""
     assert len(ours[0]) == len(theirs[0]) > 0
-    for entry, expected in zip(ours[0], theirs[0], strict=True):
-        for name in expected.keys() - {"step_time"}:
-            assert entry[name] == pytest.approx(expected[name], rel=rel, abs=abs), name
+    assert_same_log(ours[0], theirs[0], rel, abs)
     for name, value in theirs[1].items():
         torch.testing.assert_close(ours[1][name], value, rtol=rel, atol=10 * abs, msg=name)
     assert theirs[2] > 1e-3, "a training that moves nothing compares nothing"
@@ -251,7 +256,9 @@ def test_twenty_steps_equal_those_of_the_reference(tmp_path):
     ours = train(tmp_path / "a", ERCTrainer, ERCConfig, **options)
     with erc.use_backend("torch"):
         theirs = train(tmp_path / "b", ERCTrainer, ERCConfig, **options)
-    assert_same_training(ours, theirs)
+    # At this learning rate a difference grows tenfold in four steps: 1e-7 in the first ones, 2e-3 in the last.
+    assert_same_log(ours[0][:10], theirs[0][:10], 1e-4, 1e-6)
+    assert_same_training(ours, theirs, rel=1e-2, abs=1e-4)
     assert max(entry["erc/fraction"] for entry in theirs[0]) > 0.05
     assert {"erc/entropy_ratio", "clip_ratio/low_min", "kl", "grad_norm"} <= theirs[0][0].keys()
 
