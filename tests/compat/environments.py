@@ -23,7 +23,7 @@ CACHE = ROOT / ".cache" / "compat"
 # What `import torch` and torch.compile import, and this package's own dependency.
 PURE = ("typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "numpy")
 # What executes kernels under pytest (tests/ptx).
-PYTEST = ("pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiongroup", "tomli")
+PYTEST = ("pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiongroup", "tomli", "setuptools")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 
 
