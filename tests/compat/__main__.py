@@ -94,11 +94,12 @@ def try_pair(pair: Pair, wheels: Path, tried: dict[str, Any], options: argparse.
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The report as Markdown."""
-    header = ("PyTorch", "Triton", "Python", "wheel", "kernels", "instructions", "spills", "result")
+    header = ("PyTorch", "Triton", "Python", "wheel", "kernels", "instructions", "spills", "lane spills", "result")
     lines = []
     for row in rows:
         found = [k for result in row.get("kernels", {}).values() for k in result["kernels"]]
-        counts = (len(found), sum(k["instructions"] for k in found), sum(bool(k["spilled"]) for k in found))
+        spills = (sum(bool(k[name]) for k in found) for name in ("spilled", "lane_spills"))
+        counts = (len(found), sum(k["instructions"] for k in found), *spills)
         state = row.get("unavailable") or ("; ".join(row["problems"][:3]) or "green")
         loaded = "holds" if row.get("loads") and all(row["loads"]["contract"].values()) else "-"
         lines.append((row["torch"], row["triton"], row.get("python", "-"), loaded, *counts, state))

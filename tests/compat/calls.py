@@ -27,12 +27,18 @@ def register() -> torch.library.Library:
 
 def _loss(logits: Tensor, objective: str | erc.Objective, grad: bool = True, **settings: object) -> Call:
     def call() -> None:
-        leaf, values = logits.clone().requires_grad_(grad), torch.ones(len(logits))
+        # Two sequences, because some losses take their mean by sequence.
+        leaf = logits.unflatten(0, (2, -1)).clone().requires_grad_(grad)
+        values = torch.ones(leaf.shape[:-1])
         given = {"old_logprob": values, "old_entropy": values, "ref_logprob": values, "advantages": values}
+        if isinstance(objective, erc.Objective) and objective.nll_coef:
+            given["nll_mask"] = values > 0
+        if isinstance(settings.get("temperature"), Tensor):
+            given["temperature"] = values
         out = erc.policy_loss(
-            leaf * 1 if settings.get("inplace_backward") else leaf, torch.zeros(len(logits), dtype=torch.int64),
+            leaf * 1 if settings.get("inplace_backward") else leaf, torch.zeros_like(values, dtype=torch.int64),
             objective=objective, grad_scale=1.0 if logits.dtype == torch.float16 else None, backend=BACKEND,
-            **given, **settings,
+            **(settings | given),
         )  # fmt: skip
         if grad:
             out.loss.backward()

@@ -17,13 +17,18 @@ from tests.stub_driver import TARGETS, Launch, stub_driver
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's machine code: `spilled` bytes per thread in local memory or scratch."""
+    """A kernel's machine code: `spilled` bytes per thread in local memory or scratch.
+
+    On AMD's GPUs `lane_spills` scalar registers (a hundred at most, shared by a wavefront) wait in lanes of a vector
+    register: an instruction to put one there, one to take it back, no memory.
+    """
 
     kernel: str
     call: str  # the first that launched it
     instructions: int
     registers: int
     spilled: int
+    lane_spills: int = 0
 
 
 def examine(launch: Launch, call: str) -> Compiled:
@@ -34,9 +39,9 @@ def examine(launch: Launch, call: str) -> Compiled:
         return Compiled(name, call, len(code.instructions), code.registers, spilled)
     text = launch.kernel.asm["amdgcn"]
     figures = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)$", text, re.MULTILINE)}
-    spilled = figures["private_segment_fixed_size"] or figures["vgpr_spill_count"] + figures["sgpr_spill_count"]
+    spilled = figures["private_segment_fixed_size"] or 4 * figures["vgpr_spill_count"]
     instructions = len(re.findall(r"^\t[sv]_|^\t(?:global|buffer|flat|ds|scratch)_", text, re.MULTILINE))
-    return Compiled(name, call, instructions, figures["vgpr_count"], spilled)
+    return Compiled(name, call, instructions, figures["vgpr_count"], spilled, figures["sgpr_spill_count"])
 
 
 def compile_all(arch: str, limit: int | None = None) -> tuple[list[Compiled], dict[str, str]]:
