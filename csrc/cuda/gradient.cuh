@@ -141,7 +141,7 @@ ERC_DEVICE void gradient_columns(const GradientPlan<typename V::Real>& plan, con
   const int lane = threadIdx.x % kLanes, count = chunks.whole > lane ? (chunks.whole - lane - 1) / kLanes + 1 : 0;
   const T* z = segment.begin + chunks.head;
   // Logits and gradient are mostly misaligned alike, and then not at all.
-  constexpr Effort kEffort = kGuardedForm || V::rare ? Effort::kElements : Effort::kOneCode;
+  constexpr Effort kEffort = kGuardedForm ? Effort::kElements : Effort::kOneCode;
   with_reader<V::aligned, kEffort>(segment.memory, z, [&](const auto& reader) {
     const T* p = z + lane * kVector<G>;
     G* q = chunks.out + chunks.head + lane * kVector<G>;

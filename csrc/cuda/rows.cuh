@@ -356,7 +356,7 @@ struct Variant {
   using Real = stats_t<T>;
   static constexpr bool softcap = kSoftcap;
   static constexpr bool aligned = kAligned;
-  static constexpr bool rare = kSoftcap && !kAligned;
+  static constexpr bool general = std::is_same<T, double>::value;  // one form with a softcap and without
 
   // v of the elements 2 i and 2 i + 1, and dv/dz.
   template <bool kInfinite>
@@ -366,7 +366,7 @@ struct Variant {
   ERC_DEVICE static Capped<Real> one(const RowScale<Real>& scale, Real z) { return of<true>(scale, {z, z}); }
   ERC_DEVICE static Real value(const RowScale<Real>& scale, T z) { return one(scale, to_real(z)).value.a; }
   ERC_DEVICE static Real slope(const RowScale<Real>& scale, T z) { return one(scale, to_real(z)).slope.a; }
-  ERC_DEVICE static bool caps(const RowScale<Real>& scale) { return kSoftcap && (!rare || scale.softcap != 0); }
+  ERC_DEVICE static bool caps(const RowScale<Real>& scale) { return kSoftcap && (!general || scale.softcap != 0); }
   ERC_DEVICE static T minus_infinity() { return from_real(T{}, -stats_t<T>(INFINITY)); }
 
  private:
@@ -409,12 +409,11 @@ constexpr int kCappedBlocks = 2;
 constexpr int kCappedBlocks = 4;
 #endif
 template <class V, int kUncapped>
-constexpr int kBlocks = !std::is_same<typename V::Element, bfloat16>::value || V::rare ? 2
-                        : V::softcap                                                   ? kCappedBlocks
-                                                                                       : kUncapped;
+constexpr int kBlocks = !std::is_same<typename V::Element, bfloat16>::value || (V::softcap && !V::aligned) ? 2
+                        : V::softcap                                                                       ? kCappedBlocks
+                                                                                                           : kUncapped;
 
-// Calls body(Variant) with what fits the rows and, where it is another dtype, their gradient. What is rare has one general form,
-// which serves every softcap: float64, and misaligned rows with a softcap or a narrower gradient.
+// Calls body(Variant) with what fits the rows and, where it is another dtype, their gradient. float64 is rare, and has one form.
 template <class T, class G, class Body>
 inline cudaError_t dispatch_dtypes(bool aligned, bool softcap, Body&& body) {
 #ifdef ERC_ONLY_SOFTCAP  // for the machine-code report, which looks at few of them
@@ -422,9 +421,7 @@ inline cudaError_t dispatch_dtypes(bool aligned, bool softcap, Body&& body) {
 #else
   if constexpr (!std::is_same<T, double>::value) {
     if (aligned) return softcap ? body(Variant<T, true, true, G>{}) : body(Variant<T, false, true, G>{});
-    if constexpr (std::is_same<T, G>::value) {
-      if (!softcap) return body(Variant<T, false, false, G>{});
-    }
+    if (!softcap) return body(Variant<T, false, false, G>{});
   }
   return body(Variant<T, true, false, G>{});
 #endif

@@ -195,7 +195,8 @@ ERC_DEVICE LaneResult<typename V::Real> sweep_lane(const RowScale<typename V::Re
   constexpr int kStep = kLanes * kVector<T>;
   const int whole = segment.whole(), vectors = whole > lane ? (whole - lane - 1) / kLanes + 1 : 0;
   LaneState<V, kGuarded> state;
-  constexpr Effort kEffort = kGuarded || V::rare ? Effort::kElements : Effort::kEveryStart;
+  // With a softcap, shifting is little beside the rest.
+  constexpr Effort kEffort = kGuarded ? Effort::kElements : V::softcap ? Effort::kOneCode : Effort::kEveryStart;
   with_reader<V::aligned, kEffort>(segment.memory, segment.begin, [&](const auto& reader) {
     const T* p = segment.begin + lane * kVector<T>;
     int trip = 0;

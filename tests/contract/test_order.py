@@ -19,8 +19,9 @@ def assert_same_bits(first, second):
         assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_strides_and_alignment_change_no_bit(dtype, native):
+def test_strides_and_alignment_change_no_bit(dtype, softcap, native):
     """Padded rows, `logits[:, :-1]`, rows that start two or four bytes off: the same columns meet in the same order."""
     V = 1032
     plain = random_logits(2, 2, V, dtype=dtype)
@@ -30,11 +31,11 @@ def test_strides_and_alignment_change_no_bit(dtype, native):
     labels = random_labels(4, V=V)
     results = []
     for logits in (plain, padded[:, :2, :V], shifted):
-        rows = (logits, labels, None, params(), IGNORE)
+        rows = (logits, labels, None, params(softcap=softcap), IGNORE)
         statistics = native.ops.stats_forward(*rows)
         ones = torch.ones_like(statistics[1])
         gradient = native.ops.stats_backward(*rows, statistics[3], ones, ones, None)
-        results.append((*statistics, gradient, *loss_call(native.ops, logits, labels)))
+        results.append((*statistics, gradient, *loss_call(native.ops, logits, labels, softcap=softcap)))
     for other in results[1:]:
         assert_same_bits(results[0], other)
 

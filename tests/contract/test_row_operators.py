@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erc.constants import Column, KLKind, Present
+from erc.constants import Column, KLKind, Param, Present
 from erc.ops import stats_dtype
 from tests.backends import INTERPRETED, OnDevice, every_form, params, stored  # noqa: F401
 from tests.oracle import random_logits
@@ -132,6 +132,37 @@ def test_a_narrower_gradient_is_the_float32_gradient_rounded_once(V, narrow, eve
             assert exact[0, 3].isnan().all() and (exact[0, 2] == 0).all() and (exact[0, 4] != 0).any()
             assert narrow == torch.bfloat16 or rounded.isinf().any()
             assert not same(rounded, (1.01 * exact).to(narrow))
+
+
+def placed(values: Tensor, offset: int) -> Tensor:
+    """The same rows, each `offset` elements behind a multiple of 16 bytes."""
+    V = values.shape[2]
+    stride = (V + 2 * 8 + 7) // 8 * 8
+    memory = torch.full((TOKENS * stride + 8,), NAN, dtype=values.dtype)
+    begin = -(memory.data_ptr() // memory.element_size()) % 8 + offset
+    return memory[begin : begin + TOKENS * stride].view(1, TOKENS, stride)[:, :, :V].copy_(values)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
+@pytest.mark.parametrize("V", [1032, LONG + 1])
+def test_no_address_changes_a_bit_of_a_narrower_gradient(V, softcap, every_form):  # noqa: F811
+    """Logits and gradient start anywhere, each for itself: what is read sixteen bytes at a time is shifted."""
+    ops, p, results = every_form.ops, Problem(torch.float32, V, [0, 1]), []
+    p.logits[0, 4, : V // 2] = -INF
+    numbers = p.params.clone()
+    numbers[Param.SOFTCAP] = softcap
+    rows = (p.labels, p.temperature, numbers, IGNORE)
+    for of_logits, of_gradient in ((0, 0), (1, 0), (0, 3), (2, 2), (3, 6)):
+        logits = placed(p.logits, of_logits)
+        saved = ops.stats_forward(logits, *rows)[3]
+        gradient, loss_gradient = (placed(torch.empty_like(p.logits, dtype=torch.bfloat16), of_gradient) for _ in "ab")
+        ops.stats_backward_(logits, *rows, None, 0, saved, *p.grads, gradient)
+        per_token, flags = p.filled(4), p.filled(1, torch.int32)
+        ops.loss_rows_(logits, *rows, None, 0, p.table, per_token, flags[0], None, loss_gradient)
+        results.append((saved, per_token, flags, gradient.contiguous(), loss_gradient.contiguous()))
+    assert gradient.any() and loss_gradient.any()
+    for other in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_a_narrower_gradient_has_memory_of_its_own(every_form):  # noqa: F811
