@@ -18,7 +18,7 @@ except ImportError as missing:
     sys.exit(f"the benchmarks need {missing.name}: pip install 'erc-rl[bench]'")
 
 from benchmarks import linear_plans as plans_of_heads
-from benchmarks import ours, plans, suite
+from benchmarks import loss_forms, ours, plans, suite
 from benchmarks.accuracy import BANDS, measure_accuracy
 from benchmarks.call import HEADINGS as CALL_HEADINGS
 from benchmarks.call import __doc__ as call_doc
@@ -340,6 +340,23 @@ def machine_code(
         output.write_text(figures + "\n")
     if cli.spilling(report):
         raise typer.Exit(1)
+
+
+@app.command("loss-forms")
+def write_loss_forms(
+    report: Path,
+    table: Annotated[Path, typer.Option(help="the sources with the table")] = loss_forms.TABLE,
+) -> None:
+    """Put what `make gpu-report` measured (its summary.md) into the table of CUDA's fused loss: cluster or block."""
+    measured = loss_forms.read_lines(report.read_text())
+    if not measured:
+        _console.print(
+            f"{report} has no line of the table: on a GPU with clusters `make gpu-report PART=forms` measures it"
+        )
+        raise typer.Exit(2)
+    table.write_text(loss_forms.with_lines(table.read_text(), measured))
+    _console.print("\n".join(map(str, measured)), highlight=False)
+    _console.print(f"wrote {table}: build again, and rewrite the docs by `python -m benchmarks readme`")
 
 
 @app.command("cpu-loops")

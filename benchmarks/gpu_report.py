@@ -60,6 +60,7 @@ def steps(output: Path) -> list[Step]:
         Step("tests-triton", "suite", _pytest(_SUITE, "triton and not bandwidth"), figures=tests),
         Step("bandwidth", "bandwidth", _pytest(_ON_A_GPU, "bandwidth", "-s"), figures=f"{tests}|GB/s"),
         Step("benchmarks", "quick", run("benchmarks.gpu_steps", "bench", str(output / "gpu.json")), figures=r"^\||^$"),
+        Step("forms", "cluster or block", run("benchmarks.gpu_steps", "forms"), figures="LossForm::|^forms:"),
         Step("host", "host time", run("benchmarks.gpu_steps", "host"), figures=r"^\|"),
         *(
             Step(

@@ -1,6 +1,6 @@
 """What `benchmarks.gpu_report` runs as processes of their own; needs PyTorch and nothing else.
 
-python -m benchmarks.gpu_steps compile | bench FILE | host | counters | launch
+python -m benchmarks.gpu_steps compile | bench FILE | forms | host | counters | launch
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import erc
-from benchmarks import plans, suite
+from benchmarks import loss_forms, plans, suite
 from benchmarks.markdown import markdown_table
 from benchmarks.peers.base import Runner
 from benchmarks.report import full_report
@@ -83,6 +83,22 @@ def bench(path: Path) -> int:
     plan = plans.Selection(backends=tuple(gpu_backends())).apply(plans.quick_plan("cuda"))
     suite.run("gpu-quick", plan, plans.Selection(), progress=print, keep=lambda results: results.save(path))
     print(full_report(Results.load(path)))
+    return 0
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+
+def forms() -> int:
+    """Cluster and block form of CUDA's fused loss, timed in turns: lines for the table of csrc/cuda/forms.cpp."""
+    major, minor = torch.cuda.get_device_capability()
+    if "cuda" not in gpu_backends():
+        print("forms: skipped, the CUDA backend does not run here")
+    elif major not in (9, 10):
+        print(f"forms: skipped, with compute capability {major}.{minor} the fused loss takes a block")
+    else:
+        for line in loss_forms.measure():
+            print(line, flush=True)
     return 0
 
 
@@ -178,7 +194,8 @@ _UNITS = {
 
 def main(arguments: list[str]) -> int:
     step, *rest = arguments or ["help"]
-    steps = {"compile": compile_kernels, "bench": bench, "host": host, "counters": counters, "launch": launch}
+    steps = {"compile": compile_kernels, "bench": bench, "forms": forms, "host": host}
+    steps |= {"counters": counters, "launch": launch}
     if step not in steps:
         print(__doc__)
         return 2

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import loss_forms
 from benchmarks.hardware import GPUS
 from benchmarks.machine_code.expectation import ROWS
+from benchmarks.machine_code.ordinary_row import VOCABULARY
 from benchmarks.markdown import generated, markdown_table
 from benchmarks.targets import TARGET_HEADER, Target, target_rows
 
@@ -21,6 +23,7 @@ DOCUMENT = _ROOT / "docs" / "kernels.md"
 NAME = "machine-code"
 """Of the generated block."""
 _ARCHS = ("sm_80", "sm_90", "sm_100")
+_MANY_ROWS = (2_048, 65_536)
 
 
 def _whole(kernel: dict) -> float:
@@ -153,6 +156,20 @@ def _expected(report: dict) -> str:
     return markdown_table(["form", "GPU", *(f"N = {n:,}" for n in ROWS)], rows)
 
 
+def _forms(report: dict) -> str:
+    """Of a GPU that has clusters: both forms side by side, and which one the launcher's table takes."""
+    shares = {(line["gpu"], line["name"]): line["shares"] for line in report["expected"] if line["source"] == "cuda"}
+    table = loss_forms.read_lines(loss_forms.TABLE.read_text())
+    rows = []
+    for gpu in (gpu for gpu in GPUS if (gpu.name, "loss, cluster") in shares):
+        line = loss_forms.line_of(table, int(gpu.arch.removeprefix("sm_")), 2 * VOCABULARY)
+        taken = f"{line.form[1:].lower()} ({line.source.split(':')[0]})" if line else "cluster"
+        for n in _MANY_ROWS:
+            cells = [shares[gpu.name, f"loss, {form}"][str(n)] for form in ("cluster", "block")]
+            rows.append([gpu.name, f"{n:,}", *(f"{s[0]:.0%} ({s[2]:.0%} to {s[1]:.0%})" for s in cells), taken])
+    return markdown_table(["GPU", "N", "cluster, modelled", "block, modelled", "taken"], rows)
+
+
 def _gpus() -> str:
     header = ["GPU", "architecture", "SMs", "clock, GHz", "bandwidth, TB/s", "elements a clock and SM (2 bytes)"]
     header += ["issue", "FP32", "integer", "special functions", "shared memory", "L2 cache, TB/s"]
@@ -180,5 +197,6 @@ def block(report: dict) -> str:
     if any(k["source"] == "peer" for k in report["kernels"]):
         parts += ["### Peers", _kernels(report, "peer")]
     parts += ["### Modelled share of the bandwidth", _expected(report)]
+    parts += ["### Cluster or block", _forms(report)]
     parts += ["### The GPUs of the model", _gpus()]
     return generated(NAME, *parts)

@@ -33,7 +33,9 @@ struct LaunchShape {
 // What the launchers ask about the current device.
 struct DeviceInfo {
   int multiprocessors, l2_bytes, shared_bytes_per_block;
-  bool has_clusters;  // sm_90 and later, whatever the code was compiled for
+  int capability;  // 90: 9.0, whatever the code was compiled for
+
+  bool has_clusters() const { return capability / 10 == 9 || capability / 10 == 10; }
 };
 
 }  // namespace cuda
@@ -277,14 +279,15 @@ ERC_DEVICE void wait_for_states(CopyBarrier* barrier) {
 // ---- launches ------------------------------------------------------------------------------------------------------
 
 inline DeviceInfo device_info() {
-  int device = 0, major = 0;
+  int device = 0, major = 0, minor = 0;
   DeviceInfo info{};
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&info.l2_bytes, cudaDevAttrL2CacheSize, device);
   cudaDeviceGetAttribute(&info.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  info.has_clusters = major == 9 || major == 10;
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  info.capability = 10 * major + minor;
   return info;
 }
 
@@ -292,7 +295,7 @@ inline DeviceInfo device_info() {
 // and an empty body: what counts is what the kernel was compiled for.
 template <class... Params>
 bool runs_in_clusters(void (*kernel)(Params...), const DeviceInfo& device) {
-  if (!device.has_clusters) return false;
+  if (!device.has_clusters()) return false;
   cudaFuncAttributes code{};
   if (cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
     cudaGetLastError();  // the kernel that is launched instead reports what is wrong

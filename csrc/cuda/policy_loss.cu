@@ -6,7 +6,9 @@
 //            but those that need it.
 //   block    one block a row, which reads it again from the L2 cache; the grid is kept so small that the rows in flight fit there.
 //   split    few rows: a block a segment, statistics first, then loss and gradient.
+// forms.cpp says where a GPU that has clusters takes them.
 #include "common/token_loss.h"
+#include "cuda/forms.h"
 #include "cuda/gradient.cuh"
 
 namespace erc {
@@ -363,9 +365,11 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
     const Prepared<V> host(call.rows);
     const Partition& partition = host.partition;
     const RowAddress grads(call.grad_logits, sizeof(typename V::Gradient));
+    const int64_t row_bytes = logits.vocab_size * int64_t(sizeof(typename V::Element));
     if constexpr (sizeof(Real) == 4) {
       const int64_t bytes = ClusterShared<V>::bytes(partition);
-      if (wants_grad && bytes <= device.shared_bytes_per_block && runs_in_clusters(loss_cluster_kernel<V>, device)) {
+      if (wants_grad && bytes <= device.shared_bytes_per_block &&
+          loss_form(device.capability, row_bytes) == LossForm::kCluster && runs_in_clusters(loss_cluster_kernel<V>, device)) {
         return launch(loss_cluster_kernel<V>, {n * partition.segments, kLanes, partition.segments, int(bytes), stream}, call,
                       host, grads);
       }
@@ -381,7 +385,7 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
     int64_t grid = n;
     int groups = 1;
     if (wants_grad) {
-      const int64_t resident = rows_in_l2(device, logits.vocab_size * int64_t(sizeof(typename V::Element)));
+      const int64_t resident = rows_in_l2(device, row_bytes);
       const int64_t all = int64_t(device.multiprocessors) * kBlockGroups<V>;  // groups that a GPU holds
       // The fewer rows fit, the more threads each of them needs.
       while (groups < kBlockGroups<V> && groups < partition.segments && resident * groups < all) groups *= 2;

@@ -56,7 +56,7 @@ def test_every_part_is_in_the_report_and_fits_its_ten_minutes(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("part", ["host", "counters"])
+@pytest.mark.parametrize("part", ["forms", "host", "counters"])
 def test_without_a_gpu_the_report_is_complete_and_says_so(part, tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--part", part, "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import erc
+from benchmarks import loss_forms
 from erc import inputs
 from erc.backend import register_namespace
 from tests.backends import CUDA_FORMS, CUDA_HOST, loss_call, params, shard_state
@@ -157,6 +158,35 @@ def test_a_summary_of_the_same_tokens_again(host):
     for a, b in zip(host.ops.token_summary(*arguments), host.ops.token_summary(*arguments), strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert counter == 0 and len(host.launches()) == 4
+
+
+OTHER_LINES = {
+    "none": ([], "cluster"),
+    "a block": ([(90, 48, "kBlock")], "block"),
+    "a block for smaller rows": ([(90, 47, "kBlock")], "cluster"),
+    "a block on other GPUs": ([(80, 48, "kBlock"), (100, 48, "kBlock")], "cluster"),
+    "the first that holds the row": ([(90, 47, "kCluster"), (90, 48, "kBlock"), (90, 512, "kCluster")], "block"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LINES)
+def test_a_table_chooses_between_cluster_and_block_and_changes_no_bit(name, host):
+    """Rows of 48 KiB, two segments, on a GPU that has clusters. What the table does not give a cluster is split as on
+    others, where there are few rows."""
+    lines, form = OTHER_LINES[name]
+    logits, labels = random_logits(1, 3, 24_576, dtype=torch.bfloat16), random_labels(3, V=24_576)
+    host.configure(clusters=True)
+    expected = loss_call(host.ops, logits, labels)
+    for multiprocessors in (1, 132):
+        host.configure(clusters=True, multiprocessors=multiprocessors)
+        with loss_forms.override(host.library, [loss_forms.FormLine(*line) for line in lines]):
+            results = loss_call(host.ops, logits, labels)
+        split = form == "block" and multiprocessors > 1
+        _, *rows, _ = host.launches()  # between table and summary
+        assert [cluster for _, _, cluster, _ in rows] == [2 if form == "cluster" else 1] * (1 + split)
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+    loss_call(host.ops, logits, labels)
+    assert host.launches()[-2][2] == 2, "afterwards the table of the sources counts again"
 
 
 def test_code_for_sm_80_runs_in_no_cluster_whatever_the_machine(host):

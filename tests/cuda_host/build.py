@@ -30,7 +30,7 @@ _EXECUTOR = ctypes.CFUNCTYPE(
 )  # fmt: skip
 _WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
 
-KERNELS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+KERNELS = tuple(sorted(path for kind in ("*.cu", "*.cpp") for path in (ROOT / "csrc" / "cuda").glob(kind)))
 FIBERS = HERE / "cuda_host" / "fibers.cpp"
 
 
@@ -59,9 +59,9 @@ class Host:
     """The loaded library: `ops` holds the operators, `configure` chooses the machine that the launchers see."""
 
     def __init__(self, path: Path) -> None:
-        self.library = ops.define(NAMESPACE)
+        self._namespace = ops.define(NAMESPACE)
         torch.ops.load_library(str(path))
-        handle = ctypes.CDLL(str(path))
+        self.library = handle = ctypes.CDLL(str(path))
         self._configure = handle.erc_cuda_host_configure
         self._fault = handle.erc_cuda_host_fault
         self._fault.restype = ctypes.c_char_p

@@ -20,11 +20,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from typer.testing import CliRunner
 
-from benchmarks import __main__
+from benchmarks import __main__, loss_forms
 from benchmarks.hardware import GPU, GPUS
 from benchmarks.machine_code import cli, document, peers
 from benchmarks.machine_code.blocks_in_flight import EFFICIENCY
 from benchmarks.machine_code.occupancy import Occupancy
+from benchmarks.machine_code.ordinary_row import VOCABULARY
 from benchmarks.machine_code.report import CompiledKernel, from_triton, machine_code_table, measure
 from benchmarks.machine_code.triton_variants import main_variants
 from benchmarks.markdown import current_block
@@ -91,6 +92,21 @@ def test_the_model_covers_every_gpu_and_form(report):
         assert {"2048", "8192", "65536"} <= set(by_rows)
         for expected, optimistic, pessimistic in by_rows.values():
             assert 0 < pessimistic <= expected * 1.02 and expected <= optimistic * 1.02 <= EFFICIENCY * 1.05
+
+
+def test_the_launcher_takes_the_form_that_the_model_prefers_until_one_was_measured(report):
+    """Of many rows, on every GPU with clusters, at the pessimistic end of the band."""
+    table = loss_forms.read_lines(loss_forms.TABLE.read_text())
+    shares = {(line["gpu"], line["name"]): line["shares"] for line in report["expected"] if line["source"] == "cuda"}
+    seen = 0
+    for gpu in (gpu for gpu in GPUS if (gpu.name, "loss, cluster") in shares):
+        line = loss_forms.line_of(table, int(gpu.arch.removeprefix("sm_")), 2 * VOCABULARY)
+        for n in ("2048", "65536"):
+            cells = {form: shares[gpu.name, f"loss, {form}"][n] for form in ("cluster", "block")}
+            cells = {f"k{form.title()}": pessimistic for form, (_, _, pessimistic) in cells.items()}
+            seen += 1
+            assert line.source.startswith("measured") or line.form == max(cells, key=cells.get), (gpu.name, n)
+    assert seen == 6
 
 
 def test_no_kernel_of_ours_spills_or_waits_in_its_main_loops(report):

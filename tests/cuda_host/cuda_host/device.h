@@ -163,12 +163,12 @@ inline void wait_for_states(CopyBarrier* barrier) { erc_host::wait_for_bytes(bar
 
 inline DeviceInfo device_info() {
   const erc_host::Machine& m = erc_host::machine;
-  return {m.multiprocessors, m.l2_bytes, m.shared_bytes_per_block, m.has_clusters};
+  return {m.multiprocessors, m.l2_bytes, m.shared_bytes_per_block, m.has_clusters ? 90 : 80};
 }
 
 template <class... Params>
 bool runs_in_clusters(void (*)(Params...), const DeviceInfo& device) {
-  return device.has_clusters && erc_host::machine.compiled_for >= 90;
+  return device.has_clusters() && erc_host::machine.compiled_for >= 90;
 }
 
 template <class... Params, class... Args>
