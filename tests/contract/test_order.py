@@ -19,11 +19,11 @@ def assert_same_bits(first, second):
         assert same_bits(a, b)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 9.0])
+@pytest.mark.parametrize("softcap", [0.0] if INTERPRETED else [0.0, 9.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_strides_and_alignment_change_no_bit(dtype, softcap, native):
+@pytest.mark.parametrize("V", [1032] if INTERPRETED else [1032, 12_296])
+def test_strides_and_alignment_change_no_bit(V, dtype, softcap, native):
     """Padded rows, `logits[:, :-1]`, rows that start two or four bytes off: the same columns meet in the same order."""
-    V = 1032
     plain = random_logits(2, 2, V, dtype=dtype)
     padded = torch.zeros(2, 3, V + 64, dtype=dtype)
     padded[:, :2, :V] = plain

@@ -143,8 +143,8 @@ def placed(values: Tensor, offset: int) -> Tensor:
     return memory[begin : begin + TOKENS * stride].view(1, TOKENS, stride)[:, :, :V].copy_(values)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 9.0])
-@pytest.mark.parametrize("V", [1032, LONG + 1])
+@pytest.mark.parametrize("softcap", [0.0] if INTERPRETED else [0.0, 9.0])
+@pytest.mark.parametrize("V", [1032] if INTERPRETED else [1032, LONG + 1])
 def test_no_address_changes_a_bit_of_a_narrower_gradient(V, softcap, every_form):  # noqa: F811
     """Logits and gradient start anywhere, each for itself: what is read sixteen bytes at a time is shifted."""
     ops, p, results = every_form.ops, Problem(torch.float32, V, [0, 1]), []

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 import erc
+from erc.backend import operators
+from erc.constants import Param
 from erc.surrogate.entropy_ratio import EntropyRatioClip
 from erc.surrogate.kl import KLPenalty
 from erc.surrogate.objective import Objective
 from erc.surrogate.ratio_rules import CEGPPO, CISPO, DPPO, DRO, GPPO, SAPO, NoClip, PPOClip, Reinforce
 from tests import oracle
 from tests.backends import shard_state
+from tests.contract.test_row_operators import Problem, placed
 from tests.oracle import random_labels, same_bits
 from tests.ptx.machine import Checks
 from tests.ptx.subjects import is_whole, subjects
@@ -90,16 +93,16 @@ def test_statistics_and_their_gradients(dtype, V, subject):
 
 
 @pytest.mark.parametrize("subject", subjects("statistics"))
-@pytest.mark.parametrize("kind", ["softcap", "temperature per row", "unaligned"])
+@pytest.mark.parametrize("kind", ["softcap", "temperature per row", "unaligned", "softcap, unaligned"])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_statistics_of_every_kind_of_row(dtype, kind, subject):
-    logits = random_logits(3, 24_576 if kind == "unaligned" else 1032, dtype=dtype)
+    logits = random_logits(3, 24_576 if "unaligned" in kind else 1032, dtype=dtype)
     scaling = {"temperature": 0.7}
-    if kind == "softcap":
+    if "softcap" in kind:
         scaling["softcap"] = 6.0
-    elif kind == "unaligned":
+    if "unaligned" in kind:
         logits = unaligned(logits)
-    else:
+    if kind == "temperature per row":
         scaling["temperature"] = torch.tensor([0.5, 1.0, 1.7])
     check_statistics(subject, logits, scaling)
 
@@ -242,16 +245,16 @@ def test_the_fused_loss_and_its_gradient(dtype, V, subject):
 
 
 @pytest.mark.parametrize("subject", subjects("loss"))
-@pytest.mark.parametrize("kind", ["softcap", "temperature per row", "unaligned", "in place"])
+@pytest.mark.parametrize("kind", ["softcap", "temperature per row", "unaligned", "softcap, unaligned", "in place"])
 def test_the_fused_loss_of_every_kind_of_row(kind, subject):
     logits = random_logits(4, 1032 if kind == "softcap" else 24_576, dtype=BF16, spread=1.5)
     options: dict = {"temperature": 0.8}
-    if kind == "softcap":
+    if "softcap" in kind:
         options["softcap"] = 6.0
-    elif kind == "temperature per row":
-        options["temperature"] = torch.tensor([0.5, 0.8, 1.0, 1.7])
-    elif kind == "unaligned":
+    if "unaligned" in kind:
         logits = unaligned(logits)
+    if kind == "temperature per row":
+        options["temperature"] = torch.tensor([0.5, 0.8, 1.0, 1.7])
     labels, given = rollout(logits, **options)
     exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
     expected, reference = run_loss("torch", logits, labels, given, GATED, **exact)
@@ -259,6 +262,24 @@ def test_the_fused_loss_of_every_kind_of_row(kind, subject):
     with subject.running(Checks(order_global=kind == "in place")):
         actual, gradient = run_loss(subject.name, logits, labels, given, GATED, **options, **in_place)
     check_loss(actual, gradient, expected, reference, options.get("softcap"))
+
+
+@pytest.mark.parametrize("subject", subjects("loss"))
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
+def test_a_narrower_gradient_of_misaligned_rows_is_that_of_aligned_ones_rounded_once(softcap, subject):
+    """Of two segments and a ragged end; logits and gradient are misaligned differently, then alike."""
+    p, results = Problem(F32, 10_261, [0]), []
+    p.params[Param.SOFTCAP] = softcap
+    for dtype, of_logits, of_gradient in ((F32, 0, 0), (BF16, 1, 3), (BF16, 2, 2)):
+        gradient = placed(torch.empty_like(p.logits, dtype=dtype), of_gradient)
+        per_token, flags = p.filled(4), p.filled(1, torch.int32)
+        with subject.running():
+            loss_rows = operators(subject.name).loss_rows_
+            loss_rows(placed(p.logits, of_logits), *p.rows, None, 0, p.table, per_token, flags[0], None, gradient)
+        results.append((gradient.bfloat16(), per_token, flags))
+    assert gradient.any() and same_bits(gradient, results[-1][0])
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("subject", subjects("loss"))
