@@ -1,5 +1,7 @@
 """The gradient sweep, and the labelled column by itself: the counterpart of `csrc/cuda/gradient.cuh`."""
 
+# ruff: noqa: RUF005 (Triton has no starred expressions)
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -12,8 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: this process cannot compile kernels", allow_module_level=True)
 
 from erc.triton_kernels import OPERATORS
-from erc.triton_kernels.tuning import _OLD_COMPILER as OLD_COMPILER
 from erc.triton_kernels.params import make_layout
+from erc.triton_kernels.tuning import _OLD_COMPILER as OLD_COMPILER
 from erc.triton_kernels.tuning import LANES, compile_options, token_options
 from tests.stub_driver import TARGETS, stub_driver
 
