@@ -144,8 +144,10 @@ def compile_options(
 
 
 def token_options(architecture: str, dtype: torch.dtype) -> dict[str, int | bool]:
-    """As `compile_options`, of a kernel that works on tokens. The float64 summary takes 179 registers; NVIDIA's assembler
-    spills some to stay at 168."""
+    """As `compile_options`, of a kernel that works on tokens.
+
+    The float64 summary takes 179 registers; NVIDIA's assembler spills some to stay at 168.
+    """
     options: dict[str, int | bool] = {"num_warps": 4, "enable_fp_fusion": False}
     if architecture.startswith("sm_") and dtype == torch.float64:
         options["maxnreg"] = 255
