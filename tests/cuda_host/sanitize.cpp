@@ -139,6 +139,7 @@ void exercise_all(DType dtype) {
   }
   exercise<T>(dtype, 2 * kSegmentColumns + 3, sizeof(T), 0);
   exercise<T>(dtype, 1027, sizeof(T), 5);
+  exercise<T>(dtype, kSegmentColumns + 5, sizeof(T), 5);  // long enough for the main loops
 }
 
 }  // namespace
