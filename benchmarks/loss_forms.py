@@ -24,7 +24,7 @@ from erc.backend import library_path
 
 TABLE = Path(__file__).parents[1] / "csrc" / "cuda" / "forms.cpp"
 FORMS = ("kCluster", "kBlock")  # by LossForm of csrc/cuda/forms.h
-ROW_KIB = (64, 128, 297, 512)  # of bfloat16 rows, V = 32,768 to 262,144; 297: 151,936
+ROW_KIB = (64, 128, 297, 512, 594)  # of bfloat16 rows; 297 and 594: 151,936 columns in 16 and 32 bits, 512: 262,144
 _BYTES = 1 << 30  # of the logits of one timing: no cache holds them
 _LINE = re.compile(r"\{(\d+), (\d+), LossForm::(\w+)\},  // (.*?)\s*$", re.MULTILINE)
 _TABLE = re.compile(r"(kTable = \{\n)(.*?)(\};\n)", re.DOTALL)
