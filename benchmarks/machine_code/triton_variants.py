@@ -74,7 +74,8 @@ class Variant:
     def compile(self, arch: str) -> triton.compiler.CompiledKernel:
         """The compiled kernel, with the options that `launch` passes."""
         target = TARGETS[arch]
-        options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, self.softcap)
+        layout = params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
+        options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, layout)
         return triton.compile(self.source(), target=target, options=options)
 
     def work(self, launch: Launch, row: OrdinaryRow) -> Work:

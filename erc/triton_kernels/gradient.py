@@ -1,5 +1,7 @@
 """The gradient sweep, and the labelled column by itself: the counterpart of `csrc/cuda/gradient.cuh`."""
 
+# ruff: noqa: RUF005 (Triton has no starred expressions)
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -54,10 +56,8 @@ def column_coefficients(state, grads, scale):
 
 
 @triton.jit
-def _gradient_tile(
-    start, out, first, V, scaling, c, MASKED: tl.constexpr, SLOPE: tl.constexpr, POLICY: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    z = load_tile(start, first, V, MASKED, POLICY, L)
+def _store_gradient(out, first, z, V, scaling, c, MASKED: tl.constexpr, SLOPE: tl.constexpr, L: tl.constexpr):
+    """The gradient of the logits z, `[LANES, VEC]` from column `first` on."""
     v, chain = carrier_and_chain(z, scaling, L)
     d = (v - c.row_max) * scaling.scale2
     e = tl.exp2(d)
@@ -84,11 +84,16 @@ def gradient_sweep(
     LOAD: tl.constexpr = L.LANES * L.VEC
     full = (end - begin) // (LOAD * L.LOADS)
     for tile in range(full):
+        first = begin + tile * (LOAD * L.LOADS)
+        # No load passes a store, so all of them come first and wait together.
+        z = ()
         for load in tl.static_range(L.LOADS):
-            first = begin + (tile * L.LOADS + load) * LOAD
-            _gradient_tile(start, out, first, V, scaling, c, False, SLOPE, POLICY, L)
+            z = z + (load_tile(start, first + load * LOAD, V, False, POLICY, L),)
+        for load in tl.static_range(L.LOADS):
+            _store_gradient(out, first + load * LOAD, z[load], V, scaling, c, False, SLOPE, L)
     for first in range(begin + full * (LOAD * L.LOADS), end, LOAD):
-        _gradient_tile(start, out, first, V, scaling, c, True, SLOPE, POLICY, L)
+        z = load_tile(start, first, V, True, POLICY, L)
+        _store_gradient(out, first, z, V, scaling, c, True, SLOPE, L)
 
 
 @triton.jit

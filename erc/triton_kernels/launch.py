@@ -21,7 +21,7 @@ def launch(function, grid: int, device_tensor: Tensor, *args, L: Layout, **kwarg
     with on_device:
         device = tuning.device_of(device_tensor)
         options = tuning.compile_options(
-            function.__name__, device.architecture, device.warp_size, device_tensor.dtype, L.SOFTCAP
+            function.__name__, device.architecture, device.warp_size, device_tensor.dtype, L
         )
         layout = compiled_layout(L) if isinstance(function, triton.JITFunction) else L
         function[(grid,)](*args, L=layout, **kwargs, **options)
@@ -32,7 +32,8 @@ def launch_tokens(function, grid: int, device_tensor: Tensor, *args, **kwargs) -
     if grid == 0:
         return
     with torch.cuda.device(device_tensor.device) if device_tensor.is_cuda else nullcontext():
-        function[(grid,)](*args, **kwargs, num_warps=4, enable_fp_fusion=False)
+        options = tuning.token_options(tuning.device_of(device_tensor).architecture, device_tensor.dtype)
+        function[(grid,)](*args, **kwargs, **options)
 
 
 @kernel

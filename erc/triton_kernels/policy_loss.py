@@ -191,7 +191,8 @@ def _launch_rows(
         saved, grad_logprob, grad_entropy = kept[:3], kept[3], kept[4]
     out = None if shared_gradient else target
     device = tuning.device_of(source.data)
-    programs = tuning.programs_for_loss(device, source.row_bytes(), source.count)
+    resident = tuning.resident_programs(device.architecture, source.data.dtype, layout)
+    programs = tuning.programs_for_loss(device, source.row_bytes(), source.count, resident)
     launch(
         policy_loss_kernel, programs, source.data, *call.pointers(), lanes, table, None if out is None else out.data,
         *outputs, flags, saved, grad_logprob, grad_entropy, logprob, logprob_full, grad_over_support, *call.numbers(),

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .rows import Layout
+
 LANES = 512  # a program's threads: 16 warps of NVIDIA, 8 of AMD
 LOADS = 2  # 128-bit loads a lane takes between two rescales
 TILES = 4  # of LANES * VEC * LOADS columns: a segment, 32,768 columns of 16-bit logits
@@ -36,7 +38,6 @@ MEASURED: dict[tuple[str, int], Tuning] = {}
 """By architecture and largest row in KiB (V of 16-bit logits / 512): lines that `python -m erc.triton_kernels.autotune`
 printed on that machine. None so far."""
 
-_LARGEST_KERNELS = {"policy_loss_kernel", "paired_forward_kernel"}
 _OLD_COMPILER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 _forced: list[Tuning] = []
 
@@ -80,8 +81,9 @@ def cpu_as(device: Device) -> Iterator[None]:
 def tuning_of(device: Device, row_bytes: int) -> Tuning:
     """What was measured for the smallest listed row that holds `row_bytes`, else what the sizes of the machine say.
 
-    A program holds half its row in the cache on average, because its second sweep evicts what it has read. Programs of
-    64 registers per thread fit twice on a multiprocessor of 32-thread warps, four times on one of 64-thread wavefronts.
+    A program holds half its row in the cache on average, because its second sweep evicts what it has read. Where less
+    than two thirds of the multiprocessors could work that way, all of them do: a third transfer of each row costs less
+    than idle ones.
     """
     if _forced:
         return _forced[-1]
@@ -89,7 +91,7 @@ def tuning_of(device: Device, row_bytes: int) -> Tuning:
     if sizes:
         return MEASURED[device.architecture, sizes[0]]
     fitting = CACHE_SHARE * device.cache_bytes / (max(row_bytes, 1) / 2) / device.multiprocessors
-    return Tuning(fitting if fitting < 1 else min(int(fitting), device.warp_size // 16), 0.5)
+    return Tuning(fitting if fitting >= 2 / 3 else 1.0, 0.5)
 
 
 @contextmanager
@@ -102,31 +104,62 @@ def override(line: Tuning) -> Iterator[None]:
         _forced.pop()
 
 
+def resident_programs(architecture: str, dtype: torch.dtype, layout: Layout) -> int:
+    """Programs of the fused loss that a multiprocessor holds. NVIDIA's has 65,536 registers: 128 or 64 for a thread.
+
+    The softcap's tanh, and float64, would exceed 64 by a few spilled ones, and what Triton before 3.8 makes of narrow
+    loads. A wavefront of AMD's takes 128 at most, which fits twice.
+    """
+    wide = layout.SOFTCAP or dtype == torch.float64 or (_OLD_COMPILER and not layout.ALIGNED)
+    return 1 if wide and architecture.startswith("sm_") else 2
+
+
+def _register_limit(kernel: str, architecture: str, dtype: torch.dtype, layout: Layout) -> int | None:
+    """NVIDIA's assembler chooses between 32 and 64 registers for 512 threads, and may spill some to stay there.
+
+    Of float16 a kernel spills four words to stay at 40. Of Triton before 3.8, the loss and pairs of rows spill some at
+    40 or 64, where a limit of 64 makes them fit or the loss takes 106; pairs of 16-bit rows on sm_100 take 45, and
+    spill some to stay at a limit of 64.
+    """
+    old = _OLD_COMPILER and kernel in ("policy_loss_kernel", "paired_forward_kernel")
+    if layout.SOFTCAP or dtype == torch.float64 or (old and not layout.ALIGNED):
+        return 128
+    if old and kernel == "paired_forward_kernel" and architecture == "sm_100" and dtype.itemsize == 2:
+        return None
+    return 64 if old or dtype == torch.float16 else None
+
+
 def compile_options(
-    kernel: str, architecture: str, warp_size: int, dtype: torch.dtype, softcap: bool
+    kernel: str, architecture: str, warp_size: int, dtype: torch.dtype, layout: Layout
 ) -> dict[str, int | bool]:
     """What a kernel is compiled with, besides its arguments.
 
-    Contraction is off: every fused multiply-add is written out, so no bit depends on what a compiler contracts.
-    NVIDIA's assembler chooses between 32 and 64 registers for 512 threads. The softcap's tanh, and float64, would
-    exceed 64 by a few spilled ones; of float16 a kernel spills four words to stay at 40. Of what Triton before 3.8
-    makes of the largest kernels it spills some to stay at 40 or 64, where a limit of 64 makes it fit 64, or takes 106.
-    Other GPUs know no such limit, RDNA with its warps of 32 threads among them.
+    Contraction is off: every fused multiply-add is written out, so no bit depends on what a compiler contracts. Only
+    NVIDIA's GPUs know a limit of registers; RDNA, with warps of 32 threads too, does not.
     """
     options: dict[str, int | bool] = {"num_warps": max(1, LANES // warp_size), "enable_fp_fusion": False}
-    if architecture.startswith("sm_"):
-        if softcap or dtype == torch.float64:
-            options["maxnreg"] = 128
-        elif dtype == torch.float16 or (_OLD_COMPILER and kernel in _LARGEST_KERNELS):
-            options["maxnreg"] = 64
+    if architecture.startswith("sm_") and (limit := _register_limit(kernel, architecture, dtype, layout)):
+        options["maxnreg"] = limit
     return options
 
 
-def programs_for_loss(device: Device, row_bytes: int, rows: int) -> int:
-    """Programs of the fused loss; each works through every `programs`-th row."""
+def token_options(architecture: str, dtype: torch.dtype) -> dict[str, int | bool]:
+    """As `compile_options`, of a kernel that works on tokens.
+
+    The float64 summary takes 179 registers; NVIDIA's assembler spills some to stay at 168.
+    """
+    options: dict[str, int | bool] = {"num_warps": 4, "enable_fp_fusion": False}
+    if architecture.startswith("sm_") and dtype == torch.float64:
+        options["maxnreg"] = 255
+    return options
+
+
+def programs_for_loss(device: Device, row_bytes: int, rows: int, resident: int = 2) -> int:
+    """Programs of the fused loss, at most `resident` per multiprocessor; each works through every `programs`-th row."""
     if device is _INTERPRETER:
         return rows
-    return min(rows, max(1, int(device.multiprocessors * tuning_of(device, row_bytes).loss_programs)))
+    programs = device.multiprocessors * min(tuning_of(device, row_bytes).loss_programs, resident)
+    return min(rows, max(1, int(programs)))
 
 
 def shares_rows(device: Device, row_bytes: int, rows: int, segments: int) -> bool:

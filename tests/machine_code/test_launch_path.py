@@ -12,8 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: this process cannot compile kernels", allow_module_level=True)
 
 from erc.triton_kernels import OPERATORS
+from erc.triton_kernels.params import make_layout
 from erc.triton_kernels.tuning import _OLD_COMPILER as OLD_COMPILER
-from erc.triton_kernels.tuning import LANES, compile_options
+from erc.triton_kernels.tuning import LANES, compile_options, token_options
 from tests.stub_driver import TARGETS, stub_driver
 
 PARAMS = torch.tensor([1.0, 0.0, 1.0, 0.2, 0.28, *[float("inf")] * 2, 0.05, 0.05, 1e-8, 0.0, float("inf")]).double()
@@ -53,9 +54,11 @@ def test_few_rows_are_shared_by_several_programs():
 def test_only_nvidia_kernels_have_a_register_limit(dtype, softcap):
     """HIP's compiler takes no `maxnreg`, and raises; RDNA has warps of 32 threads as NVIDIA has."""
     for arch, target in TARGETS.items():
-        options = compile_options("policy_loss_kernel", arch, target.warp_size, dtype, softcap)
+        layout = make_layout(dtype, softcap=softcap)
+        options = compile_options("policy_loss_kernel", arch, target.warp_size, dtype, layout)
         limited = arch.startswith("sm_") and (softcap or dtype != torch.bfloat16)
         assert ("maxnreg" in options) == (limited or (OLD_COMPILER and arch.startswith("sm_")))
+        assert ("maxnreg" in token_options(arch, dtype)) == (arch.startswith("sm_") and dtype == torch.float64)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
