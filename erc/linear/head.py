@@ -320,7 +320,7 @@ def shape_of(head: Head, active: ActiveRows, logits_dtype: torch.dtype, columns:
     columns = len(head.weight) if columns is None else columns
     weight = head.weight
     converts = converts_weight(weight.device, weight.dtype, logits_dtype)
-    return Shape(active.total(), weight.shape[1], columns, weight.itemsize, logits_dtype.itemsize, converts)
+    return Shape(active.total(), weight.shape[1], columns, weight.dtype.itemsize, logits_dtype.itemsize, converts)
 
 
 def needs_grad(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[bool, bool, bool]:
