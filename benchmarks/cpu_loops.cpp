@@ -1,7 +1,6 @@
-// The CPU's main loops by themselves, for cpu_loops.py: functions whose machine code it counts, and how long they take for a row
-// that stays in the cache.
+// The CPU's main loops by themselves, for cpu_loops.py: functions whose machine code it counts, how long they take for a row
+// that stays in the cache, and plain reads.
 #include <chrono>
-#include <cstdio>
 #include <vector>
 
 #include "cpu/isa/gradient.h"
@@ -41,7 +40,9 @@ template <class T>
 SegmentSums<float> statistics(const Problem<T>& problem, const T* p, int64_t n) {
   if constexpr (kBare) {
     Distance distance;
-    return near_segment_sums<false>(problem.scale, problem.exp, 18.0f, p, n, distance);
+    const SegmentSums<float> sums = near_segment_sums<false>(problem.scale, problem.exp, 18.0f, p, n, distance);
+    asm volatile("" : : "m"(distance));  // a part of the sweep
+    return sums;
   } else {
     return segment_sums<false, false, std::is_same_v<T, bfloat16>>(problem.scale, problem.exp, 18.0f, p, n);
   }
@@ -68,13 +69,37 @@ double best_seconds(Body&& body) {
 }
 
 template <class T>
-void print_times(const char* name) {
+double nanoseconds_in_cache(bool of_gradient) {
   Problem<T> problem;
-  const double elements = double(problem.row.size());
   const int64_t n = int64_t(problem.row.size());
-  const double sums = best_seconds([&] { problem.sweep = row_sweep<false>(problem.scale, problem.row.data(), n); });
-  const double slopes = best_seconds([&] { gradient(problem, problem.grad.data()); });
-  std::printf("statistics_%s %.6g\ngradient_%s %.6g\n", name, 1e9 * sums / elements, name, 1e9 * slopes / elements);
+  const double seconds = of_gradient
+                             ? best_seconds([&] { gradient(problem, problem.grad.data()); })
+                             : best_seconds([&] { problem.sweep = row_sweep<false>(problem.scale, problem.row.data(), n); });
+  return 1e9 * seconds / double(n);
+}
+
+// The sum of the 64-bit words of whole pages: of kPlaces pages in turn, and of each a line kAhead bytes on to the second cache.
+template <int kPlaces, int kAhead>
+uint64_t read(const char* p, int64_t bytes) {
+  typedef uint64_t Words __attribute__((vector_size(4 * kWidth)));
+  constexpr int64_t kLine = 64, kPage = 4096;
+  Words sum[2] = {};
+  for (int64_t page = 0; page + kPlaces * kPage <= bytes; page += kPlaces * kPage) {
+    for (int64_t line = 0; line < kPage; line += kLine) {
+      for (int place = 0; place < kPlaces; ++place) {
+        const char* at = p + page + place * kPage + line;
+        if (kAhead) __builtin_prefetch(at + kAhead, 0, 2);
+        for (int64_t i = 0; i < kLine; i += int64_t(sizeof(Words))) {
+          Words words;
+          std::memcpy(&words, at + i, sizeof words);
+          sum[place % 2] += words;
+        }
+      }
+    }
+  }
+  uint64_t total = 0;
+  for (int i = 0; i < kWidth / 2; ++i) total += sum[0][i] + sum[1][i];
+  return total;
 }
 
 }  // namespace
@@ -94,7 +119,11 @@ ERC_COUNTED void gradient_bfloat16(const void* problem, bfloat16* grad) {
   gradient(*static_cast<const Problem<bfloat16>*>(problem), grad);
 }
 
-int main() {
-  print_times<float>("float32");
-  print_times<bfloat16>("bfloat16");
+extern "C" double in_cache(bool of_bfloat16, bool of_gradient) {
+  return of_bfloat16 ? nanoseconds_in_cache<bfloat16>(of_gradient) : nanoseconds_in_cache<float>(of_gradient);
 }
+
+extern "C" uint64_t read_in_order(const char* p, int64_t bytes) { return read<1, 0>(p, bytes); }
+extern "C" uint64_t read_two_pages(const char* p, int64_t bytes) { return read<2, 0>(p, bytes); }
+extern "C" uint64_t read_four_pages(const char* p, int64_t bytes) { return read<4, 0>(p, bytes); }
+extern "C" uint64_t read_prefetched(const char* p, int64_t bytes) { return read<1, 8192>(p, bytes); }

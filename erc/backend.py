@@ -60,6 +60,7 @@ def _load_library(name: str) -> str | None:
     return None
 
 
+@cache  # a loaded library does not change
 def _text_of(path: Path, symbol: str) -> str | None:
     """What a function `const char* symbol()` of a library returns, None where it has no such function."""
     function = getattr(ctypes.CDLL(str(path)), symbol, None)

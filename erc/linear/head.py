@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erc.inputs import LOGITS_DTYPES, check_plain
 from erc.linear.plan import RowPlan, Shape
-from erc.linear.products import add_product, write_logits
+from erc.linear.products import add_product, converts_weight, write_logits
 from erc.ops import stats_dtype
 from erc.parallel import Facts, ReducedRows, VocabShard
 from erc.surrogate.validation import values_are_readable
@@ -318,8 +318,9 @@ def cast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
 def shape_of(head: Head, active: ActiveRows, logits_dtype: torch.dtype, columns: int | None = None) -> Shape:
     """What a plan needs to know; `columns` where shards must agree on more than their own."""
     columns = len(head.weight) if columns is None else columns
-    operand_bytes = head.weight.dtype.itemsize
-    return Shape(active.total(), head.weight.shape[1], columns, operand_bytes, logits_dtype.itemsize)
+    weight = head.weight
+    converts = converts_weight(weight.device, weight.dtype, logits_dtype)
+    return Shape(active.total(), weight.shape[1], columns, weight.dtype.itemsize, logits_dtype.itemsize, converts)
 
 
 def needs_grad(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[bool, bool, bool]:

@@ -13,34 +13,36 @@ from typing import NamedTuple
 
 import torch
 
+from erc.linear.products import converts_weight
+
 GPU_BUDGET = 2**30
 CPU_BUDGET = 256 * 2**20
 _ALIGNMENT = 128  # rows of a product's block on GPUs
 
 
 class Machine(NamedTuple):
-    """What a device called `name` reaches: flops per second of 16-bit products, bytes per second of its memory, and
-    whether products of 16-bit operands have float32 results (elsewhere the weight is converted for each window)."""
+    """What a device called `name` reaches: flops per second of 16-bit products, bytes per second of its memory."""
 
     name: str
     flops: float
     bandwidth: float
-    widens: bool = True
 
 
 H100 = Machine("an H100", 700e12, 3.0e12)
-CPU = Machine("a small CPU", 1e12, 2e10, widens=False)
+CPU = Machine("a small CPU", 1e12, 2e10)
 """Two cores with 16-bit matrix units."""
 
 
 class Shape(NamedTuple):
-    """`rows` hidden states of `width`, a weight of `columns` rows, bytes of an operand and of a logit."""
+    """`rows` hidden states of `width`, a weight of `columns` rows, bytes of an operand and of a logit, and whether the
+    weight is converted to the logits' dtype for each window (`erc.linear.products`)."""
 
     rows: int
     width: int
     columns: int
     operand_bytes: int
     logit_bytes: int
+    converts: bool
 
     def in_place(self) -> bool:  # no property: PyTorch 2.10 compiles none of a tuple
         """Whether the gradient is written over the logits."""
@@ -122,6 +124,8 @@ class Plan(NamedTuple):
         if self.rows.window < self.rows.rows:
             words += f", logits of {self.rows.window:,} rows at a time"
         words += f"; {memory / 2**20:,.0f} MiB"
+        if self.shape.converts:
+            words += f"; the weight is converted once per {self.rows.window:,} rows of logits"
         if not self.gradient:
             return words
         if chunks > 1:
@@ -143,7 +147,8 @@ def plan_of(
 ) -> Plan:
     """The plan for logits like `like` `[*, V]` from hidden states of `width`, timed on `machine`, by default one like
     the device; all of its rows count as active."""
-    shape = Shape(like.shape[:-1].numel(), width, like.shape[-1], operands.itemsize, like.dtype.itemsize)
+    converts = converts_weight(like.device, operands, like.dtype)
+    shape = Shape(like.shape[:-1].numel(), width, like.shape[-1], operands.itemsize, like.dtype.itemsize, converts)
     usual, budget = machine_of(like.device), memory_budget_of(memory_budget, like.device)
     rows = plan_rows(shape, budget, usual) if gradient else RowPlan(*(window_rows(shape, budget),) * 2)
     machine = usual if machine is None else machine
@@ -167,7 +172,7 @@ def modelled_seconds(plan: RowPlan, shape: Shape, machine: Machine, needs_weight
     operand, logit = shape.operand_bytes, shape.logit_bytes
     flops = 2 * logits * width
     windows, chunks = max(1, -(-rows // plan.window)), plan.chunks(shape)
-    converted = 0 if machine.widens or shape.in_place() else 6 * weight * windows
+    converted = 6 * weight * windows if shape.converts else 0
     products = [
         (flops, operand * (weight * windows + rows * width) + logit * logits),
         (flops, operand * (logits + weight * chunks + rows * width)),

@@ -25,28 +25,32 @@ def write_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor)
             torch.mm(rows, weight.t(), out=out)
         else:
             torch.addmm(bias, rows, weight.t(), out=out)
-    elif widens(weight.device, weight.dtype):
+    elif _widened_by_pytorch(weight.device):
         if bias is None:
             torch.mm(rows, weight.t(), out_dtype=out.dtype, out=out)
         else:  # with a 1-D bias, out= and out_dtype= at once PyTorch fails
             torch.addmm(out.copy_(bias), rows, weight.t(), out_dtype=out.dtype, out=out)
-    elif _multiplied_by_the_cpu_backend(weight, out):
+    elif _widened_by_the_cpu_backend(weight.device, weight.dtype, out.dtype):
         bias = None if bias is None else bias.to(out.dtype)
         torch.ops.erc_cpu.wide_product_(rows, weight, bias, False, out)
     else:
         _write_by_tiles(rows.to(out.dtype), weight, bias, out)
 
 
-def _multiplied_by_the_cpu_backend(operand: Tensor, out: Tensor) -> bool:
-    wanted = operand.dtype == torch.bfloat16 and out.dtype == torch.float32
-    return wanted and operand.device.type == "cpu" and _cpu_multiplies()
+def converts_weight(device: torch.device, operands: torch.dtype, logits: torch.dtype) -> bool:
+    """Whether every call of `write_logits` converts the weight, in tiles. Meta tensors stand for a GPU's."""
+    if operands == logits:
+        return False
+    return not (_widened_by_pytorch(device) or _widened_by_the_cpu_backend(device, operands, logits))
+
+
+def _widened_by_the_cpu_backend(device: torch.device, operands: torch.dtype, result: torch.dtype) -> bool:
+    wanted = operands == torch.bfloat16 and result == torch.float32
+    return wanted and device.type == "cpu" and _cpu_multiplies()
 
 
 def _cpu_multiplies() -> bool:
-    cpu = torch.device("cpu")
-    if cpu not in _answers:
-        _answers[cpu] = bool(cpu_wide_product())
-    return _answers[cpu]
+    return bool(cpu_wide_product())
 
 
 def _write_by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -63,10 +67,10 @@ def _write_by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """`total += left @ right`, or `total = left @ right` for the `first`: in the dtype of `total`, which is the
     operands' or float32. Where no product has a wider result than its operands, each one is rounded once."""
-    if _multiplied_by_the_cpu_backend(left, total):
+    if _widened_by_the_cpu_backend(left.device, left.dtype, total.dtype):
         torch.ops.erc_cpu.wide_product_(right.t(), left, None, not first, total.t())
         return
-    if total.dtype != left.dtype and not widens(left.device, left.dtype):
+    if total.dtype != left.dtype and not _widened_by_pytorch(left.device):
         product = left @ right
         total.copy_(product) if first else total.add_(product)
         return
@@ -77,8 +81,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
         torch.addmm(total, left, right, out=total, **wide)
 
 
-def widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies `dtype` into float32 on `device`. Meta tensors stand for a GPU's."""
+def _widened_by_pytorch(device: torch.device) -> bool:
+    """Whether PyTorch multiplies 16-bit operands into float32."""
     if device.type != "cuda":
         return device.type == "meta"
     if device not in _answers:
@@ -89,7 +93,7 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets; the decorator itself imports the whole compiler.
-widens._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_widened_by_pytorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cpu_multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _answers: dict[torch.device, bool] = {}

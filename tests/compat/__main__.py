@@ -13,11 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import generated, markdown_table, rewrite
 from tests.compat.environments import PAIRS, ROOT, Environment, Pair, Unavailable, environment, headers, unpack, wheel
 from tests.compat.sources import build_wheel, check_bindings
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100")
+DOCUMENT = ROOT / "docs" / "start.md"
 QUICK_ARCHS, QUICK_CALLS = ("sm_90", "gfx1100"), 2
 
 
@@ -99,7 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         found = [k for result in row.get("kernels", {}).values() for k in result["kernels"]]
         spills = (sum(bool(k[name]) for k in found) for name in ("spilled", "lane_spills"))
-        counts = (len(found), sum(k["instructions"] for k in found), *spills)
+        counts = (len(found), f"{sum(k['instructions'] for k in found):,}", *spills)
         state = row.get("unavailable") or ("; ".join(row["problems"][:3]) or "green")
         loaded = "holds" if row.get("loads") and all(row["loads"]["contract"].values()) else "-"
         lines.append((row["torch"], row["triton"], row.get("python", "-"), loaded, *counts, state))
@@ -137,6 +138,7 @@ def main() -> int:
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture")
     parser.add_argument("--no-kernels", action="store_true", help="bindings and wheel only: minutes instead of an hour")
     parser.add_argument("--cuda", action="store_true", help="the wheel has the CUDA library too: minutes of nvcc")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.relative_to(ROOT)}")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "compat", help="the report's folder")
     options = parser.parse_args()
     if options.quick:
@@ -151,6 +153,8 @@ def main() -> int:
                 (options.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
                 (options.output / "report.md").write_text(table(rows) + "\n")
     print(table(rows))
+    if options.write:
+        rewrite(DOCUMENT, generated("compat", table(rows)))
     print(f"The wheel was built on PyTorch {tried.get('wheel', '-')}. Everything: {options.output / 'report.json'}")
     return int(any(row["problems"] for row in rows))
 

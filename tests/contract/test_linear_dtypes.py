@@ -11,7 +11,7 @@ import erc
 from erc.linear import loss as linear_loss
 from erc.linear import products
 from erc.linear import stats as linear_stats
-from erc.linear.plan import RowPlan
+from erc.linear.plan import RowPlan, modelled_seconds
 from tests.oracle import ROUNDING
 
 ROWS, WIDTH, VOCAB = 9, 8, 45
@@ -102,6 +102,23 @@ def test_windows_of_a_chunk_change_nothing(objective, kernels, small_tiles, monk
     assert torch.equal(out.logprob, whole.logprob) and torch.equal(out.entropy, whole.entropy)
     for value, right in zip(torch.autograd.grad(out.loss, head), expected, strict=True):
         torch.testing.assert_close(value, right, rtol=2.0**-7, atol=2.0**-9 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "logits_dtype"),
+    [(dtypes, wide) for dtypes in (*HEADS, (torch.float32,) * 2) for wide in (None, torch.float32)]
+    + [((torch.bfloat16,) * 2, torch.bfloat16)],
+)
+def test_the_plan_counts_conversions_of_the_weight_where_there_are_any(dtypes, logits_dtype, small_tiles, monkeypatch):
+    converted = []
+    by_tiles = products._write_by_tiles
+    monkeypatch.setattr(products, "_write_by_tiles", lambda *given: converted.append(1) or by_tiles(*given))
+    (hidden, weight, _), _ = problem(*dtypes, bias=False)
+    erc.linear_token_stats(hidden, weight, LABELS, logits_dtype=logits_dtype, backend="cpu")
+    plan = erc.explain(hidden, weight=weight, logits_dtype=logits_dtype, backend="cpu").plan
+    assert plan.shape.converts == ("the weight is converted once per 9 rows" in str(plan)) == bool(converted)
+    other = modelled_seconds(plan.rows, plan.shape._replace(converts=not plan.shape.converts), plan.machine)
+    assert (plan.seconds.overlapped > other.overlapped) == bool(converted)
 
 
 def test_16_bit_logits_are_what_a_16_bit_head_gives(kernels):

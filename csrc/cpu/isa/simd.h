@@ -243,15 +243,26 @@ constexpr int element_of(int position) {
   return (vector & ~1) * kWidth + 2 * lane + (vector & 1);
 }
 
-// A core that computes on every line has fewer of them under way than one that only reads, so a sweep asks for them early.
-constexpr int64_t kPrefetchBytes = 4096;
-
-// kNearest: into the first cache, else into the second.
+// The lines of a block. kNearest: into the first cache, else into the second.
 template <bool kNearest, class T>
 ERC_INLINE void prefetch_block(const T* block, int64_t bytes_ahead) {
   for (size_t line = 0; line < kLanes * sizeof(T); line += 64) {
     __builtin_prefetch(reinterpret_cast<const char*>(block) + bytes_ahead + line, 0, kNearest ? 3 : 2);
   }
+}
+
+// What a sweep over memory will read, a line for each that it reads: a core that computes on every line has fewer of them under
+// way than one that only reads. Hardware prefetches within a page, and stops at its end: a line of each of eight pages in turn, to
+// the second cache, keeps it busy in all of them and looks their addresses up early.
+template <class T>
+ERC_INLINE void prefetch_ahead(const T* block) {
+  constexpr uintptr_t kLine = 64, kPage = 4096, kPages = 8, kSpan = kPages * kPage, kBlock = kLanes * sizeof(T);
+  constexpr uintptr_t kLines = kBlock / kLine, kTurns = kPages / kLines;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(block), place = address % kSpan;
+  const uintptr_t page = place / kBlock % kTurns * kLines, line = place / (kPages * kLine);
+  const uintptr_t next = address - place + kSpan + page * kPage + line * kLine;
+  for (uintptr_t i = 0; i < kLines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(next + i * kPage), 0, 2);
+  prefetch_block<true>(block, 1024);
 }
 
 template <class T, class V, int kCount>

@@ -189,7 +189,7 @@ inline SegmentSums<stats_t<T>> segment_sums(const RowScale<stats_t<T>>& scale, c
     constexpr int kSet = decltype(set)::value;
     V v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
-    if constexpr (decltype(whole)::value) prefetch_block<true>(block, kPrefetchBytes);
+    if constexpr (decltype(whole)::value) prefetch_ahead(block);
     for (int j = 0; j < kVectors; ++j) {
       largest.meet(block, j, v[j]);
       V d = v[j] - center;
@@ -219,7 +219,7 @@ inline SegmentSums<float> near_segment_sums(const RowScale<float>& scale, const 
   for_each_block(p, n, [&, scale, exp](const T* block, int64_t, auto whole) {
     f32v v[kVectors];
     load_block_v<kSoftcap>(scale, block, v);
-    if constexpr (decltype(whole)::value) prefetch_block<true>(block, kPrefetchBytes);
+    if constexpr (decltype(whole)::value) prefetch_ahead(block);
     for (int j = 0; j < kVectors; ++j) {
       const f32v below = center - v[j];
       f32v d = -below, e;
