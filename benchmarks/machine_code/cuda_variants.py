@@ -52,7 +52,7 @@ MAIN = (
     CudaKernel("stats of a segment", "stats", "segment_kernel", 96),
     CudaKernel("stats gradient", "stats", "stats_gradient_kernel", 24),
     CudaKernel("loss, cluster", "policy_loss", "loss_cluster_kernel", 38_400, _CLUSTERS, cluster=8),
-    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 672, threads=512),
+    CudaKernel("loss, block", "policy_loss", "loss_block_kernel", 672, threads=256),
     CudaKernel("loss gradient of shared rows", "policy_loss", "loss_gradient_kernel", 672),
     CudaKernel("stats, softcap", "stats", "stats_row_kernel", 224, variant="softcap"),
     CudaKernel("loss, cluster, softcap", "policy_loss", "loss_cluster_kernel", 38_400, _CLUSTERS, cluster=8,
@@ -60,7 +60,7 @@ MAIN = (
     CudaKernel("stats, unaligned", "stats", "stats_row_kernel", 224, variant="unaligned"),
     CudaKernel("loss, cluster, unaligned", "policy_loss", "loss_cluster_kernel", 38_432, _CLUSTERS, cluster=8,
                variant="unaligned"),
-    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 480, threads=256, variant="unaligned"),
+    CudaKernel("loss, block, unaligned", "policy_loss", "loss_block_kernel", 480, variant="unaligned"),
 )  # fmt: skip
 
 

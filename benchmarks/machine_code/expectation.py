@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import partial
+from itertools import groupby
 
 from benchmarks.hardware import GPU, GPUS
 from benchmarks.machine_code.blocks_in_flight import Program, shares
@@ -19,18 +22,20 @@ FORMS = ("loss, cluster", "loss, block", "policy_loss erc-dapo+entropy")
 _ROW_BYTES = 2 * VOCABULARY
 
 
-def _shape(kernel: CompiledKernel, gpu: GPU) -> tuple[int, float, int]:
-    """(blocks on a multiprocessor, multiprocessors, blocks per row), as the launchers choose them for many rows."""
+def _shape(kernel: CompiledKernel, gpu: GPU, rows: int) -> tuple[int, float, int]:
+    """(blocks on a multiprocessor, multiprocessors, blocks per row), as the launchers choose them."""
     found = kernel.kernel()
     fitting = Occupancy.of(kernel.arch, kernel.threads, found.registers, found.shared_bytes, kernel.dynamic_shared)
     if kernel.cluster > 1:
         return fitting.blocks, gpu.clustered, kernel.cluster
     if kernel.source == "cuda":
-        wanted = min(2 * gpu.multiprocessors, int(0.6 * gpu.cache_bytes) // _ROW_BYTES)
+        in_cache = int(0.6 * gpu.cache_bytes) // (_ROW_BYTES // 2)
+        wanted = in_cache if 3 * in_cache >= 2 * gpu.multiprocessors else gpu.multiprocessors
     else:
         device = tuning.Device(gpu.arch, gpu.multiprocessors, 32, gpu.cache_bytes)
         wanted = tuning.programs_for_loss(device, _ROW_BYTES, 1 << 20)
-    resident = min(wanted, fitting.blocks * gpu.multiprocessors)
+    most = min(wanted, fitting.blocks * gpu.multiprocessors)
+    resident = math.ceil(rows / math.ceil(rows / most))  # in as few turns, evenly
     slots = -(-resident // gpu.multiprocessors)
     return slots, resident / slots, 1
 
@@ -43,16 +48,18 @@ def expect(kernels: Iterable[CompiledKernel], gpus: Iterable[GPU] = GPUS, rows: 
             continue
         executed, _ = kernel.execute()
         for gpu in (gpu for gpu in gpus if gpu.arch == kernel.arch):
-            slots, multiprocessors, blocks_a_row = _shape(kernel, gpu)
             # Fewer rows than fill the GPU are split over blocks, which is another form.
-            counted = [count for count in rows if count * blocks_a_row >= slots * multiprocessors]
-            block_bytes = _ROW_BYTES // blocks_a_row
-            program = Program.of(executed, kernel.threads // 32, block_bytes, slots)
-            rounds = 12 if blocks_a_row > 1 else 2  # of short blocks so many that their bunching evens out
-            bands = [
-                shares(program, gpu, multiprocessors, blocks_a_row, 2 * _ROW_BYTES, counted, band, rounds)
-                for band in BANDS
-            ]
-            by_rows = {str(count): [band[count] for band in bands] for count in counted}
+            counted = [count for count in rows if count * kernel.cluster >= gpu.multiprocessors]
+            by_rows = {}
+            for shape, group in groupby(counted, partial(_shape, kernel, gpu)):
+                slots, multiprocessors, blocks_a_row = shape
+                program = Program.of(executed, kernel.threads // 32, _ROW_BYTES // blocks_a_row, slots)
+                rounds = 12 if blocks_a_row > 1 else 2  # of short blocks so many that their bunching evens out
+                counts = list(group)
+                bands = [
+                    shares(program, gpu, multiprocessors, blocks_a_row, 2 * _ROW_BYTES, counts, band, rounds)
+                    for band in BANDS
+                ]
+                by_rows |= {str(count): [band[count] for band in bands] for count in counts}
             lines.append({"source": kernel.source, "name": kernel.name, "gpu": gpu.name, "shares": by_rows})
     return lines

@@ -347,10 +347,18 @@ __global__ void __launch_bounds__(kLanes, 2) loss_gradient_kernel(PolicyLoss cal
 
 // ---- launcher ------------------------------------------------------------------------------------------------------
 
-// As many rows in flight as stay in the L2 cache between the two sweeps: 0.6 of it, since other data passes through.
+// As many rows in flight as stay in the L2 cache between the two sweeps: 0.6 of it, since other data passes through, and half a row
+// each on average, since the second sweep evicts what it has read. Where that keeps less than two thirds of the multiprocessors
+// busy, all of them work: a third transfer of each row costs less than idle ones.
 inline int64_t rows_in_l2(const DeviceInfo& device, int64_t row_bytes) {
-  const int64_t rows = int64_t(0.6 * device.l2_bytes) / (row_bytes > 0 ? row_bytes : 1);
-  return rows > 1 ? rows : 1;
+  const int64_t rows = int64_t(0.6 * device.l2_bytes) / (row_bytes > 2 ? row_bytes / 2 : 1);
+  return 3 * rows >= 2 * device.multiprocessors ? rows : device.multiprocessors;
+}
+
+// The fewest blocks, at most `most`, that take as many turns over n rows: more would only wait for those that have a last row.
+inline int64_t even_turns(int64_t n, int64_t most) {
+  const int64_t turns = (n + most - 1) / most;
+  return (n + turns - 1) / turns;
 }
 
 cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
@@ -385,12 +393,13 @@ cudaError_t policy_loss(const PolicyLoss& call, cudaStream_t stream) {
     int64_t grid = n;
     int groups = 1;
     if (wants_grad) {
-      const int64_t resident = rows_in_l2(device, row_bytes);
-      const int64_t all = int64_t(device.multiprocessors) * kBlockGroups<V>;  // groups that a GPU holds
-      // The fewer rows fit, the more threads each of them needs.
-      while (groups < kBlockGroups<V> && groups < partition.segments && resident * groups < all) groups *= 2;
-      const int64_t most = resident < all / groups ? resident : all / groups;
-      grid = n < most ? n : most;
+      const int64_t resident = rows_in_l2(device, row_bytes), multiprocessors = device.multiprocessors;
+      // Two long rows on a multiprocessor where the cache holds them, each with half the threads: one computes while the other
+      // waits for its last loads, its sums or its token.
+      const int wanted = resident > multiprocessors ? kBlockGroups<V> / 2 : kBlockGroups<V>;
+      while (groups < wanted && groups < partition.segments) groups *= 2;
+      const int64_t most = multiprocessors * kBlockGroups<V> / groups;
+      grid = even_turns(n, resident < most ? resident : most);
     }
     return launch(loss_block_kernel<V>, {grid, groups * kLanes, 1, bytes, stream}, call, host, grads);
   });

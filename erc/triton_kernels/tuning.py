@@ -38,7 +38,8 @@ MEASURED: dict[tuple[str, int], Tuning] = {}
 """By architecture and largest row in KiB (V of 16-bit logits / 512): lines that `python -m erc.triton_kernels.autotune`
 printed on that machine. None so far."""
 
-_OLD_COMPILER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_OLD_COMPILER = _TRITON < (3, 8)
 _forced: list[Tuning] = []
 
 
@@ -107,10 +108,10 @@ def override(line: Tuning) -> Iterator[None]:
 def resident_programs(architecture: str, dtype: torch.dtype, layout: Layout) -> int:
     """Programs of the fused loss that a multiprocessor holds. NVIDIA's has 65,536 registers: 128 or 64 for a thread.
 
-    The softcap's tanh, and float64, would exceed 64 by a few spilled ones, and what Triton before 3.8 makes of narrow
-    loads. A wavefront of AMD's takes 128 at most, which fits twice.
+    The softcap's tanh, float64 and the narrow loads of misaligned rows would exceed 64 by a few spilled ones. A wavefront
+    of AMD's takes 128 at most, which fits twice.
     """
-    wide = layout.SOFTCAP or dtype == torch.float64 or (_OLD_COMPILER and not layout.ALIGNED)
+    wide = layout.SOFTCAP or dtype == torch.float64 or not layout.ALIGNED
     return 1 if wide and architecture.startswith("sm_") else 2
 
 
@@ -119,14 +120,16 @@ def _register_limit(kernel: str, architecture: str, dtype: torch.dtype, layout: 
 
     Of float16 a kernel spills four words to stay at 40. Of Triton before 3.8, the loss and pairs of rows spill some at
     40 or 64, where a limit of 64 makes them fit or the loss takes 106; pairs of 16-bit rows on sm_100 take 45, and
-    spill some to stay at a limit of 64.
+    spill some to stay at a limit of 64. Of Triton 3.8, statistics without a label spill two words to stay at 40.
     """
-    old = _OLD_COMPILER and kernel in ("policy_loss_kernel", "paired_forward_kernel")
-    if layout.SOFTCAP or dtype == torch.float64 or (old and not layout.ALIGNED):
+    loss, pairs = kernel == "policy_loss_kernel", kernel == "paired_forward_kernel"
+    if layout.SOFTCAP or dtype == torch.float64 or (not layout.ALIGNED and (loss or (_OLD_COMPILER and pairs))):
         return 128
-    if old and kernel == "paired_forward_kernel" and architecture == "sm_100" and dtype.itemsize == 2:
+    if _OLD_COMPILER and pairs and architecture == "sm_100" and dtype.itemsize == 2:
         return None
-    return 64 if old or dtype == torch.float16 else None
+    if kernel == "stats_forward_kernel" and architecture == "sm_90" and _TRITON == (3, 8):
+        return 64
+    return 64 if dtype == torch.float16 or (_OLD_COMPILER and (loss or pairs)) else None
 
 
 def compile_options(
@@ -155,11 +158,14 @@ def token_options(architecture: str, dtype: torch.dtype) -> dict[str, int | bool
 
 
 def programs_for_loss(device: Device, row_bytes: int, rows: int, resident: int = 2) -> int:
-    """Programs of the fused loss, at most `resident` per multiprocessor; each works through every `programs`-th row."""
-    if device is _INTERPRETER:
+    """Programs of the fused loss, at most `resident` per multiprocessor; each works through every `programs`-th row.
+
+    As few as take the same number of turns: more would only wait for those that have a last row.
+    """
+    if device is _INTERPRETER or rows == 0:
         return rows
-    programs = device.multiprocessors * min(tuning_of(device, row_bytes).loss_programs, resident)
-    return min(rows, max(1, int(programs)))
+    most = max(1, int(device.multiprocessors * min(tuning_of(device, row_bytes).loss_programs, resident)))
+    return triton.cdiv(rows, triton.cdiv(rows, most))
 
 
 def shares_rows(device: Device, row_bytes: int, rows: int, segments: int) -> bool:
