@@ -108,8 +108,8 @@ def override(line: Tuning) -> Iterator[None]:
 def resident_programs(architecture: str, dtype: torch.dtype, layout: Layout) -> int:
     """Programs of the fused loss that a multiprocessor holds. NVIDIA's has 65,536 registers: 128 or 64 for a thread.
 
-    The softcap's tanh, float64 and the narrow loads of misaligned rows would exceed 64 by a few spilled ones. A wavefront
-    of AMD's takes 128 at most, which fits twice.
+    The softcap's tanh, float64 and the narrow loads of misaligned rows would exceed 64 by a few spilled ones. A
+    wavefront of AMD's takes 128 at most, which fits twice.
     """
     wide = layout.SOFTCAP or dtype == torch.float64 or not layout.ALIGNED
     return 1 if wide and architecture.startswith("sm_") else 2
