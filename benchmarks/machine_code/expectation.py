@@ -40,6 +40,11 @@ def _shape(kernel: CompiledKernel, gpu: GPU, rows: int) -> tuple[int, float, int
     return slots, resident / slots, 1
 
 
+def _fills(kernel: CompiledKernel, gpu: GPU, rows: int) -> bool:
+    slots, multiprocessors, blocks_a_row = _shape(kernel, gpu, rows)
+    return rows * blocks_a_row >= (slots * multiprocessors if blocks_a_row > 1 else gpu.multiprocessors)
+
+
 def expect(kernels: Iterable[CompiledKernel], gpus: Iterable[GPU] = GPUS, rows: Iterable[int] = ROWS) -> list[dict]:
     """A line a form and GPU: the shares by number of rows, each with the ends of its band."""
     lines = []
@@ -49,12 +54,12 @@ def expect(kernels: Iterable[CompiledKernel], gpus: Iterable[GPU] = GPUS, rows: 
         executed, _ = kernel.execute()
         for gpu in (gpu for gpu in gpus if gpu.arch == kernel.arch):
             # Fewer rows than fill the GPU are split over blocks, which is another form.
-            counted = [count for count in rows if count * kernel.cluster >= gpu.multiprocessors]
+            counted = [count for count in rows if _fills(kernel, gpu, count)]
             by_rows = {}
             for shape, group in groupby(counted, partial(_shape, kernel, gpu)):
                 slots, multiprocessors, blocks_a_row = shape
                 program = Program.of(executed, kernel.threads // 32, _ROW_BYTES // blocks_a_row, slots)
-                rounds = 12 if blocks_a_row > 1 else 2  # of short blocks so many that their bunching evens out
+                rounds = 12 if blocks_a_row > 1 else 2 * slots  # so many that the bunching of blocks evens out
                 counts = list(group)
                 bands = [
                     shares(program, gpu, multiprocessors, blocks_a_row, 2 * _ROW_BYTES, counts, band, rounds)
