@@ -279,7 +279,8 @@ def sharded_state(
     shard: VocabShard,
     backend_operators: Any,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor]:
-    """The statistics, and what a backward needs of them: labels as local columns, and the state `[3, N]`."""
+    """The statistics, and what a backward needs of them: labels `[N]` as local columns, and the state `[3, N]`."""
+    labels = None if labels is None else labels.reshape(-1)
     state = rows.new_empty((4, rows.shape[0] * rows.shape[1]), dtype=stats_dtype(rows.dtype))
     backend_operators.partial_stats_(rows, labels, temperature, params, ignore_index, None, 0, shard.start, state)
     state = merge_states(shard.gather(state).wait(), params, temperature)

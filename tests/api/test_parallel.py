@@ -187,14 +187,22 @@ class StatsBody:
             ignore_index=0,
             memory_budget=200,
         )
-        return [stat.tolist() for stat in (*stats, *linear)]
+        leading = (3, ROWS // 3)  # sequences
+        sequences = erc.token_stats(
+            (hidden @ local.t()).unflatten(0, leading),
+            labels.unflatten(0, leading),
+            vocab_shard=shard,
+            temperature=torch.full(leading, 0.8),
+            ignore_index=0,
+        )
+        return [stat.flatten().tolist() for stat in (*stats, *linear, *sequences)]
 
 
 def test_sharded_statistics_match_the_oracle():
     hidden, weight, labels, _ = problem(torch.float64)
     exact = erc.reference.token_stats(hidden @ weight.t(), labels, temperature=0.8, ignore_index=0)
     for rank in on_ranks(3):
-        for tested, expected in zip(rank["statistics"], (*exact, *exact), strict=True):
+        for tested, expected in zip(rank["statistics"], (*exact, *exact, *exact), strict=True):
             torch.testing.assert_close(torch.tensor(tested).double(), expected, rtol=2e-6, atol=1e-5)
 
 
