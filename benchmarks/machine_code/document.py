@@ -147,11 +147,16 @@ def _kernels(report: dict, source: str) -> str:
     return markdown_table(header, rows)
 
 
+def _band(shares: list[float]) -> str:
+    expected, optimistic, pessimistic = shares
+    return f"{expected:.0%} ({pessimistic:.0%} to {optimistic:.0%})"
+
+
 def _expected(report: dict) -> str:
     rows = []
     for line in report["expected"]:
         shares = [line["shares"].get(str(n)) for n in ROWS]
-        cells = [f"{each[0]:.0%} ({each[2]:.0%} to {each[1]:.0%})" if each else "" for each in shares]
+        cells = [_band(each) if each else "" for each in shares]
         rows.append([f"{line['source']}: {line['name']}", line["gpu"], *cells])
     return markdown_table(["form", "GPU", *(f"N = {n:,}" for n in ROWS)], rows)
 
@@ -166,7 +171,7 @@ def _forms(report: dict) -> str:
         taken = f"{line.form[1:].lower()} ({line.source.split(':')[0]})" if line else "cluster"
         for n in _MANY_ROWS:
             cells = [shares[gpu.name, f"loss, {form}"][str(n)] for form in ("cluster", "block")]
-            rows.append([gpu.name, f"{n:,}", *(f"{s[0]:.0%} ({s[2]:.0%} to {s[1]:.0%})" for s in cells), taken])
+            rows.append([gpu.name, f"{n:,}", *map(_band, cells), taken])
     return markdown_table(["GPU", "N", "cluster, modelled", "block, modelled", "taken"], rows)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from functools import partial
 from itertools import groupby
 
 from benchmarks.hardware import GPU, GPUS
@@ -22,27 +20,25 @@ FORMS = ("loss, cluster", "loss, block", "policy_loss erc-dapo+entropy")
 _ROW_BYTES = 2 * VOCABULARY
 
 
-def _shape(kernel: CompiledKernel, gpu: GPU, rows: int) -> tuple[int, float, int]:
-    """(blocks on a multiprocessor, multiprocessors, blocks per row), as the launchers choose them."""
+Shape = tuple[int, float, int]
+"""Blocks on a multiprocessor, multiprocessors, blocks per row."""
+
+
+def _shapes(kernel: CompiledKernel, gpu: GPU, rows: Iterable[int]) -> dict[int, Shape]:
+    """As the launchers choose them, by number of rows: CUDA's block form goes by the rule of Triton's programs. Fewer
+    rows than fill the GPU are split over blocks, which is another form."""
     found = kernel.kernel()
     fitting = Occupancy.of(kernel.arch, kernel.threads, found.registers, found.shared_bytes, kernel.dynamic_shared)
     if kernel.cluster > 1:
-        return fitting.blocks, gpu.clustered, kernel.cluster
-    if kernel.source == "cuda":
-        in_cache = int(0.6 * gpu.cache_bytes) // (_ROW_BYTES // 2)
-        wanted = in_cache if 3 * in_cache >= 2 * gpu.multiprocessors else gpu.multiprocessors
-    else:
-        device = tuning.Device(gpu.arch, gpu.multiprocessors, 32, gpu.cache_bytes)
-        wanted = tuning.programs_for_loss(device, _ROW_BYTES, 1 << 20)
-    most = min(wanted, fitting.blocks * gpu.multiprocessors)
-    resident = math.ceil(rows / math.ceil(rows / most))  # in as few turns, evenly
-    slots = -(-resident // gpu.multiprocessors)
-    return slots, resident / slots, 1
-
-
-def _fills(kernel: CompiledKernel, gpu: GPU, rows: int) -> bool:
-    slots, multiprocessors, blocks_a_row = _shape(kernel, gpu, rows)
-    return rows * blocks_a_row >= (slots * multiprocessors if blocks_a_row > 1 else gpu.multiprocessors)
+        shape = fitting.blocks, gpu.clustered, kernel.cluster
+        return {count: shape for count in rows if count * kernel.cluster >= fitting.blocks * gpu.clustered}
+    device = tuning.Device(gpu.arch, gpu.multiprocessors, 32, gpu.cache_bytes)
+    shapes = {}
+    for count in (count for count in rows if count >= gpu.multiprocessors):
+        resident = tuning.programs_for_loss(device, _ROW_BYTES, count, fitting.blocks)
+        slots = -(-resident // gpu.multiprocessors)
+        shapes[count] = slots, resident / slots, 1
+    return shapes
 
 
 def expect(kernels: Iterable[CompiledKernel], gpus: Iterable[GPU] = GPUS, rows: Iterable[int] = ROWS) -> list[dict]:
@@ -53,10 +49,8 @@ def expect(kernels: Iterable[CompiledKernel], gpus: Iterable[GPU] = GPUS, rows: 
             continue
         executed, _ = kernel.execute()
         for gpu in (gpu for gpu in gpus if gpu.arch == kernel.arch):
-            # Fewer rows than fill the GPU are split over blocks, which is another form.
-            counted = [count for count in rows if _fills(kernel, gpu, count)]
-            by_rows = {}
-            for shape, group in groupby(counted, partial(_shape, kernel, gpu)):
+            shapes, by_rows = _shapes(kernel, gpu, rows), {}
+            for shape, group in groupby(shapes, shapes.__getitem__):
                 slots, multiprocessors, blocks_a_row = shape
                 program = Program.of(executed, kernel.threads // 32, _ROW_BYTES // blocks_a_row, slots)
                 rounds = 12 if blocks_a_row > 1 else 2 * slots  # so many that the bunching of blocks evens out

@@ -19,6 +19,7 @@ from erc.triton_kernels import params, tuning
 from erc.triton_kernels.launch import sweep_lanes_kernel
 from erc.triton_kernels.paired import paired_backward_kernel, paired_forward_kernel
 from erc.triton_kernels.policy_loss import policy_loss_kernel
+from erc.triton_kernels.rows import Layout
 from erc.triton_kernels.scale import scale_rows_kernel
 from erc.triton_kernels.stats import partial_stats_kernel, stats_backward_kernel, stats_forward_kernel
 
@@ -47,8 +48,11 @@ class Variant:
     aligned: bool = True
     per_row: bool = False
 
+    def layout(self) -> Layout:
+        return params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
+
     def source(self) -> ASTSource:
-        layout = params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
+        layout = self.layout()
         segment = params.columns_per_segment(layout)
         constants = {"L": params.compiled_layout(layout), "SEGMENT": segment, **self.constants}
         absent = self.absent | {"row_index"} | (frozenset() if self.per_row else {"temperature"})
@@ -74,8 +78,7 @@ class Variant:
     def compile(self, arch: str) -> triton.compiler.CompiledKernel:
         """The compiled kernel, with the options that `launch` passes."""
         target = TARGETS[arch]
-        layout = params.make_layout(self.dtype, aligned=self.aligned, softcap=self.softcap, per_row=self.per_row)
-        options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, layout)
+        options = tuning.compile_options(self.kernel.__name__, arch, target.warp_size, self.dtype, self.layout())
         return triton.compile(self.source(), target=target, options=options)
 
     def work(self, launch: Launch, row: OrdinaryRow) -> Work:

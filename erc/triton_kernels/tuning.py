@@ -105,14 +105,18 @@ def override(line: Tuning) -> Iterator[None]:
         _forced.pop()
 
 
+def _is_wide(dtype: torch.dtype, layout: Layout) -> bool:
+    """Whether every kernel takes more than 64 registers."""
+    return layout.SOFTCAP or dtype == torch.float64
+
+
 def resident_programs(architecture: str, dtype: torch.dtype, layout: Layout) -> int:
     """Programs of the fused loss that a multiprocessor holds. NVIDIA's has 65,536 registers: 128 or 64 for a thread.
 
     The softcap's tanh, float64 and the narrow loads of misaligned rows would exceed 64 by a few spilled ones. A
     wavefront of AMD's takes 128 at most, which fits twice.
     """
-    wide = layout.SOFTCAP or dtype == torch.float64 or not layout.ALIGNED
-    return 1 if wide and architecture.startswith("sm_") else 2
+    return 1 if architecture.startswith("sm_") and (_is_wide(dtype, layout) or not layout.ALIGNED) else 2
 
 
 def _register_limit(kernel: str, architecture: str, dtype: torch.dtype, layout: Layout) -> int | None:
@@ -123,7 +127,7 @@ def _register_limit(kernel: str, architecture: str, dtype: torch.dtype, layout: 
     spill some to stay at a limit of 64. Of Triton 3.8, statistics without a label spill two words to stay at 40.
     """
     loss, pairs = kernel == "policy_loss_kernel", kernel == "paired_forward_kernel"
-    if layout.SOFTCAP or dtype == torch.float64 or (not layout.ALIGNED and (loss or (_OLD_COMPILER and pairs))):
+    if _is_wide(dtype, layout) or (not layout.ALIGNED and (loss or (_OLD_COMPILER and pairs))):
         return 128
     if _OLD_COMPILER and pairs and architecture == "sm_100" and dtype.itemsize == 2:
         return None

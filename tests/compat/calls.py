@@ -13,7 +13,7 @@ from erc import backend, ops, triton_kernels
 
 BACKEND = "triton, stubbed"
 NAMESPACE = "erc_triton_stub"
-ROWS = 600  # more than any GPU shares over several programs
+ROWS = (2, 300)  # more than any GPU shares over several programs; sequences, by which some losses take their mean
 Call = Callable[[], object]
 
 
@@ -27,18 +27,14 @@ def register() -> torch.library.Library:
 
 def _loss(logits: Tensor, objective: str | erc.Objective, grad: bool = True, **settings: object) -> Call:
     def call() -> None:
-        # Two sequences, because some losses take their mean by sequence.
-        leaf = logits.unflatten(0, (2, -1)).clone().requires_grad_(grad)
-        values = torch.ones(leaf.shape[:-1])
+        leaf, values = logits.clone().requires_grad_(grad), torch.ones(logits.shape[:-1])
         given = {"old_logprob": values, "old_entropy": values, "ref_logprob": values, "advantages": values}
         if isinstance(objective, erc.Objective) and objective.nll_coef:
             given["nll_mask"] = values > 0
-        if isinstance(settings.get("temperature"), Tensor):
-            given["temperature"] = values
         out = erc.policy_loss(
             leaf * 1 if settings.get("inplace_backward") else leaf, torch.zeros_like(values, dtype=torch.int64),
             objective=objective, grad_scale=1.0 if logits.dtype == torch.float16 else None, backend=BACKEND,
-            **(settings | given),
+            **given, **settings,
         )  # fmt: skip
         if grad:
             out.loss.backward()
@@ -49,7 +45,7 @@ def _loss(logits: Tensor, objective: str | erc.Objective, grad: bool = True, **s
 def _statistics(logits: Tensor, gradients: tuple[str, ...] = ("logprob", "entropy", "logsumexp"), **settings) -> Call:
     def call() -> None:
         leaf = logits.clone().requires_grad_()
-        labels = torch.zeros(len(logits), dtype=torch.int64) if "logprob" in gradients else None
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64) if "logprob" in gradients else None
         stats = erc.token_stats(leaf, labels, backend=BACKEND, **settings)
         sum(getattr(stats, name).sum() for name in gradients).backward()
 
@@ -69,7 +65,7 @@ def _shard(logits: Tensor) -> Call:
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         shard = erc.VocabShard(None, 0, logits.shape[-1])
-        labels = torch.zeros(len(logits), dtype=torch.int64)
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
         erc.token_stats(logits, labels, vocab_shard=shard, backend=BACKEND)
         erc.entropy_ratio(logits, logits, vocab_shard=shard, backend=BACKEND)
 
@@ -81,16 +77,16 @@ def calls() -> Iterator[tuple[str, Call]]:
     dapo = erc.objective("erc-dapo")
     bonus = erc.objective("erc-dapo", entropy_coef=0.1)
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
-        name, logits = str(dtype).removeprefix("torch."), torch.zeros(ROWS, 2048, dtype=dtype)
+        name, logits = str(dtype).removeprefix("torch."), torch.zeros(*ROWS, 2048, dtype=dtype)
         yield f"statistics, {name}", _statistics(logits)
         yield f"erc-dapo, {name}", _loss(logits, dapo)
         yield f"erc-dapo with an entropy bonus, {name}", _loss(logits, bonus)
         yield f"pairs, {name}", _pair(logits)
-        yield f"few rows, {name}", _loss(torch.zeros(2, 80_000, dtype=dtype), bonus)
-    logits = torch.zeros(ROWS, 2048, dtype=torch.bfloat16)
+        yield f"few rows, {name}", _loss(torch.zeros(2, 1, 80_000, dtype=dtype), bonus)
+    logits = torch.zeros(*ROWS, 2048, dtype=torch.bfloat16)
     features = {
         "softcap": (logits, {"softcap": 30.0}),
-        "unaligned": (torch.zeros(ROWS, 2053, dtype=torch.bfloat16), {}),
+        "unaligned": (torch.zeros(*ROWS, 2053, dtype=torch.bfloat16), {}),
         "temperature per token": (logits, {"temperature": torch.ones(ROWS)}),
     }
     for name, (tensor, settings) in features.items():
@@ -100,7 +96,7 @@ def calls() -> Iterator[tuple[str, Call]]:
     for gradients in (("logprob",), ("entropy",), ("logprob", "entropy")):
         yield f"statistics, gradient of {' and '.join(gradients)}", _statistics(logits, gradients)
     yield "in place", _loss(logits, dapo, inplace_backward=True)
-    yield "statistics of few rows", _statistics(torch.zeros(2, 80_000, dtype=torch.bfloat16))
+    yield "statistics of few rows", _statistics(torch.zeros(2, 1, 80_000, dtype=torch.bfloat16))
     yield "a shard", _shard(logits)
     yield "no gradient", _loss(logits, dapo, grad=False)
     for name in erc.objectives():
